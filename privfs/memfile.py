@@ -1,0 +1,529 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One private file as a value machine: size, page bitmap, operations in flight.
+
+Everything that changes the pages of a file lives here; this module knows no I/O, no clock and
+no user.  Requests go in (:meth:`MemFile.submit`), steps come out as values, and the completion of
+each step comes back in (:meth:`MemFile.step_done`).  A rule that is broken raises
+:class:`~privfs.personality.Refused` or answers :class:`Done` with an errno and changes nothing.
+
+The order of a destructive operation is the contract of this project: *invalidate, prove, free,
+answer*.  :data:`STEPS` states it once; no other code decides it.  Compare
+``kvm_gmem_punch_hole()`` in ``virt/kvm/guest_memfd.c``: begin, truncate, end under one lock.
+
+Operations whose ranges overlap wait for each other in order of arrival (:data:`COMPATIBLE`), as
+they do in the kernel behind ``inode->i_rwsem`` and ``filemap_invalidate_lock``; a fault that meets
+a destructive operation, active or waiting, is parked by the caller until :class:`Settled`.
+
+Units: pages of 4096 bytes in half-open ranges, except ``offset``, ``length`` and ``size`` (bytes).
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Final, NamedTuple
+
+from pyroaring import BitMap
+
+from privfs import extents
+from privfs.personality import (
+    MAX_BYTES,
+    PAGE_SIZE,
+    Action,
+    BeyondEof,
+    Personality,
+    Refused,
+    fallocate_rule,
+    resize_rule,
+)
+
+MAX_PAGES: Final = MAX_BYTES // PAGE_SIZE
+OpId = Hashable
+
+
+class Step(enum.Enum):
+    """What the shell performs for an operation."""
+
+    INVALIDATE = "invalidate"  #: every user proves that it cannot reach the range
+    FREE = "free"
+    ALLOCATE = "allocate"
+
+
+class Kind(enum.Enum):
+    """Kinds of operation."""
+
+    ALLOCATE = "allocate"
+    FAULT = "fault"
+    PUNCH = "punch"
+    ZERO = "zero"
+    RESIZE = "resize"
+    DESTROY = "destroy"
+
+
+STEPS: Final[dict[Kind, tuple[Step, ...]]] = {
+    Kind.ALLOCATE: (Step.ALLOCATE,),
+    Kind.FAULT: (Step.ALLOCATE,),
+    Kind.PUNCH: (Step.INVALIDATE, Step.FREE),
+    Kind.ZERO: (Step.INVALIDATE, Step.FREE, Step.ALLOCATE),
+    Kind.RESIZE: (Step.INVALIDATE, Step.FREE),
+    Kind.DESTROY: (Step.INVALIDATE, Step.FREE),
+}
+
+#: Kinds that may overlap each other in time; every other overlapping pair queues.
+COMPATIBLE: Final = frozenset({Kind.ALLOCATE, Kind.FAULT})
+
+_KINDS: Final = {
+    Action.ALLOCATE: Kind.ALLOCATE,
+    Action.PUNCH: Kind.PUNCH,
+    Action.ZERO: Kind.ZERO,
+}
+
+
+class Fallocate(NamedTuple):
+    """``fallocate(mode, offset, length)``; bytes."""
+
+    mode: int
+    offset: int
+    length: int
+
+
+class Resize(NamedTuple):
+    """``ftruncate(size)``; bytes."""
+
+    size: int
+
+
+class FaultIn(NamedTuple):
+    """A guest touched a hole: allocate exactly this page."""
+
+    page: int
+
+
+class Destroy(NamedTuple):
+    """The file goes: invalidate and free everything."""
+
+
+Request = Fallocate | Resize | FaultIn | Destroy
+
+
+class Perform(NamedTuple):
+    """Effect: perform ``step`` on ``[start, end)`` and report :meth:`MemFile.step_done`.
+
+    ``dead`` names the extents, as ``(index, instance)``, that FREE ends for good.
+    """
+
+    op: OpId
+    step: Step
+    kind: Kind
+    start: int
+    end: int
+    dead: tuple[tuple[int, int], ...] = ()
+
+
+class Done(NamedTuple):
+    """Effect: answer the caller of ``op``; errno 0 is success."""
+
+    op: OpId
+    errno: int
+    why: str = ""
+
+
+class Settled(NamedTuple):
+    """Effect: an operation has left; parked faults of this file may run again."""
+
+
+Effect = Perform | Done | Settled
+
+
+class Look(enum.Enum):
+    """What a fault finds."""
+
+    PRESENT = "present"
+    HOLE = "hole"
+    PARK = "park"
+
+
+class Budget:
+    """Pages that a mount may hold: ``used`` counts allocated pages and reservations."""
+
+    __slots__ = ("total", "used")
+
+    def __init__(self, total: int, used: int = 0) -> None:
+        self.total = total
+        self.used = used
+
+    def reserve(self, pages: int) -> None:
+        """Reserve or raise ``ENOSPC`` and change nothing."""
+        if self.used + pages > self.total:
+            raise Refused(
+                errno.ENOSPC,
+                f"{pages} pages wanted, {self.total - self.used} of {self.total} left: "
+                "punch holes, or mount with a larger -o size=",
+            )
+        self.used += pages
+
+    def copy(self) -> Budget:
+        """Return an independent copy."""
+        return Budget(self.total, self.used)
+
+
+@dataclass(slots=True)
+class _Active:
+    """An operation that has begun.  ``left`` are its steps to come, the first one under way."""
+
+    op: OpId
+    kind: Kind
+    start: int
+    end: int
+    size: int | None  #: bytes, set when the operation succeeds
+    left: tuple[Step, ...]
+    reserved: int
+    answered: bool = False  #: the caller is gone: acks are collected, nothing is freed
+    failed: int = 0  #: errno of an allocation that is being undone
+
+    def copy(self) -> _Active:
+        return _Active(
+            self.op, self.kind, self.start, self.end,
+            self.size, self.left, self.reserved, self.answered, self.failed,
+        )  # fmt: skip
+
+    def key(self) -> Hashable:
+        return (
+            self.op, self.kind.value, self.start, self.end,
+            self.size, len(self.left), self.answered, self.failed,
+        )  # fmt: skip
+
+
+class _Claim(NamedTuple):
+    kind: Kind
+    start: int
+    end: int
+
+
+class MemFile:
+    """One private file.
+
+    ``size`` is in bytes, ``pages`` the bitmap of allocated pages, ``instances`` maps the index of
+    a living extent to its instance number, which is never used again.
+    """
+
+    __slots__ = ("_active", "_budget", "_next_instance", "_waiting", "dead", "instances",
+                 "pages", "personality", "size")  # fmt: skip
+
+    def __init__(self, personality: Personality, budget: Budget) -> None:
+        self.personality = personality
+        self.size = 0
+        self.pages = BitMap()
+        self.instances: dict[int, int] = {}
+        self.dead = False
+        self._budget = budget
+        self._next_instance = 1
+        self._active: list[_Active] = []
+        self._waiting: list[tuple[OpId, Request]] = []
+
+    # --- requests -----------------------------------------------------------------------------
+
+    def submit(self, op: OpId, request: Request) -> list[Effect]:
+        """Begin ``request``, or queue it behind overlapping ones; ``op`` names it from now on."""
+        try:
+            claim = self._claim(request)
+        except Refused as refused:
+            return [Done(op, refused.errno, str(refused))]
+        if self._must_wait(claim, self._waiting):
+            self._waiting.append((op, request))
+            return []
+        return self._begin(op, request)
+
+    def step_done(self, op: OpId, failed: int = 0, upto: int | None = None) -> list[Effect]:
+        """Report the end of the step under way.
+
+        ``failed`` is an errno.  An ALLOCATE that failed part-way names in ``upto`` the page it
+        got to; what lies before stays allocated (I16: a retry is idempotent).
+        """
+        active = self._find(op)
+        step = active.left[0]
+        if step is Step.ALLOCATE:
+            self._allocated(active, active.end if upto is None and not failed else upto)
+        elif step is Step.FREE and not failed:
+            self._freed(active)
+        if step is Step.INVALIDATE and active.answered:
+            return self._leave(active, None)
+        if failed and step is Step.ALLOCATE and active.size is not None:
+            # What was allocated past the end belongs to no file: give it back before the answer.
+            active.failed, active.size = failed, None
+            active.start = max(active.start, self.size // PAGE_SIZE)
+            active.left = (step, Step.FREE)
+        elif failed:
+            return self._leave(active, Done(op, failed, f"{step.value} failed"))
+        active.left = active.left[1:]
+        return self._advance(active)
+
+    def abandon(self, op: OpId, code: int, why: str) -> list[Effect]:
+        """Give up an invalidation without proof: the errno goes out, nothing is freed."""
+        active = self._find(op)
+        if active.left[0] is not Step.INVALIDATE:
+            raise ValueError(f"operation {op!r} is past its invalidation: too late to abandon")
+        return self._leave(active, None if active.answered else Done(op, code, why))
+
+    def cancel(self, op: OpId, code: int) -> list[Effect]:
+        """Answer the caller at once, if that is still safe.
+
+        A queued operation is dropped; one that is invalidating goes on as *zap-only* and frees
+        nothing; one that has begun to free or allocate ends by itself.  An unknown op has ended.
+        """
+        for i, (queued, _) in enumerate(self._waiting):
+            if queued == op:
+                del self._waiting[i]
+                return [Done(op, code, "cancelled while queued"), *self._admit()]
+        for active in self._active:
+            if active.op == op and not active.answered and active.left[0] is Step.INVALIDATE:
+                active.answered = True
+                return [Done(op, code, "cancelled before anything was freed")]
+        return []
+
+    # --- faults -------------------------------------------------------------------------------
+
+    def look(self, page: int) -> Look:
+        """Say what a fault on ``page`` finds; raise ``ENOENT`` or ``EFBIG`` where none can be."""
+        if self.dead:
+            raise Refused(errno.ENOENT, f"fault on page {page:#x}: the file is gone")
+        if self._destructive(page, page + 1):
+            return Look.PARK
+        if page * PAGE_SIZE >= self.size:
+            raise Refused(
+                errno.EFBIG, f"fault on page {page:#x}: beyond the end at {self.size} bytes"
+            )
+        return Look.PRESENT if page in self.pages else Look.HOLE
+
+    def window(self, page: int, start: int, end: int) -> tuple[int, int]:
+        """Return the run of grantable pages around ``page`` inside ``[start, end)``.
+
+        All of it is allocated, in the extent of ``page``, inside the file and untouched by any
+        destructive operation.  ``page`` itself must be PRESENT.
+        """
+        low, high = extents.extent_range(extents.extent_of(page))
+        low, high = max(low, start), min(high, end, self.size // PAGE_SIZE)
+        for claim in self._claims():
+            if claim.kind not in COMPATIBLE:
+                if claim.end <= page:
+                    low = max(low, claim.end)
+                elif claim.start > page:
+                    high = min(high, claim.start)
+        if self.pages.range_cardinality(low, high) == high - low:
+            return low, high
+        first, last = page, page + 1
+        while first > low and first - 1 in self.pages:
+            first -= 1
+        while last < high and last in self.pages:
+            last += 1
+        return first, last
+
+    # --- views --------------------------------------------------------------------------------
+
+    @property
+    def allocated(self) -> int:
+        """Allocated pages."""
+        return len(self.pages)
+
+    @property
+    def idle(self) -> bool:
+        """True while no operation is active or queued."""
+        return not self._active and not self._waiting
+
+    def operations(self) -> list[tuple[OpId, str, int, int]]:
+        """List the active operations as (op, step, start, end)."""
+        return [(a.op, a.left[0].value, a.start, a.end) for a in self._active]
+
+    def key(self) -> Hashable:
+        """Return the state as a hashable value."""
+        return (
+            self.size, tuple(self.pages), tuple(sorted(self.instances.items())), self.dead,
+            tuple([a.key() for a in self._active]), tuple(self._waiting),
+        )  # fmt: skip
+
+    def copy(self, budget: Budget) -> MemFile:
+        """Return an independent copy that draws on ``budget``."""
+        twin = MemFile.__new__(MemFile)
+        twin.personality = self.personality
+        twin.size = self.size
+        twin.pages = self.pages.copy()
+        twin.instances = self.instances.copy()
+        twin.dead = self.dead
+        twin._budget = budget
+        twin._next_instance = self._next_instance
+        twin._active = [a.copy() for a in self._active]
+        twin._waiting = self._waiting.copy()
+        return twin
+
+    # --- the machine --------------------------------------------------------------------------
+
+    def _claim(self, request: Request) -> _Claim:
+        """Name the pages that a request concerns; raise what it is refused with today."""
+        if self.dead:
+            raise Refused(errno.ENOENT, f"{request}: the file is gone")
+        match request:
+            case Fallocate(mode, offset, length):
+                row = fallocate_rule(self.personality, mode, offset, length, self.size)
+                end = min(-(-(offset + length) // PAGE_SIZE), MAX_PAGES)
+                return _Claim(_KINDS[row.action], offset // PAGE_SIZE, end)
+            case Resize(size):
+                resize_rule(self.personality, size, self.size)
+                return _Claim(Kind.RESIZE, min(size, self.size) // PAGE_SIZE, MAX_PAGES)
+            case FaultIn(page):
+                return _Claim(Kind.FAULT, page, page + 1)
+            case Destroy():
+                return _Claim(Kind.DESTROY, 0, MAX_PAGES)
+
+    def _must_wait(self, claim: _Claim, ahead: list[tuple[OpId, Request]]) -> bool:
+        return any(
+            other.start < claim.end
+            and claim.start < other.end
+            and not (claim.kind in COMPATIBLE and other.kind in COMPATIBLE)
+            for other in self._claims(ahead)
+        )
+
+    def _claims(self, waiting: list[tuple[OpId, Request]] | None = None) -> list[_Claim]:
+        claims = [_Claim(a.kind, a.start, a.end) for a in self._active]
+        for _, request in self._waiting if waiting is None else waiting:
+            try:
+                claims.append(self._claim(request))
+            except Refused:
+                continue  # will be answered with its errno when its turn comes
+        return claims
+
+    def _destructive(self, start: int, end: int) -> bool:
+        if not self._active and not self._waiting:
+            return False
+        return any(
+            c.start < end and start < c.end and c.kind not in COMPATIBLE for c in self._claims()
+        )
+
+    def _begin(self, op: OpId, request: Request) -> list[Effect]:
+        """Begin an operation that nothing stands in the way of; rules are read once more."""
+        try:
+            claim = self._claim(request)
+            size = self._new_size(request)
+            reserved = 0
+            if claim.kind in (Kind.ALLOCATE, Kind.FAULT):
+                wanted = claim.end - claim.start
+                reserved = wanted - self.pages.range_cardinality(claim.start, claim.end)
+                self._budget.reserve(reserved)
+            elif claim.kind is Kind.ZERO:
+                reserved = claim.end - claim.start
+                held = self.pages.range_cardinality(claim.start, claim.end)
+                self._budget.reserve(reserved - held)  # what it frees it may use again
+                reserved -= held
+        except Refused as refused:
+            return [Done(op, refused.errno, str(refused))]
+        active = _Active(op, claim.kind, claim.start, claim.end, size, STEPS[claim.kind], reserved)
+        self._active.append(active)
+        return self._advance(active)
+
+    def _new_size(self, request: Request) -> int | None:
+        match request:
+            case Resize(size):
+                return size
+            case Fallocate(mode, offset, length):
+                row = self.personality.fallocate[mode]
+                if row.beyond_eof is BeyondEof.GROW and offset + length > self.size:
+                    return offset + length
+        return None
+
+    def _advance(self, active: _Active) -> list[Effect]:
+        """Emit the next step that has something to do, or finish."""
+        while active.left:
+            step = active.left[0]
+            if not self._needless(active, step):
+                dead = self._doomed(active) if step is Step.FREE else ()
+                return [Perform(active.op, step, active.kind, active.start, active.end, dead)]
+            active.left = active.left[1:]
+        return self._leave(active, Done(active.op, active.failed))
+
+    def _needless(self, active: _Active, step: Step) -> bool:
+        """A page that is not allocated is mapped by nobody: nothing to invalidate or free."""
+        if active.kind is Kind.DESTROY:
+            return False  # users must learn that the file is gone
+        held = self.pages.range_cardinality(active.start, active.end)
+        if step is Step.ALLOCATE:
+            return held == active.end - active.start
+        return not held and not self._doomed(active)
+
+    def _doomed(self, active: _Active) -> tuple[tuple[int, int], ...]:
+        """Extents that lie wholly in a range that leaves the file."""
+        if active.kind not in (Kind.RESIZE, Kind.DESTROY):
+            return ()
+        floor = active.size if active.size is not None else 0
+        return tuple(
+            (index, instance)
+            for index, instance in self.instances.items()
+            if extents.extent_range(index)[0] * PAGE_SIZE >= floor
+        )
+
+    def _allocated(self, active: _Active, upto: int | None) -> None:
+        start, end = active.start, active.start if upto is None else upto
+        added = 0
+        if end > start:
+            added = end - start - self.pages.range_cardinality(start, end)
+            self.pages.add_range(start, end)
+            for index, _, _ in extents.split(start, end):
+                if index not in self.instances:
+                    self.instances[index] = self._next_instance
+                    self._next_instance += 1
+        self._budget.used += added - active.reserved
+        active.reserved = 0
+
+    def _freed(self, active: _Active) -> None:
+        gone = self.pages.range_cardinality(active.start, active.end)
+        self.pages.remove_range(active.start, active.end)
+        for index, _ in self._doomed(active):
+            del self.instances[index]
+        if active.kind is Kind.ZERO:
+            active.reserved += gone
+        else:
+            self._budget.used -= gone
+        if active.kind is Kind.DESTROY:
+            self.dead = True
+
+    def _leave(self, active: _Active, done: Done | None) -> list[Effect]:
+        """Remove an operation and let the next ones begin.
+
+        The caller is answered before what queued behind it begins; parked faults come last.
+        """
+        self._active.remove(active)
+        self._budget.used -= active.reserved
+        effects: list[Effect] = []
+        if done is not None:
+            if done.errno == 0 and active.size is not None:
+                self.size = active.size
+            if done.errno == 0 and active.kind is Kind.DESTROY:
+                self.size = 0
+            effects.append(done)
+        effects += self._admit()
+        effects.append(Settled())
+        return effects
+
+    def _admit(self) -> list[Effect]:
+        """Begin every queued operation that nothing ahead of it overlaps, in order."""
+        effects: list[Effect] = []
+        i = 0
+        while i < len(self._waiting):
+            op, request = self._waiting[i]
+            try:
+                blocked = self._must_wait(self._claim(request), self._waiting[:i])
+            except Refused:
+                blocked = False  # _begin answers it
+            if blocked:
+                i += 1
+                continue
+            del self._waiting[i]
+            effects += self._begin(op, request)
+            i = 0
+        return effects
+
+    def _find(self, op: OpId) -> _Active:
+        for active in self._active:
+            if active.op == op:
+                return active
+        raise KeyError(f"no operation {op!r} is under way in this file")

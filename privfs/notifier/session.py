@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One user process as its owner sees it: state, what was sent, what it may know.
+
+:data:`TRANSITIONS` is the life of a session.  A session leaves the wait sets only when it is GONE,
+and it is GONE only when its process is proven dead or it has unregistered everything: the end of
+its socket proves nothing, because a process may run on without it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable
+from typing import Final
+
+
+class State(enum.Enum):
+    """Life of a session."""
+
+    NEW = "new"  #: connected, no HELLO yet
+    OPEN = "open"
+    ZOMBIE = "zombie"  #: socket closed, the process may still map pages
+    KILLED = "killed"  #: SIGKILL sent, exit not yet seen
+    UNPROVEN = "unproven"  #: SIGKILL sent long ago, exit never seen
+    GONE = "gone"
+
+
+class Event(enum.Enum):
+    """What happens to a session."""
+
+    HELLO = "hello"
+    BREAK = "break"  #: end of file, nonsense, overflow
+    BYE = "bye"  #: orderly end, nothing registered
+    CONDEMN = "condemn"  #: did not acknowledge in time
+    GIVE_UP = "give up"
+    EXIT = "exit"  #: the pidfd became readable
+
+
+TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
+    (State.NEW, Event.HELLO): State.OPEN,
+    (State.NEW, Event.BREAK): State.ZOMBIE,
+    (State.NEW, Event.BYE): State.GONE,
+    (State.NEW, Event.EXIT): State.GONE,
+    (State.OPEN, Event.BREAK): State.ZOMBIE,
+    (State.OPEN, Event.BYE): State.GONE,
+    (State.OPEN, Event.CONDEMN): State.KILLED,
+    (State.OPEN, Event.EXIT): State.GONE,
+    (State.ZOMBIE, Event.BREAK): State.ZOMBIE,
+    (State.ZOMBIE, Event.BYE): State.GONE,
+    (State.ZOMBIE, Event.CONDEMN): State.KILLED,
+    (State.ZOMBIE, Event.EXIT): State.GONE,
+    (State.KILLED, Event.BREAK): State.KILLED,
+    (State.KILLED, Event.CONDEMN): State.KILLED,
+    (State.KILLED, Event.GIVE_UP): State.UNPROVEN,
+    (State.KILLED, Event.EXIT): State.GONE,
+    (State.UNPROVEN, Event.BREAK): State.UNPROVEN,
+    (State.UNPROVEN, Event.CONDEMN): State.UNPROVEN,
+    (State.UNPROVEN, Event.GIVE_UP): State.UNPROVEN,
+    (State.UNPROVEN, Event.EXIT): State.GONE,
+}
+
+
+class IllegalEvent(Exception):
+    """An event that cannot happen in this state; the session is unchanged."""
+
+
+class Session:
+    """A user process.
+
+    ``files`` maps the inodes it is registered on to whether stores are granted; ``sent`` maps
+    every seq that is not yet acknowledged to its invalidation, or to None once an UNREGISTER has
+    crossed it; ``known`` holds the (inode, extent instance) pairs whose memfd it was given.
+    """
+
+    __slots__ = ("files", "known", "label", "next_seq", "pid", "sent", "sid", "state")
+
+    def __init__(self, sid: int, pid: int) -> None:
+        self.sid = sid
+        self.pid = pid
+        self.label = ""
+        self.state = State.NEW
+        self.next_seq = 1
+        self.files: dict[int, bool] = {}
+        self.sent: dict[int, tuple[int, Hashable] | None] = {}
+        self.known: set[tuple[int, int]] = set()
+
+    @property
+    def name(self) -> str:
+        """Return what USERS columns and logs call it: ``label(pid)``."""
+        return f"{self.label or 'user'}({self.pid})"
+
+    @property
+    def talks(self) -> bool:
+        """True while records may be exchanged."""
+        return self.state is State.OPEN
+
+    def feed(self, event: Event) -> None:
+        """Take one transition, or raise :class:`IllegalEvent` and stay."""
+        try:
+            self.state = TRANSITIONS[self.state, event]
+        except KeyError:
+            raise IllegalEvent(
+                f"session {self.sid} {self.name}: {event.value!r} in state {self.state.value!r}"
+            ) from None
+
+    def key(self) -> Hashable:
+        """Return the state as a hashable value."""
+        return (
+            self.sid, self.state.value, self.next_seq, tuple(self.files.items()),
+            tuple(self.sent.items()), tuple(sorted(self.known)),
+        )  # fmt: skip
+
+    def copy(self) -> Session:
+        """Return an independent copy."""
+        twin = Session.__new__(Session)
+        twin.sid, twin.pid, twin.label, twin.state = self.sid, self.pid, self.label, self.state
+        twin.next_seq = self.next_seq
+        twin.files = self.files.copy()
+        twin.sent = self.sent.copy()
+        twin.known = self.known.copy()
+        return twin

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What each operation answers, as data: one table a personality, a source a row.
+
+Nothing here has state.  :mod:`privfs.memfile` looks a request up with :func:`fallocate_rule`
+and :func:`resize_rule`, which raise :class:`Refused` and change nothing; the FUSE adapter asks
+:data:`METADATA` the same way.  All offsets and lengths are bytes.
+
+Sources: *gmem* is ``virt/kvm/guest_memfd.c`` measured on Linux 6.18; *vfs* is ``vfs_fallocate()``
+in ``fs/open.c``; *ours* marks the choices of the resizable personality, which has no counterpart
+in a kernel and follows shmem (``mm/shmem.c``) wherever shmem has an answer.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+from dataclasses import dataclass
+from typing import Final
+
+PAGE_SIZE: Final = 4096
+#: 32-bit page numbers: 16 TiB, the largest file (``EFBIG`` beyond).
+MAX_BYTES: Final = PAGE_SIZE << 32
+
+FALLOC_FL_KEEP_SIZE: Final = 0x01
+FALLOC_FL_PUNCH_HOLE: Final = 0x02
+FALLOC_FL_ZERO_RANGE: Final = 0x10
+
+
+class Refused(Exception):
+    """A request that the personality refuses; nothing has changed.
+
+    ``errno`` goes to the caller; ``str()`` names operation, range, file size and reason.
+    """
+
+    def __init__(self, code: int, what: str) -> None:
+        self.errno = code
+        super().__init__(f"{errno.errorcode.get(code, code)}: {what}")
+
+
+class Action(enum.Enum):
+    """What an accepted ``fallocate`` does to the pages of its range."""
+
+    ALLOCATE = "allocate"
+    PUNCH = "punch"
+    ZERO = "zero"
+
+
+class BeyondEof(enum.Enum):
+    """What happens when the range ends past the end of the file."""
+
+    GROW = "the file grows to the end of the range"
+    REFUSE = "EINVAL"
+    CLIP = "only pages inside the file are touched"
+
+
+@dataclass(frozen=True, slots=True)
+class FallocateRow:
+    """One supported mode of ``fallocate(2)``."""
+
+    action: Action
+    aligned: bool
+    beyond_eof: BeyondEof
+    source: str
+
+
+class Resizing(enum.Enum):
+    """When the size may be set."""
+
+    FREELY = "up and down at will"
+    ONCE = "once, from zero"
+
+
+@dataclass(frozen=True, slots=True)
+class Personality:
+    """Every answer of one kind of file."""
+
+    name: str
+    resizing: Resizing
+    resize_errno: int  #: where ``resizing`` refuses
+    fallocate: dict[int, FallocateRow]
+    metadata: dict[str, int]  #: operation → errno, 0 for allowed
+    pinned_by_users: bool  #: an unlinked file lives on while a user is registered
+    source: str
+
+
+_KEEP = FALLOC_FL_KEEP_SIZE
+_PUNCH = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+_ZERO = FALLOC_FL_ZERO_RANGE
+
+RESIZABLE: Final = Personality(
+    name="resizable",
+    resizing=Resizing.FREELY,
+    resize_errno=errno.EINVAL,
+    fallocate={
+        0: FallocateRow(Action.ALLOCATE, False, BeyondEof.GROW, "shmem_fallocate"),
+        _KEEP: FallocateRow(Action.ALLOCATE, False, BeyondEof.REFUSE, "ours: nothing past EOF"),
+        _PUNCH: FallocateRow(Action.PUNCH, True, BeyondEof.CLIP, "gmem punch_hole"),
+        _ZERO: FallocateRow(Action.ZERO, True, BeyondEof.GROW, "ours: punch, then allocate"),
+        _ZERO | _KEEP: FallocateRow(Action.ZERO, True, BeyondEof.REFUSE, "ours"),
+    },
+    metadata={"chmod": 0, "chown": 0, "utimens": 0, "fsync": 0, "lseek": 0},
+    pinned_by_users=True,
+    source="ours; sizes are whole pages, everything else as shmem",
+)
+
+GUEST_MEMFD: Final = Personality(
+    name="guest_memfd",
+    resizing=Resizing.ONCE,
+    resize_errno=errno.EINVAL,
+    fallocate={
+        _KEEP: FallocateRow(Action.ALLOCATE, True, BeyondEof.REFUSE, "kvm_gmem_allocate"),
+        _PUNCH: FallocateRow(Action.PUNCH, True, BeyondEof.CLIP, "kvm_gmem_punch_hole"),
+    },
+    metadata={
+        "chmod": errno.EINVAL,  # kvm_gmem_setattr answers EINVAL to everything
+        "chown": errno.EINVAL,
+        "utimens": errno.EINVAL,
+        "fsync": errno.EINVAL,  # no ->fsync: vfs_fsync_range
+        "lseek": errno.ESPIPE,  # no ->llseek: vfs_llseek
+    },
+    pinned_by_users=False,
+    source="KVM_CREATE_GUEST_MEMFD, Linux 6.18; the size is given by the first truncate",
+)
+
+PERSONALITIES: Final = {p.name: p for p in (RESIZABLE, GUEST_MEMFD)}
+
+
+def fallocate_rule(
+    who: Personality, mode: int, offset: int, length: int, size: int
+) -> FallocateRow:
+    """Look up one ``fallocate``; return its row or raise :class:`Refused`.
+
+    The order of the checks is the kernel's: vfs first (negative or empty range, then
+    overflow), then the mode, then alignment, then the end of the file.
+    """
+    what = f"fallocate(mode={mode:#x}, offset={offset}, length={length}) on {size} bytes"
+    if offset < 0 or length <= 0:
+        raise Refused(errno.EINVAL, f"{what}: offset must be >= 0 and length > 0")
+    row = who.fallocate.get(mode)
+    if row is None:
+        raise Refused(errno.EOPNOTSUPP, f"{what}: {who.name} files do not support this mode")
+    end = offset + length
+    if end > MAX_BYTES and row.beyond_eof is not BeyondEof.CLIP:
+        raise Refused(errno.EFBIG, f"{what}: the largest file is {MAX_BYTES} bytes")
+    if row.aligned and (offset % PAGE_SIZE or length % PAGE_SIZE):
+        raise Refused(errno.EINVAL, f"{what}: offset and length must be multiples of {PAGE_SIZE}")
+    if end > size and row.beyond_eof is BeyondEof.REFUSE:
+        raise Refused(errno.EINVAL, f"{what}: the range ends past the end of the file")
+    if end > size and row.beyond_eof is BeyondEof.GROW and end % PAGE_SIZE:
+        raise Refused(errno.EINVAL, f"{what}: the new size would not be a multiple of {PAGE_SIZE}")
+    return row
+
+
+def resize_rule(who: Personality, new_size: int, size: int) -> None:
+    """Raise :class:`Refused` unless the file may change from ``size`` to ``new_size`` bytes."""
+    what = f"truncate to {new_size} of a file of {size} bytes"
+    if who.resizing is Resizing.ONCE and size:
+        raise Refused(who.resize_errno, f"{what}: the size of a {who.name} file is set once")
+    if new_size < 0 or new_size % PAGE_SIZE:
+        raise Refused(errno.EINVAL, f"{what}: the size must be a multiple of {PAGE_SIZE}")
+    if new_size > MAX_BYTES:
+        raise Refused(errno.EFBIG, f"{what}: the largest file is {MAX_BYTES} bytes")
+
+
+def metadata_rule(who: Personality, operation: str) -> None:
+    """Raise :class:`Refused` unless ``operation``, a key of ``metadata``, is allowed."""
+    code = who.metadata[operation]
+    if code:
+        raise Refused(code, f"{operation}: not supported by {who.name} files ({who.source})")
