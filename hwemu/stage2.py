@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The second-stage (nested) page table, in the format the engine's C walker reads.
+
+Four levels of 512 eight-byte entries, x86-64 long-mode format (AMD APM vol. 2, 15.25 "Nested
+Paging" and 5.3). The tables live in a pool that the caller gives and that every engine of the
+VM maps at ``pool_hpa``; the same bytes are read by the engine (C), by the scalar walker here
+(memoryview) and by the range operations (numpy).
+
+Rules that come from the engine:
+
+* non-leaf entries carry the accessed bit from birth, or the engine writes it behind our back;
+* no entry ever has NX: the engine reads through a null pointer when such a page serves as a
+  guest page table. ``executable=False`` is kept in an available bit, for models to read;
+* host-physical addresses stay below 2**40, above that every walk is a reserved-bit fault.
+
+Nothing here locks: one writer at a time, engines may walk at any moment. A table that became
+empty is *parked*: an engine may still be reading it, so only the same place in the tree may have
+it back until `Stage2.reclaim` is called after a drained flush.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hwemu.npt import (
+    ACCESSED,
+    ADDRESS_BITS,
+    ADDRESS_MASK,
+    DIRTY,
+    ENTRIES,
+    LARGE,
+    NON_LEAF,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    PRESENT,
+    ROOT_LEVEL,
+    SOFT_NO_EXEC,
+    USER,
+    WRITABLE,
+    Stage2Error,
+    Translation,
+    WalkError,
+    WalkReason,
+    walk,
+)
+
+__all__ = [
+    "PAGE_SHIFT",
+    "PAGE_SIZE",
+    "PoolFullError",
+    "RangeError",
+    "Stage2",
+    "Stage2Error",
+    "Stage2Statistics",
+    "Translation",
+    "WalkError",
+    "WalkReason",
+]
+
+_LEAF = PRESENT | USER | ACCESSED | DIRTY
+_GFN_LIMIT = 1 << (ADDRESS_BITS - PAGE_SHIFT)
+
+
+class RangeError(Stage2Error, ValueError):
+    """A range is misaligned, empty or leaves the address space; nothing was changed."""
+
+
+class PoolFullError(Stage2Error, MemoryError):
+    """The pool has no free table; pages before the failing one stay mapped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage2Statistics:
+    """Tables in the pool by state, pages by what maps them (in 4 KiB units)."""
+
+    tables: int
+    parked_tables: int
+    free_tables: int
+    mapped_pages: int
+    large_leaves: int
+
+
+class Stage2:
+    """A nested page table in ``pool`` (writable buffer, whole pages), which begins at ``pool_hpa``.
+
+    The root is the first page of the pool.
+    """
+
+    def __init__(self, pool: object, pool_hpa: int) -> None:
+        raw = memoryview(pool)  # type: ignore[arg-type]
+        if raw.readonly or raw.nbytes < 2 * PAGE_SIZE or raw.nbytes % PAGE_SIZE:
+            raise RangeError(
+                f"stage-2 pool of {raw.nbytes} bytes: need a writable buffer of whole 4096-byte "
+                "pages, at least two"
+            )
+        if pool_hpa % PAGE_SIZE or pool_hpa < 0 or pool_hpa + raw.nbytes > 1 << ADDRESS_BITS:
+            raise RangeError(
+                f"stage-2 pool at hpa {pool_hpa:#x}: must be page-aligned and end below 2**40"
+            )
+        self._words = raw.cast("B").cast("Q")
+        self._rows: npt.NDArray[np.uint64] = np.frombuffer(raw, dtype=np.uint64).reshape(
+            -1, ENTRIES
+        )
+        self._pool_hpa = pool_hpa
+        self._ntables = len(self._rows)
+        self._rows[0] = 0
+        self._fresh = 1
+        self._free: list[int] = []
+        # (level of the table, gfn prefix) -> table: where a parked table may be used again at once
+        self._parked: dict[tuple[int, int], int] = {}
+        self._live = [0] * self._ntables
+        self._leaf_tables: dict[int, int] = {}
+        self._pages = 0
+        self._large = 0
+
+    @property
+    def root_hpa(self) -> int:
+        """Host-physical address of the root table: the nested CR3."""
+        return self._pool_hpa
+
+    # -- tables ---------------------------------------------------------------------------------
+
+    def _take_table(self, level: int, prefix: int) -> int:
+        table = self._parked.pop((level, prefix), None)
+        if table is not None:
+            return table
+        if self._free:
+            table = self._free.pop()
+        elif self._fresh < self._ntables:
+            table = self._fresh
+            self._fresh += 1
+        else:
+            raise PoolFullError(
+                f"stage-2 pool of {self._ntables} tables is full ({len(self._parked)} parked): "
+                "call reclaim() after a drained flush, or give a larger pool"
+            )
+        self._rows[table] = 0
+        return table
+
+    def _entry_of(self, table: int) -> int:
+        return (self._pool_hpa + table * PAGE_SIZE) | NON_LEAF
+
+    def _table_of(self, entry: int) -> int:
+        return ((entry & ADDRESS_MASK) - self._pool_hpa) >> PAGE_SHIFT
+
+    def _park(self, level: int, prefix: int, table: int) -> None:
+        self._live[table] = 0
+        self._parked[level, prefix] = table
+        if level == 1:
+            self._leaf_tables.pop(prefix, None)
+
+    def _split(self, parent_word: int, gfn: int) -> int:
+        """Replace a 2 MiB leaf by a table of 512 equal 4 KiB leaves; return the table."""
+        entry = self._words[parent_word]
+        table = self._take_table(1, gfn >> 9)
+        base = entry & ADDRESS_MASK & ~0x1F_F000
+        flags = entry & 0xFFF & ~LARGE
+        self._rows[table] = np.arange(ENTRIES, dtype=np.uint64) * np.uint64(PAGE_SIZE) + np.uint64(
+            base | flags
+        )
+        self._live[table] = ENTRIES
+        self._words[parent_word] = self._entry_of(table)
+        self._leaf_tables[gfn >> 9] = table
+        self._large -= 1
+        return table
+
+    def _descend(self, gfn: int, level: int) -> int:
+        """Table of ``level`` (1 or 2) that holds ``gfn``, made if missing."""
+        table = 0
+        for upper in range(ROOT_LEVEL, level, -1):
+            shift = 9 * (upper - 1)
+            word = table * ENTRIES + ((gfn >> shift) & 511)
+            entry = self._words[word]
+            if not entry & PRESENT:
+                below = self._take_table(upper - 1, gfn >> shift)
+                self._words[word] = self._entry_of(below)
+                self._live[table] += 1
+                table = below
+            elif entry & LARGE:
+                table = self._split(word, gfn)
+            else:
+                table = self._table_of(entry)
+        if level == 1:
+            self._leaf_tables[gfn >> 9] = table
+        return table
+
+    # -- operations -----------------------------------------------------------------------------
+
+    def _check(self, operation: str, gpa: int, npages: int) -> int:
+        gfn = gpa >> PAGE_SHIFT
+        if gpa % PAGE_SIZE or gpa < 0 or npages < 0 or gfn + npages > _GFN_LIMIT:
+            raise RangeError(
+                f"stage-2 {operation} of {npages} pages at gpa {gpa:#x}: must be page-aligned and "
+                "end at or below 2**40"
+            )
+        return gfn
+
+    def map(
+        self,
+        gpa: int,
+        hpa: int,
+        npages: int,
+        *,
+        writable: bool = True,
+        executable: bool = True,
+        level: int = 1,
+    ) -> None:
+        """Map ``npages`` 4 KiB pages at ``gpa`` to ``hpa``, replacing what was there.
+
+        ``level=2`` makes 2 MiB leaves: both addresses and the length must be multiples of 2 MiB.
+        Raises `RangeError` (nothing changed) or `PoolFullError` (a prefix may be mapped).
+        Replacing a present leaf needs a flush afterwards, as on hardware.
+        """
+        gfn = self._check("map", gpa, npages)
+        if hpa % PAGE_SIZE or hpa < 0 or hpa + npages * PAGE_SIZE > 1 << ADDRESS_BITS:
+            raise RangeError(
+                f"stage-2 map of gpa {gpa:#x} to hpa {hpa:#x}, {npages} pages: the host range must "
+                "be page-aligned and end at or below 2**40"
+            )
+        flags = _LEAF | (WRITABLE if writable else 0) | (0 if executable else SOFT_NO_EXEC)
+        if level == 2:
+            self._map_large(gfn, hpa, npages, flags)
+            return
+        if level != 1:
+            raise RangeError(f"stage-2 map at level {level}: only 1 (4 KiB) and 2 (2 MiB) exist")
+        if npages == 1:
+            table = self._leaf_tables.get(gfn >> 9)
+            if table is None:
+                table = self._descend(gfn, 1)
+            word = table * ENTRIES + (gfn & 511)
+            if not self._words[word] & PRESENT:
+                self._live[table] += 1
+                self._pages += 1
+            self._words[word] = hpa | flags
+            return
+        end = gfn + npages
+        while gfn < end:
+            first = gfn & 511
+            count = min(end - gfn, ENTRIES - first)
+            table = self._descend(gfn, 1)
+            row = self._rows[table, first : first + count]
+            fresh = count - int(np.count_nonzero(row & np.uint64(PRESENT)))
+            row[:] = np.arange(count, dtype=np.uint64) * np.uint64(PAGE_SIZE) + np.uint64(
+                hpa | flags
+            )
+            self._live[table] += fresh
+            self._pages += fresh
+            gfn += count
+            hpa += count * PAGE_SIZE
+
+    def _map_large(self, gfn: int, hpa: int, npages: int, flags: int) -> None:
+        if gfn % ENTRIES or npages % ENTRIES or hpa % (ENTRIES * PAGE_SIZE):
+            raise RangeError(
+                f"stage-2 map of 2 MiB leaves at gpa {gfn << PAGE_SHIFT:#x} to hpa {hpa:#x}, "
+                f"{npages} pages: all three must be multiples of 2 MiB"
+            )
+        for at in range(gfn, gfn + npages, ENTRIES):
+            table = self._descend(at, 2)
+            word = table * ENTRIES + ((at >> 9) & 511)
+            old = self._words[word]
+            self._words[word] = hpa | flags | LARGE
+            if not old & PRESENT:
+                self._live[table] += 1
+                self._pages += ENTRIES
+                self._large += 1
+            elif not old & LARGE:
+                below = self._table_of(old)
+                self._pages += ENTRIES - self._live[below]
+                self._rows[below] = 0
+                self._park(1, at >> 9, below)
+                self._large += 1
+            hpa += ENTRIES * PAGE_SIZE
+
+    def zap(self, gpa: int, npages: int) -> int:
+        """Remove ``npages`` pages at ``gpa``; the number of 4 KiB pages that had been mapped.
+
+        The cost follows what is mapped, not the width of the range. A 2 MiB leaf that is only
+        partly covered is split first (needs one table from the pool).
+        """
+        gfn = self._check("zap", gpa, npages)
+        if npages == 1:
+            table = self._leaf_tables.get(gfn >> 9)
+            if table is not None and self._live[table] > 1:
+                word = table * ENTRIES + (gfn & 511)
+                if not self._words[word] & PRESENT:
+                    return 0
+                self._words[word] = 0
+                self._live[table] -= 1
+                self._pages -= 1
+                return 1
+        return self._zap(0, ROOT_LEVEL, 0, gfn, gfn + npages) if npages else 0
+
+    def _zap(self, table: int, level: int, base: int, start: int, end: int) -> int:
+        """Zap [start, end) below ``table``, whose first entry maps gfn ``base``."""
+        row = self._rows[table]
+        shift = 9 * (level - 1)
+        first = max(start - base, 0) >> shift
+        last = min((end - base + (1 << shift) - 1) >> shift, ENTRIES)
+        present = np.flatnonzero(row[first:last] & np.uint64(PRESENT)) + first
+        if level == 1:
+            row[present] = 0
+            self._live[table] -= len(present)
+            self._pages -= len(present)
+            return len(present)
+        zapped = 0
+        for index in present.tolist():
+            word = table * ENTRIES + index
+            entry = self._words[word]
+            span = base + (index << shift)
+            if entry & LARGE:
+                if start <= span and end >= span + (1 << shift):
+                    self._words[word] = 0
+                    self._live[table] -= 1
+                    self._large -= 1
+                    self._pages -= 1 << shift
+                    zapped += 1 << shift
+                    continue
+                below = self._split(word, span)
+            else:
+                below = self._table_of(entry)
+            zapped += self._zap(below, level - 1, span, start, end)
+            if self._live[below] == 0:
+                self._words[word] = 0
+                self._live[table] -= 1
+                self._park(level - 1, span >> shift, below)
+        return zapped
+
+    def reclaim(self) -> int:
+        """Give parked tables back to the pool; how many.
+
+        Only after every engine that was running when they were parked has flushed or left guest
+        code: until then one may be in the middle of a walk through them.
+        """
+        tables = list(self._parked.values())
+        self._parked.clear()
+        self._free.extend(tables)
+        return len(tables)
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def walk(self, gpa: int, *, write: bool = False) -> Translation:
+        """Translate ``gpa`` as the hardware does; raises `WalkError`.
+
+        Nested accesses are user accesses (APM vol. 2, 15.25.5): every entry on the path must have
+        U/S set. With ``write``, every entry must also be writable.
+        """
+        return walk(self._words, self._pool_hpa, 0, gpa, write)
+
+    def mapped(self, gpa: int, npages: int) -> Iterator[tuple[int, int, int]]:
+        """Runs (gpa, hpa, npages) mapped in the range, in order; neighbours are coalesced."""
+        gfn = self._check("mapped", gpa, npages)
+        pending: tuple[int, int, int] | None = None
+        for at, hpa, count in self._runs(0, ROOT_LEVEL, 0, gfn, gfn + npages):
+            if (
+                pending
+                and pending[0] + pending[2] == at
+                and (pending[1] + pending[2] * PAGE_SIZE == hpa)
+            ):
+                pending = (pending[0], pending[1], pending[2] + count)
+                continue
+            if pending:
+                yield pending[0] << PAGE_SHIFT, pending[1], pending[2]
+            pending = (at, hpa, count)
+        if pending:
+            yield pending[0] << PAGE_SHIFT, pending[1], pending[2]
+
+    def _runs(
+        self, table: int, level: int, base: int, start: int, end: int
+    ) -> Iterator[tuple[int, int, int]]:
+        row = self._rows[table]
+        shift = 9 * (level - 1)
+        first = max(start - base, 0) >> shift
+        last = min((end - base + (1 << shift) - 1) >> shift, ENTRIES)
+        present = np.flatnonzero(row[first:last] & np.uint64(PRESENT)) + first
+        if level == 1:
+            if len(present) == 0:
+                return
+            hpas = row[present] & np.uint64(ADDRESS_MASK)
+            breaks = np.flatnonzero(
+                (np.diff(present) != 1) | (np.diff(hpas) != np.uint64(PAGE_SIZE))
+            )
+            edges = [0, *(breaks + 1).tolist(), len(present)]
+            for left, right in itertools.pairwise(edges):
+                yield base + int(present[left]), int(hpas[left]), right - left
+            return
+        for index in present.tolist():
+            entry = self._words[table * ENTRIES + index]
+            span = base + (index << shift)
+            if not entry & LARGE:
+                yield from self._runs(self._table_of(entry), level - 1, span, start, end)
+                continue
+            lower, upper = max(start, span), min(end, span + (1 << shift))
+            hpa = entry & ADDRESS_MASK & ~((1 << (shift + PAGE_SHIFT)) - 1)
+            yield lower, hpa + (lower - span) * PAGE_SIZE, upper - lower
+
+    def statistics(self) -> Stage2Statistics:
+        """Counts of tables and pages now."""
+        used = self._fresh - len(self._free) - len(self._parked)
+        return Stage2Statistics(
+            tables=used,
+            parked_tables=len(self._parked),
+            free_tables=self._ntables - used - len(self._parked),
+            mapped_pages=self._pages,
+            large_leaves=self._large,
+        )
