@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import errno
 import stat
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -126,18 +125,19 @@ class Names:
         """The cookie of the newest entry there ever was, or 2."""
         return self._next - 1
 
-    def after(self, cookie: int) -> Iterator[tuple[int, bytes, int]]:
-        """Yield (cookie, name, ino) behind a cookie. The iterator ends at the next change."""
-        position = bisect_right(self._order, cookie, key=lambda entry: entry[0])
-        for place, name in self._order[position:]:
-            yield place, name, self._entries[name]
+    def after(self, cookie: int, count: int) -> list[tuple[int, bytes, int]]:
+        """Return up to *count* (cookie, name, ino) behind a cookie, in order."""
+        position = bisect_left(self._order, (cookie + 1, b""))
+        found = self._order[position : position + count]
+        return [(place, name, self._entries[name]) for place, name in found]
 
 
 @dataclass(slots=True)
 class Inode:
     """One inode of the tree, with the two counts that keep it alive when it has no name.
 
-    lookups counts what the kernel knows it by (until FORGET), opens its open handles.
+    lookups counts what the kernel knows it by (until FORGET), opens its open handles. A reserved
+    inode is the mount's own: ordinary users can read it but neither move nor remove it.
     """
 
     ino: int
@@ -150,16 +150,14 @@ class Inode:
     mtime_ns: int
     ctime_ns: int
     reserved: bool = False
-    parent: int = 0  # directories: the inode of ".."
-    names: Names = field(default_factory=Names)  # directories only
     target: bytes = b""  # symlinks only
     lookups: int = 0
     opens: int = 0
 
     @property
-    def is_directory(self) -> bool:
-        """Whether it can hold names."""
-        return self.kind is Kind.DIRECTORY
+    def size(self) -> int:
+        """As tmpfs has it; 0 for a file, whose size its memory knows."""
+        return len(self.target)
 
     @property
     def is_dead(self) -> bool:
@@ -168,9 +166,6 @@ class Inode:
 
     def attributes(self) -> Attributes:
         """Return what stat(2) says of it."""
-        size = len(self.target)
-        if self.is_directory:
-            size = _DIRENT_SIZE * (2 + len(self.names))
         return Attributes(
             self.ino,
             self.kind,
@@ -178,8 +173,21 @@ class Inode:
             self.uid,
             self.gid,
             self.nlink,
-            size,
+            self.size,
             self.atime_ns,
             self.mtime_ns,
             self.ctime_ns,
         )
+
+
+@dataclass(slots=True)
+class Directory(Inode):
+    """An inode that holds names; nlink is 2 and one for each directory in it, 0 once removed."""
+
+    parent: int = 0
+    names: Names = field(default_factory=Names)
+
+    @property
+    def size(self) -> int:
+        """What tmpfs would call its size."""
+        return _DIRENT_SIZE * (2 + len(self.names))
