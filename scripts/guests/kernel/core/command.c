@@ -1,0 +1,430 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/* The commands: a line of words in, one line `ok …` or `error …` out. */
+#include "kernel.h"
+#include "serial.h"
+#include "string.h"
+
+#define MAX_WORDS 6
+#define WATCH_POLL 65536 /* reads between two looks at the console */
+
+struct words {
+	u32 count;
+	char *at[MAX_WORDS];
+};
+
+static bool_t number(const char *text, u64 *out)
+{
+	u64 base = 10, v = 0;
+
+	if (text[0] == '0' && (text[1] == 'x' || text[1] == 'X')) {
+		base = 16;
+		text += 2;
+	}
+	if (!*text)
+		return 0;
+	for (; *text; text++) {
+		u64 digit = *text >= '0' && *text <= '9'   ? (u64)(*text - '0')
+			    : *text >= 'a' && *text <= 'f' ? (u64)(*text - 'a' + 10)
+			    : *text >= 'A' && *text <= 'F' ? (u64)(*text - 'A' + 10)
+							   : 16;
+
+		if (digit >= base || v > (~0UL - digit) / base)
+			return 0;
+		v = v * base + digit;
+	}
+	*out = v;
+	return 1;
+}
+
+static bool_t argument(const struct words *w, u32 i, const char *name, u64 *out)
+{
+	if (i < w->count && number(w->at[i], out))
+		return 1;
+	say("error %s: %s must be a number (decimal or 0x…), see help", w->at[0], name);
+	return 0;
+}
+
+static bool_t side_argument(const struct words *w, u32 i, u64 gpa, enum side *side)
+{
+	*side = gpa < params.low_size ? SIDE_SHARED : SIDE_PRIVATE;
+	if (i >= w->count)
+		return 1;
+	if (streq(w->at[i], "private") || streq(w->at[i], "shared")) {
+		*side = w->at[i][0] == 's' ? SIDE_SHARED : SIDE_PRIVATE;
+		return 1;
+	}
+	say("error %s: side must be private or shared, not %s", w->at[0], w->at[i]);
+	return 0;
+}
+
+static bool_t vcpu_argument(const struct words *w, u32 i, u64 *vcpu)
+{
+	if (!argument(w, i, "VCPU", vcpu))
+		return 0;
+	if (*vcpu < params.vcpus)
+		return 1;
+	say("error %s: no vcpu %u, there are %u", w->at[0], *vcpu, (u64)params.vcpus);
+	return 0;
+}
+
+static bool_t range_arguments(const struct words *w, u32 i, u64 *gpa, u64 *npages, bool_t keep)
+{
+	const char *why;
+
+	if (!argument(w, i, "GPA", gpa) || !argument(w, i + 1, "NPAGES", npages))
+		return 0;
+	why = range_error(*gpa, *npages, keep);
+	if (why)
+		say("error %s: range %x, %u pages: %s", w->at[0], *gpa, *npages, why);
+	return !why;
+}
+
+static bool_t word_arguments(const struct words *w, u64 *gpa)
+{
+	if (!argument(w, 1, "GPA", gpa))
+		return 0;
+	if (!(*gpa & 7) && *gpa < 1UL << 39)
+		return 1;
+	say("error %s: gpa %x must be a multiple of 8 below 2^39", w->at[0], *gpa);
+	return 0;
+}
+
+static void trapped(const struct words *w, u64 gpa, enum side side)
+{
+	struct guard *g = &cpus[0].guard;
+
+	say("error %s: gpa %x (%s): %s, error %x, address %x, rip %x", w->at[0], gpa,
+	    side_name(side), trap_name(g->vector), g->error, g->cr2, g->rip);
+}
+
+static void do_info(struct words *w)
+{
+	u64 private = 0, shared = 0;
+
+	(void)w;
+	for (u32 i = 0; i < params.ram_count; i++)
+		if (params.ram[i].flags & RAM_PRIVATE_CAPABLE)
+			private += params.ram[i].size;
+		else
+			shared += params.ram[i].size;
+	say("ok info vcpus=%u private_capable=%u shared_only=%u low_size=%x kernel=%x free=%x "
+	    "shared_bit=%u log=%x window=%x window_pages=%u",
+	    (u64)params.vcpus, private, shared, params.low_size, layout.kernel_gpa, layout.free_gpa,
+	    (u64)params.shared_bit, params.log_gpa, stamp_head()->window_gfn << PAGE_SHIFT,
+	    stamp_head()->window_pages);
+}
+
+static void begin_work(const struct words *w, u64 vcpu, enum mode mode)
+{
+	if (!work_start((u32)vcpu, mode))
+		say("error %s: vcpu %u is busy or dead; stop it first", w->at[0], vcpu);
+	else
+		say("ok %s vcpu=%u gpa=%x pages=%u", w->at[0], vcpu, cpus[vcpu].work.gpa,
+		    cpus[vcpu].work.npages);
+}
+
+static void do_spin(struct words *w)
+{
+	static const char *const names[] = { "random", "seq", "read", "write" };
+	u64 vcpu, gpa, npages;
+	u32 pattern = PATTERN_RANDOM;
+
+	if (!vcpu_argument(w, 1, &vcpu) || !range_arguments(w, 2, &gpa, &npages, 1))
+		return;
+	if (w->count > 4) {
+		while (pattern < ARRAY_LEN(names) && !streq(names[pattern], w->at[4]))
+			pattern++;
+		if (pattern == ARRAY_LEN(names)) {
+			say("error spin: no pattern %s; random, seq, read, write", w->at[4]);
+			return;
+		}
+	}
+	if (cpus[vcpu].mode == MODE_IDLE)
+		cpus[vcpu].work = (struct work){ .gpa = gpa, .npages = npages, .pattern = pattern,
+						 .random = 0x9e3779b97f4a7c15UL + vcpu };
+	begin_work(w, vcpu, MODE_SPIN);
+}
+
+static void do_stamp(struct words *w)
+{
+	u64 vcpu, gpa, npages, seed;
+
+	if (!vcpu_argument(w, 1, &vcpu) || !range_arguments(w, 2, &gpa, &npages, 1) ||
+	    !argument(w, 4, "SEED", &seed))
+		return;
+	if (!stamp_covers(gpa, npages)) {
+		say("error stamp: range %x, %u pages is outside the window at %x; see window", gpa,
+		    npages, stamp_head()->window_gfn << PAGE_SHIFT);
+		return;
+	}
+	if (cpus[vcpu].mode == MODE_IDLE) {
+		if (!any_mode(MODE_STAMP))
+			stamp_forget(gpa, npages);
+		cpus[vcpu].work = (struct work){
+			.gpa = gpa,
+			.npages = npages,
+			.generation = cpus[vcpu].work.generation,
+			.random = (seed + 1) * 0x9e3779b97f4a7c15UL | 1,
+		};
+	}
+	begin_work(w, vcpu, MODE_STAMP);
+}
+
+static void do_window(struct words *w)
+{
+	u64 gpa;
+
+	if (!argument(w, 1, "GPA", &gpa))
+		return;
+	if (gpa & (PAGE_SIZE - 1) || gpa >= 1UL << 39)
+		say("error window: gpa %x must be a multiple of 4096 below 2^39", gpa);
+	else if (!stamp_window(gpa))
+		say("error window: a vcpu is stamping; stop it first");
+	else
+		say("ok window gpa=%x pages=%u", gpa, (u64)STAMP_WINDOW);
+}
+
+static void do_stop(struct words *w)
+{
+	u64 vcpu, first = 0, last = params.vcpus - 1;
+
+	if (w->count > 1) {
+		if (!vcpu_argument(w, 1, &vcpu))
+			return;
+		first = last = vcpu;
+	}
+	for (vcpu = first; vcpu <= last; vcpu++)
+		if (!work_stop((u32)vcpu)) {
+			say("error stop: vcpu %u does not answer or is dead", vcpu);
+			return;
+		}
+	say("ok stop");
+}
+
+static void do_stat(struct words *w)
+{
+	static const char *const modes[] = { "idle", "spin", "stamp", "call", "dead" };
+	u64 first = 0, last = params.vcpus - 1, vcpu;
+
+	if (w->count > 1) {
+		if (!vcpu_argument(w, 1, &vcpu))
+			return;
+		first = last = vcpu;
+	}
+	print("ok stat vcpus=%u", last - first + 1);
+	for (vcpu = first; vcpu <= last; vcpu++) {
+		volatile struct stamp_vcpu *s = stamp_stats((u32)vcpu);
+
+		print(" v%u.mode=%s v%u.loops=%u v%u.reads=%u v%u.writes=%u v%u.zeros=%u", vcpu,
+		      modes[cpus[vcpu].mode], vcpu, s->loops, vcpu, s->reads, vcpu, s->writes,
+		      vcpu, s->zeros);
+		print(" v%u.punched=%u v%u.decisive=%u v%u.stale=%u v%u.lost=%u v%u.mismatches=%u",
+		      vcpu, s->punched, vcpu, s->decisive, vcpu, s->stale, vcpu, s->lost, vcpu,
+		      s->mismatches);
+	}
+	say("");
+}
+
+static void do_peek(struct words *w)
+{
+	enum side side;
+	u64 gpa, value;
+
+	if (!word_arguments(w, &gpa) || !side_argument(w, 2, gpa, &side))
+		return;
+	if (memory_peek(gpa, side, &value))
+		say("ok peek gpa=%x side=%s value=%x", gpa, side_name(side), value);
+	else
+		trapped(w, gpa, side);
+}
+
+static void do_poke(struct words *w)
+{
+	enum side side;
+	u64 gpa, value;
+
+	if (!word_arguments(w, &gpa) || !argument(w, 2, "VALUE", &value) ||
+	    !side_argument(w, 3, gpa, &side))
+		return;
+	if (memory_poke(gpa, side, value))
+		say("ok poke gpa=%x side=%s value=%x", gpa, side_name(side), value);
+	else
+		trapped(w, gpa, side);
+}
+
+static void do_fill(struct words *w)
+{
+	u64 gpa, npages, value;
+
+	if (!range_arguments(w, 1, &gpa, &npages, 1) || !argument(w, 3, "VALUE", &value))
+		return;
+	if (memory_fill(gpa, npages, value))
+		say("ok fill gpa=%x pages=%u", gpa, npages);
+	else
+		trapped(w, gpa, SIDE_PRIVATE);
+}
+
+static void do_sum(struct words *w)
+{
+	u64 gpa, npages, sum;
+
+	if (!range_arguments(w, 1, &gpa, &npages, 0))
+		return;
+	if (memory_sum(gpa, npages, &sum))
+		say("ok sum gpa=%x pages=%u sum=%x", gpa, npages, sum);
+	else
+		trapped(w, gpa, SIDE_PRIVATE);
+}
+
+static void do_convert(struct words *w)
+{
+	u64 gpa, npages;
+	enum side side;
+	long ret;
+
+	if (!argument(w, 1, "GPA", &gpa) || !argument(w, 2, "NPAGES", &npages))
+		return;
+	if (w->count < 4) {
+		say("error convert: say private or shared");
+		return;
+	}
+	if (!side_argument(w, 3, gpa, &side))
+		return;
+	/* Whether the range exists is the VMM's answer; our own feet are ours to protect. */
+	if (gpa < layout.free_gpa && gpa + (npages << PAGE_SHIFT) > layout.kernel_gpa) {
+		say("error convert: range %x, %u pages: the kernel lives there", gpa, npages);
+		return;
+	}
+	ret = memory_convert(gpa, npages, side);
+	if (ret)
+		say("error convert: range %x, %u pages to %s: the VMM answered %d", gpa, npages,
+		    side_name(side), ret);
+	else
+		say("ok convert gpa=%x pages=%u side=%s", gpa, npages, side_name(side));
+}
+
+static void do_watch(struct words *w)
+{
+	u64 gpa, before, now, reads = 0;
+	enum side side;
+
+	if (!word_arguments(w, &gpa) || !side_argument(w, 2, gpa, &side))
+		return;
+	if (!memory_peek(gpa, side, &before)) {
+		trapped(w, gpa, side);
+		return;
+	}
+	say("watching gpa=%x side=%s value=%x", gpa, side_name(side), before);
+	do {
+		now = *(volatile u64 *)gpa_address(gpa, side);
+		if (++reads % WATCH_POLL == 0 && serial_ready()) {
+			say("error watch: ended by input after %u reads, value still %x", reads,
+			    before);
+			return;
+		}
+	} while (now == before);
+	say("ok watch gpa=%x before=%x after=%x reads=%u", gpa, before, now, reads);
+}
+
+static void do_test(struct words *w)
+{
+	u64 gpa = 0, npages = 0;
+
+	if (w->count > 1 && !range_arguments(w, 1, &gpa, &npages, 1))
+		return;
+	selftest(gpa, npages);
+}
+
+static void do_jump(struct words *w)
+{
+	enum side side;
+	u64 gpa, result;
+
+	if (!argument(w, 1, "GPA", &gpa) || !side_argument(w, 2, gpa, &side))
+		return;
+	if (gpa >= 1UL << 39)
+		say("error jump: gpa %x must be below 2^39", gpa);
+	else if (memory_jump(gpa, side, &result))
+		say("ok jump gpa=%x returned=%x", gpa, result);
+	else
+		trapped(w, gpa, side);
+}
+
+static void do_triple(struct words *w)
+{
+	(void)w;
+	lidt(0, 0);
+	asm volatile("ud2");
+}
+
+static void do_halt(struct words *w)
+{
+	u64 status = EXIT_OK;
+
+	if (w->count > 1 && !argument(w, 1, "STATUS", &status))
+		return;
+	say("ok halt status=%u", status & 0xff);
+	stop_machine((u32)status & 0xff);
+}
+
+static void do_help(struct words *w);
+
+static const struct command {
+	const char *name, *usage;
+	void (*run)(struct words *w);
+} commands[] = {
+	{ "help", "", do_help },
+	{ "info", "", do_info },
+	{ "test", "[GPA NPAGES]", do_test },
+	{ "spin", "VCPU GPA NPAGES [random|seq|read|write]", do_spin },
+	{ "stamp", "VCPU GPA NPAGES SEED", do_stamp },
+	{ "window", "GPA", do_window },
+	{ "stop", "[VCPU]", do_stop },
+	{ "stat", "[VCPU]", do_stat },
+	{ "peek", "GPA [private|shared]", do_peek },
+	{ "poke", "GPA VALUE [private|shared]", do_poke },
+	{ "fill", "GPA NPAGES VALUE", do_fill },
+	{ "sum", "GPA NPAGES", do_sum },
+	{ "convert", "GPA NPAGES private|shared", do_convert },
+	{ "watch", "GPA [private|shared]", do_watch },
+	{ "jump", "GPA [private|shared]", do_jump },
+	{ "triple", "", do_triple },
+	{ "halt", "[STATUS]", do_halt },
+};
+
+static void do_help(struct words *w)
+{
+	(void)w;
+	print("ok help");
+	for (u32 i = 0; i < ARRAY_LEN(commands); i++)
+		print("%s %s%s%s", i ? ";" : "", commands[i].name, commands[i].usage[0] ? " " : "",
+		      commands[i].usage);
+	say("");
+}
+
+void command_run(char *line)
+{
+	struct words w = { 0 };
+
+	for (char *at = line; *at;) {
+		while (*at == ' ' || *at == '\t')
+			*at++ = 0;
+		if (!*at)
+			break;
+		if (w.count == MAX_WORDS) {
+			say("error line: more than %u words", (u64)MAX_WORDS);
+			return;
+		}
+		w.at[w.count++] = at;
+		while (*at && *at != ' ' && *at != '\t')
+			at++;
+	}
+	if (!w.count)
+		return;
+	for (u32 i = 0; i < ARRAY_LEN(commands); i++)
+		if (streq(commands[i].name, w.at[0])) {
+			commands[i].run(&w);
+			return;
+		}
+	say("error %s: no such command, see help", w.at[0]);
+}
