@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The owner's sockets: sessions come and go, records go out in order, deaths are watched (trio).
+
+:class:`Hub` performs ``Send``, ``Drop``, ``Kill`` and ``Forget`` and hands everything that
+arrives to a :class:`Sink`.  It decides nothing.  A reader waits for nothing but its socket; output
+that finds no room waits in the peer's own queue, so a slow user delays nobody else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import Final, Protocol
+
+import trio
+
+from privfs.notifier.fds import FrameLost, Peer, close_later, receive_frame, send_frame
+from privfs.notifier.wire import MAX_FDS, MAX_RECORDS, Flag, Record, To, WireError, pack, parse
+
+log = logging.getLogger(__name__)
+
+#: Records that may wait for one slow user before its session ends.
+MAX_QUEUED: Final = 65_536
+#: Frames read in a row before other tasks get their turn.
+_BURST: Final = 16
+
+Memfd = tuple[int, int, bool]
+
+
+class Sink(Protocol):
+    """Where a hub reports."""
+
+    def connected(self, sid: int, peer: Peer) -> None:
+        """Take note of a new session."""
+
+    def received(self, sid: int, record: Record, fd: int | None) -> None:
+        """Take one checked record; ``fd`` is lent for the time of the call."""
+
+    def broken(self, sid: int, why: str) -> None:
+        """Take note that the socket ended or the peer broke the protocol."""
+
+    def exited(self, sid: int) -> None:
+        """Take note that the process is proven dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class HubStatistics:
+    """Sessions alive, frames and records exchanged so far."""
+
+    sessions: int
+    frames_in: int
+    frames_out: int
+    records_out: int
+
+
+class _Line:
+    """One session's socket, queue and pidfd."""
+
+    __slots__ = ("blocked", "closing", "peer", "queue", "scope", "sock", "wake")
+
+    def __init__(self, sock: socket.socket, peer: Peer) -> None:
+        self.sock: socket.socket | None = sock
+        self.peer = peer
+        self.queue: deque[tuple[Record, Memfd | None]] = deque()
+        self.blocked = False
+        self.closing = False
+        self.wake = trio.Event()
+        self.scope = trio.CancelScope()
+
+
+class Hub:
+    """All sessions of one mount.
+
+    ``memfd_of(ino, index, writable)`` returns a descriptor to send and whether it must be closed
+    afterwards.
+    """
+
+    def __init__(self, sink: Sink, memfd_of: Callable[[int, int, bool], tuple[int, bool]]) -> None:
+        self._sink = sink
+        self._memfd_of = memfd_of
+        self._lines: dict[int, _Line] = {}
+        self._sids = count(1)
+        self._frames_in = self._frames_out = self._records_out = 0
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Accept users until cancelled; ``listener`` is a non-blocking SEQPACKET socket."""
+        async with trio.open_nursery() as nursery:
+            try:
+                while True:
+                    await trio.lowlevel.wait_readable(listener)
+                    try:
+                        sock, _ = listener.accept()
+                    except BlockingIOError:
+                        continue
+                    except OSError as error:
+                        log.warning("cannot accept a user: %s", error)
+                        await trio.sleep(0.1)  # out of descriptors: let some go
+                        continue
+                    self._begin(nursery, sock)
+            finally:
+                nursery.cancel_scope.cancel()
+                for line in self._lines.values():
+                    self._close(line)
+                self._lines.clear()
+
+    def _begin(self, nursery: trio.Nursery, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        try:
+            peer = Peer.of(sock)
+        except OSError as error:  # it has died already
+            log.info("a user was gone before its first record: %s", error)
+            sock.close()
+            return
+        sid = next(self._sids)
+        self._lines[sid] = line = _Line(sock, peer)
+        self._sink.connected(sid, peer)
+        nursery.start_soon(self._session, sid, line)
+
+    # --- effects ------------------------------------------------------------------------------
+
+    def send(self, sid: int, record: Record, memfd: Memfd | None = None) -> None:
+        """Queue a record; :meth:`flush` puts it on its way."""
+        line = self._lines.get(sid)
+        if line is not None and line.sock is not None:
+            line.queue.append((record, memfd))
+
+    def drop(self, sid: int) -> None:
+        """Close the socket when its queue is out; the pidfd stays watched."""
+        line = self._lines.get(sid)
+        if line is not None and line.sock is not None:
+            self._flush(sid, line)
+            self._close_socket(line)
+
+    def kill(self, sid: int) -> None:
+        """SIGKILL the process."""
+        line = self._lines.get(sid)
+        if line is not None:
+            line.peer.kill()
+
+    def forget(self, sid: int) -> None:
+        """Release everything that belongs to a session that is gone."""
+        line = self._lines.pop(sid, None)
+        if line is not None:
+            self._flush(sid, line)
+            self._close(line)
+            line.scope.cancel()
+
+    def flush(self, sids: set[int]) -> None:
+        """Send what is queued for ``sids``, as far as there is room."""
+        for sid in sids:
+            line = self._lines.get(sid)
+            if line is not None:
+                self._flush(sid, line)
+
+    def peer(self, sid: int) -> Peer | None:
+        """Return the process of a session."""
+        line = self._lines.get(sid)
+        return line.peer if line else None
+
+    def statistics(self) -> HubStatistics:
+        """Return counts."""
+        return HubStatistics(len(self._lines), self._frames_in, self._frames_out, self._records_out)
+
+    # --- one session --------------------------------------------------------------------------
+
+    async def _session(self, sid: int, line: _Line) -> None:
+        with line.scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._watch, sid, line)
+                nursery.start_soon(self._write, sid, line)
+                await self._read(sid, line)
+
+    async def _watch(self, sid: int, line: _Line) -> None:
+        try:
+            await trio.lowlevel.wait_readable(line.peer.pidfd)
+        except trio.ClosedResourceError:
+            return
+        self._sink.exited(sid)
+
+    async def _write(self, sid: int, line: _Line) -> None:
+        while True:
+            await line.wake.wait()
+            if line.sock is None:
+                return
+            try:
+                await trio.lowlevel.wait_writable(line.sock)
+            except trio.ClosedResourceError:
+                return
+            line.wake = trio.Event()
+            line.blocked = False
+            self._flush(sid, line)
+
+    async def _read(self, sid: int, line: _Line) -> None:
+        burst = 0
+        while line.sock is not None:
+            try:
+                frame, fds = receive_frame(line.sock)
+            except BlockingIOError:
+                burst = 0
+                try:
+                    await trio.lowlevel.wait_readable(line.sock)
+                except trio.ClosedResourceError:
+                    return
+                continue
+            except (OSError, FrameLost) as error:
+                self._sink.broken(sid, str(error))
+                return
+            if not frame:
+                self._sink.broken(sid, "the socket was closed without BYE")
+                return
+            self._frames_in += 1
+            try:
+                self._take(sid, line, frame, fds)
+            except WireError as error:
+                self._sink.broken(sid, str(error))
+                return
+            finally:
+                close_later(fds)
+            burst += 1
+            if burst == _BURST:
+                burst = 0
+                await trio.lowlevel.checkpoint()
+
+    def _take(self, sid: int, line: _Line, frame: bytes, fds: list[int]) -> None:
+        records = parse(frame, To.OWNER)
+        wanted = sum(1 for record in records if record.flags & Flag.FD)
+        if wanted != len(fds):
+            raise WireError(f"frame with {len(fds)} descriptors for {wanted} records that take one")
+        lent = iter(fds)
+        for record in records:
+            if line.sock is None:
+                return  # an earlier record of this frame ended the session
+            self._sink.received(sid, record, next(lent) if record.flags & Flag.FD else None)
+
+    def _flush(self, sid: int, line: _Line) -> None:
+        """Send frames until the queue is out or the socket is full."""
+        if line.blocked:
+            if len(line.queue) > MAX_QUEUED:
+                line.queue.clear()
+                self._sink.broken(sid, f"more than {MAX_QUEUED} records unread")
+            return
+        while line.queue and line.sock is not None:
+            records, fds, borrowed = self._frame(line)
+            try:
+                send_frame(line.sock, pack(records), fds)
+            except BlockingIOError:
+                line.blocked = True
+                line.wake.set()
+                return
+            except OSError as error:
+                line.queue.clear()
+                log.debug("session %d: %s", sid, error)  # the reader sees the end and reports it
+                return
+            finally:
+                for fd in borrowed:
+                    os.close(fd)
+            for _ in records:
+                line.queue.popleft()
+            self._frames_out += 1
+            self._records_out += len(records)
+
+    def _frame(self, line: _Line) -> tuple[list[Record], list[int], list[int]]:
+        records: list[Record] = []
+        fds: list[int] = []
+        borrowed: list[int] = []
+        for record, memfd in line.queue:
+            if len(records) == MAX_RECORDS or (memfd is not None and len(fds) == MAX_FDS):
+                break
+            if memfd is not None:
+                fd, ours_to_close = self._memfd_of(*memfd)
+                fds.append(fd)
+                if ours_to_close:
+                    borrowed.append(fd)
+            records.append(record)
+        return records, fds, borrowed
+
+    def _close(self, line: _Line) -> None:
+        self._close_socket(line)
+        trio.lowlevel.notify_closing(line.peer.pidfd)
+        os.close(line.peer.pidfd)
+
+    def _close_socket(self, line: _Line) -> None:
+        if line.sock is not None:
+            sock, line.sock = line.sock, None
+            trio.lowlevel.notify_closing(sock)
+            sock.close()
+            line.queue.clear()
+            line.wake.set()

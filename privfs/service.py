@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The memory side at work: performs what the owner core decides (trio).
+
+One :class:`Service` is the memory of one mount.  System calls come in through :meth:`call`, users
+through its :class:`~privfs.notifier.link.Hub`; both wait only for what the core says they must.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import logging
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Final
+
+import trio
+
+from privfs import extents
+from privfs.backing import Backing, BackingError
+from privfs.memfile import Kind, OpId, Request, Step
+from privfs.notifier import owner as core
+from privfs.notifier.fds import Peer, check_private_file, identify
+from privfs.notifier.link import Hub
+from privfs.notifier.owner import Owner, Rung
+from privfs.notifier.wire import Op, Record
+from privfs.personality import Personality, Refused
+
+log = logging.getLogger(__name__)
+
+#: Larger steps run in a worker thread: about 1 ms of fallocate.
+_INLINE_PAGES: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Ladder:
+    """Seconds until a user that does not acknowledge is logged, killed, given up.
+
+    ``ack`` 0 means never: callers wait for ever, as they do in the kernel.
+    """
+
+    log: float = 0.1
+    ack: float = 2.0
+    kill: float = 2.0
+
+    def delay(self, rung: Rung) -> float:
+        """Return the seconds from the rung before (or from the beginning) to ``rung``."""
+        return {
+            Rung.LOG: self.log,
+            Rung.CONDEMN: max(self.ack - self.log, 0.0),
+            Rung.GIVE_UP: self.kill,
+        }[rung]
+
+
+@dataclass(slots=True)
+class Call:
+    """A system call that has not been answered."""
+
+    op: OpId
+    request: Request
+    event: trio.Event | None = None
+    outcome: core.Answer | None = None
+    interrupted: bool = False
+
+
+@dataclass(slots=True)
+class Latencies:
+    """Durations of the last invalidations, in seconds."""
+
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
+    total: int = 0
+
+    def add(self, seconds: float) -> None:
+        """Record one."""
+        self.recent.append(seconds)
+        self.total += 1
+
+    def percentile(self, share: float) -> float:
+        """Return the duration that ``share`` (0–1) of the recent ones did not exceed."""
+        ordered = sorted(self.recent)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
+
+
+class Service:
+    """Files, users and memory of one mount.
+
+    ``dev`` must be set to the mount's device number before users can register.
+    """
+
+    def __init__(
+        self,
+        personality: Personality,
+        budget_pages: int,
+        ladder: Ladder | None = None,
+        on_expire: Callable[[int], None] = lambda ino: None,
+    ) -> None:
+        self.ladder = ladder or Ladder()
+        self.owner = Owner(personality, budget_pages, kills=self.ladder.ack > 0)
+        self.backing = Backing()
+        self.hub = Hub(self, self._memfd)
+        self.dev = 0
+        self.kills = self.failures = 0
+        self.latencies = Latencies()
+        self._on_expire = on_expire
+        self._ops = count(1)
+        self._calls: dict[OpId, Call] = {}
+        self._began: dict[tuple[int, OpId], float] = {}
+        self._timers: list[tuple[float, int, int, OpId, Rung]] = []
+        self._timer_count = count()
+        self._timer_wake = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._idle: trio.Event | None = None
+
+    async def run(
+        self,
+        listener: socket.socket,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Serve users until cancelled, then let go of all memory."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._tick)
+                task_status.started()
+                await self.hub.serve(listener)
+        finally:
+            self._nursery = None
+            self.backing.close()
+
+    # --- system calls -------------------------------------------------------------------------
+
+    def begin(self, ino: int, request: Request, caller: int = 0) -> Call:
+        """Begin a system call on a file; ``caller`` is the process that made it."""
+        call = Call(next(self._ops), request)
+        self._calls[call.op] = call
+        self._apply(self.owner.request(ino, call.op, request, caller))
+        return call
+
+    async def wait(self, call: Call) -> None:
+        """Wait for the end of a call; raise Refused where it failed."""
+        if call.outcome is None:
+            call.event = trio.Event()
+            await call.event.wait()
+        assert call.outcome is not None
+        if call.outcome.errno:
+            raise Refused(call.outcome.errno, call.outcome.why or str(call.request))
+
+    async def call(self, ino: int, request: Request, caller: int = 0) -> None:
+        """Make a system call on a file, uninterruptible."""
+        await self.wait(self.begin(ino, request, caller))
+
+    def interrupt(self, call: Call) -> None:
+        """Let an allocation end between two chunks with EINTR; nothing else is interruptible."""
+        call.interrupted = True
+
+    def cancel(self, call: Call) -> None:
+        """Answer a caller that is being killed, if nothing has been freed yet."""
+        call.interrupted = True
+        self._apply(self.owner.cancel(call.op, errno.EINTR))
+
+    def release(self, ino: int) -> None:
+        """The last name and the last descriptor of a file are gone."""
+        self._apply(self.owner.release(ino))
+
+    async def shutdown(self) -> None:
+        """Revoke all files from all users, by the ladder, then say goodbye to them."""
+        self._apply(self.owner.shutdown())
+        while any(self.owner.users.values()):
+            self._idle = trio.Event()
+            with trio.move_on_after(self.ladder.ack + self.ladder.kill + 1) as scope:
+                await self._idle.wait()
+            if scope.cancelled_caught:
+                log.error("leaving although some users were not proven gone")
+                break
+        for sid in list(self.owner.sessions):
+            self.hub.send(sid, Record(Op.BYE))
+            self.hub.flush({sid})
+
+    # --- what the hub reports -----------------------------------------------------------------
+
+    def connected(self, sid: int, peer: Peer) -> None:
+        """Begin a session."""
+        self.owner.connect(sid, peer.pid)
+
+    def received(self, sid: int, record: Record, fd: int | None) -> None:
+        """Pass a record to the core together with what only the shell can find out."""
+        found: tuple[int, bool] | int | None = None
+        if record.op == Op.REGISTER and fd is not None:
+            found = self._identify(fd)
+        elif record.op == Op.HELLO:
+            peer = self.hub.peer(sid)
+            if self.ladder.ack > 0 and peer is not None and not peer.may_kill():
+                found = errno.EPERM  # we could never prove its death
+        if sid in self.owner.sessions:
+            self._apply(self.owner.received(sid, record, found))
+
+    def broken(self, sid: int, why: str) -> None:
+        """The session is silent from now on."""
+        self._apply(self.owner.broken(sid, why))
+
+    def exited(self, sid: int) -> None:
+        """The process is proven dead."""
+        self._apply(self.owner.gone(sid))
+
+    def _identify(self, fd: int) -> tuple[int, bool] | int:
+        try:
+            identity = identify(fd)
+        except OSError as error:
+            return error.errno or errno.EBADF
+        return check_private_file(identity, self.dev) or (identity.ino, identity.writable)
+
+    def _memfd(self, ino: int, index: int, writable: bool) -> tuple[int, bool]:
+        fd = self.backing.fd(ino, index)
+        if writable:
+            return fd, False
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC), True
+
+    # --- effects ------------------------------------------------------------------------------
+
+    def _apply(self, effects: Iterable[core.Effect]) -> None:
+        """Perform effects in order.  Work that completes at once feeds its own effects back."""
+        todo = deque(effects)
+        touched: set[int] = set()
+        while todo:
+            effect = todo.popleft()
+            match effect:
+                case core.Send(sid, record, extent):
+                    self.hub.send(sid, record, extent)
+                    touched.add(sid)
+                case core.Work():
+                    more = self._work(effect)
+                    if more is not None:
+                        todo.extendleft(reversed(more))
+                case core.Answer(op):
+                    self._answer(op, effect)
+                case core.Arm(ino, op, rung):
+                    self._arm(ino, op, rung)
+                case core.Drop(sid, why):
+                    log.info("session %d ends: %s", sid, why)
+                    self.hub.drop(sid)
+                case core.Kill(sid):
+                    self.kills += 1
+                    self.hub.kill(sid)
+                case core.Forget(sid):
+                    self.hub.forget(sid)
+                case core.Expire(ino):
+                    self.backing.destroy(ino)
+                    self._on_expire(ino)
+                case core.Note(text, serious):
+                    log.log(logging.WARNING if serious else logging.INFO, "%s", text)
+        if touched:
+            self.hub.flush(touched)
+        if self._idle is not None and not any(self.owner.users.values()):
+            self._idle.set()
+
+    def _answer(self, op: OpId, answer: core.Answer) -> None:
+        if answer.errno == errno.EIO:
+            self.failures += 1
+        call = self._calls.pop(op, None)
+        if call is not None:
+            call.outcome = answer
+            if call.event is not None:
+                call.event.set()
+
+    def _work(self, work: core.Work) -> list[core.Effect] | None:
+        """Perform FREE or ALLOCATE now, or in a thread when it is long (then None)."""
+        perform = work.perform
+        began = self._began.pop((work.ino, perform.op), None)
+        if began is not None and perform.step is Step.FREE:
+            self.latencies.add(time.monotonic() - began)
+        if perform.step is Step.ALLOCATE:
+            pages = perform.end - perform.start
+        else:
+            file = self.owner.files[work.ino]
+            pages = file.pages.range_cardinality(perform.start, perform.end)
+        if pages <= _INLINE_PAGES or self._nursery is None:
+            failed, upto = self._perform(work, None)
+            return self.owner.performed(work.ino, perform.op, failed, upto)
+        self._nursery.start_soon(self._work_in_thread, work)
+        return None
+
+    async def _work_in_thread(self, work: core.Work) -> None:
+        call = self._calls.get(work.perform.op)
+        with trio.CancelScope(shield=True):  # a freeing step, once begun, is always finished
+            failed, upto = await trio.to_thread.run_sync(self._perform, work, call)
+        self._apply(self.owner.performed(work.ino, work.perform.op, failed, upto))
+
+    def _perform(self, work: core.Work, call: Call | None) -> tuple[int, int | None]:
+        ino, (_, step, kind, start, end, dead) = work
+        try:
+            if step is Step.FREE:
+                for index, _ in dead:
+                    self.backing.kill(ino, index)
+                if kind is not Kind.DESTROY:
+                    self.backing.punch(ino, start, end)
+                return 0, None
+            for first, last in extents.chunks(start, end):
+                if call is not None and call.interrupted and first > start:
+                    return errno.EINTR, first
+                self.backing.allocate(ino, first, last)
+        except BackingError as error:
+            log.warning("%s", error)
+            return error.errno, max(error.completed, start)
+        except OSError as error:
+            log.error("inode %d, pages [%#x, %#x): %s failed: %s", ino, start, end, step, error)
+            return errno.EIO, None
+        return 0, None
+
+    # --- time ---------------------------------------------------------------------------------
+
+    def _arm(self, ino: int, op: OpId, rung: Rung) -> None:
+        now = time.monotonic()
+        if rung is Rung.LOG:
+            self._began[ino, op] = now
+        due = now + self.ladder.delay(rung)
+        heapq.heappush(self._timers, (due, next(self._timer_count), ino, op, rung))
+        if self._timers[0][2:4] == (ino, op):
+            self._timer_wake.set()
+
+    async def _tick(self) -> None:
+        while True:
+            self._timer_wake = trio.Event()
+            pause = self._timers[0][0] - time.monotonic() if self._timers else float("inf")
+            with trio.move_on_after(max(pause, 0.0)):
+                await self._timer_wake.wait()
+            now = time.monotonic()
+            while self._timers and self._timers[0][0] <= now:
+                _, _, ino, op, _ = heapq.heappop(self._timers)
+                waiting = self.owner.waiting_for(ino, op)
+                if waiting:
+                    self._apply(self.owner.timer(ino, op, self._stopped(waiting)))
+                else:
+                    self._began.pop((ino, op), None)
+
+    def _stopped(self, sids: frozenset[int]) -> frozenset[int]:
+        return frozenset(
+            sid for sid in sids if (peer := self.hub.peer(sid)) is not None and peer.stopped()
+        )
