@@ -19,47 +19,22 @@ import errno
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Final, Protocol, Self
+from typing import Final, Self
 
-from kvmsim.attributes import Attributes
 from kvmsim.exits import BadHvaExit, Exit, InternalErrorExit, MemoryFaultExit, MmioExit
-from kvmsim.invalidate import MmuInvalidate
-from kvmsim.memslot import SHARED_BIT, Memslot, Memslots
-from kvmsim.uapi import ABIS, EHWPOISON, KVM_INTERNAL_ERROR_EMULATION, PAGE_SHIFT, PAGE_SIZE, Abi
+from kvmsim.memslot import Memslot
+from kvmsim.mmu import Mmu
+from kvmsim.region import SHARED_BIT
+from kvmsim.uapi import (
+    ABIS,
+    EHWPOISON,
+    KVM_INTERNAL_ERROR_EMULATION,
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    Abi,
+)
 
-
-class SecondStage(Protocol):
-    """The second-stage table of one VM. Addresses are bytes, page-aligned; counts are pages."""
-
-    def map(self, gpa: int, hpa: int, npages: int, *, writable: bool, executable: bool) -> object:
-        """Store leaves for a contiguous range over whatever was there; MemoryError: no table."""
-
-    def zap(self, gpa: int, npages: int) -> int:
-        """Clear the leaves of a range; how many there were."""
-
-
-class Backing(Protocol):
-    """The user's half of the contract with the owner of private files."""
-
-    def may_install(self, file: int, page: int, seq: int) -> bool:
-        """False if an invalidation of ``page`` newer than ``seq`` was processed here."""
-
-    def hpa(self, instance: int, page: int) -> int | None:
-        """Host-physical address of ``page`` in an extent instance; None: that one is gone."""
-
-
-@dataclass(slots=True)
-class Mmu:
-    """What a fault looks at and changes, all under the VM's lock."""
-
-    slots: Memslots
-    attributes: Attributes
-    invalidate: MmuInvalidate
-    stage2: SecondStage
-    backing: Backing
-    abi: Abi = "upstream"
-    around: int = 16
-    """Pages, a power of two: the aligned block of shared memory that one fault maps."""
+# --- what goes in -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +64,21 @@ class PageGrant:
     status: int = 0
 
 
+# --- what comes out ---------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class NeedPage:
-    """Ask the owner for ``page`` of the private ``file``, then call ``page_arrived``."""
+    """Ask the owner for ``page`` of the private ``file``, then call ``page_arrived``.
+
+    Of [start, end) it may grant as well what is allocated already; every page of it belongs to
+    the same slot and is private.
+    """
 
     file: int
     page: int
+    start: int
+    end: int
     write: bool
 
 
@@ -120,7 +104,7 @@ class RetryReason(Enum):
     IN_PROGRESS = "an invalidation of the gfn is in progress"
     INVALIDATED = "slots, attributes or pages of the VM changed since the snapshot"
     NEWER = "a newer invalidation of the page was processed than the owner's grant knew"
-    INSTANCE = "the extent instance of the grant is gone"
+    INSTANCE = "the extent instance of the grant is not here"
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +123,8 @@ class LeaveGuest:
 
 Effect = NeedPage | NeedShared | Installed | Retry | LeaveGuest
 
+# --- the machine ------------------------------------------------------------------------------
+
 
 class State(Enum):
     """Where a fault stands."""
@@ -154,7 +140,7 @@ class FaultStateError(RuntimeError):
     """A step that the fault's state does not allow; nothing changed."""
 
 
-_STEP_FROM: Final[Mapping[str, State]] = {
+_FROM: Final[Mapping[str, State]] = {
     "snapshot": State.NEW,
     "look_up": State.SNAPPED,
     "page_arrived": State.WAIT_PAGE,
@@ -179,7 +165,8 @@ _PAGE_ERRORS: Final[Mapping[int, tuple[int, str]]] = {
     errno.ENOMEM: (errno.ENOMEM, "no memory for the private page"),
     EHWPOISON: (EHWPOISON, "the private page is poisoned"),
 }
-_OTHER_ERROR: Final = (errno.EIO, "the owner answered what is no answer")
+_OTHER_ERROR: Final = (errno.EIO, "the owner's answer is none to this question")
+_WRONG_TYPE: Final = "the access is of the other type than the gfn's attribute: convert it"
 
 
 @dataclass(slots=True)
@@ -214,18 +201,20 @@ class Fault:
         self._require("look_up")
         gfn = self.gfn
         self.slot = slot = mmu.slots.find(gfn)
-        leave = _LOOK_UP[mmu.abi](self, mmu, slot)
-        if leave is not None:
-            return self._after(LeaveGuest(leave))
-        assert slot is not None
+        leave = _REFUSE[mmu.abi](self, mmu, slot)
+        if leave is not None or slot is None:
+            return self._after(LeaveGuest(leave or self._mmio()))
         if self.access.write and slot.readonly:
             return self._after(LeaveGuest(self._mmio()))  # KVM_PFN_ERR_RO_FAULT: emulate
         # Unlocked in KVM, and only to save work: the check that counts is at the store.
         if mmu.invalidate.retry(gfn, self.snap):
             return self._after(self._stale(mmu))
-        if slot.file is not None and self.private:
-            return self._after(NeedPage(slot.file, slot.private_page(gfn), self.access.write))
-        return self._after(NeedShared(slot, slot.shared_page(gfn)))
+        if slot.file is None or not self.private:
+            return self._after(NeedShared(slot, slot.shared_page(gfn)))
+        first, last = self._around(mmu, slot, mmu.window)
+        start, end = slot.private_page(first), slot.private_page(last)
+        page = slot.private_page(gfn)
+        return self._after(NeedPage(slot.file, page, start, end, self.access.write))
 
     def page_arrived(self, mmu: Mmu, grant: PageGrant) -> Effect:
         """Install the granted pages if all that led here still holds, else retry or leave."""
@@ -234,47 +223,49 @@ class Fault:
         assert slot is not None
         page = slot.private_page(self.gfn)
         status = grant.status
-        if status == 0 and self.access.write and not grant.writable:
+        if not status and self.access.write and not grant.writable:
             status = errno.EACCES
-        if status == 0 and not (grant.file == slot.file and grant.start <= page < grant.end):
-            status = errno.EIO  # an answer to another question
-        if status:
+        fits = grant.file == slot.file and grant.start <= page < grant.end
+        if status or not fits:
             number, reason = _PAGE_ERRORS.get(status, _OTHER_ERROR)
             return self._after(LeaveGuest(self._memory_fault(number, reason)))
         if mmu.invalidate.retry(self.gfn, self.snap):
             return self._after(self._stale(mmu))
-        if not mmu.backing.may_install(grant.file, page, grant.seq):
+        start, end = mmu.backing.installable(grant.file, page, grant.start, grant.end, grant.seq)
+        if not start <= page < end:
             return self._after(Retry(RetryReason.NEWER))
         hpa = mmu.backing.hpa(grant.instance, page)
         if hpa is None:
             return self._after(Retry(RetryReason.INSTANCE))
-
-        def granted(gfn: int) -> int | None:
-            other = slot.private_page(gfn)
-            if not mmu.backing.may_install(grant.file, other, grant.seq):
-                return None
-            return mmu.backing.hpa(grant.instance, other)
-
-        window = slot.private_gfn(grant.start), slot.private_gfn(grant.end)
-        return self._install(mmu, slot, hpa, window, granted, writable=grant.writable)
+        first, last = self._around(mmu, slot, mmu.window)
+        first, last = max(first, slot.private_gfn(start)), min(last, slot.private_gfn(end))
+        # An instance is linear, so its ends tell whether all of it is here.
+        base = hpa - (self.gfn - first) * PAGE_SIZE
+        if mmu.backing.hpa(grant.instance, slot.private_page(first)) != base or (
+            mmu.backing.hpa(grant.instance, slot.private_page(last - 1))
+            != base + (last - 1 - first) * PAGE_SIZE
+        ):
+            first, last, base = self.gfn, self.gfn + 1, hpa
+        return self._install(mmu, first, last, base, writable=grant.writable)
 
     def shared_arrived(self, mmu: Mmu, hpa: int | None) -> Effect:
         """Install the shared page at ``hpa`` (bytes); None: the userspace side has none."""
         self._require("shared_arrived")
         slot = self.slot
         assert slot is not None
-        if hpa is None:
+        if hpa is None or slot.shared is None:
             return self._after(LeaveGuest(BadHvaExit(self.gfn << PAGE_SHIFT)))
         if mmu.invalidate.retry(self.gfn, self.snap):
             return self._after(self._stale(mmu))
-        side = slot.shared
-        first = self.gfn & -mmu.around
-
-        def present(gfn: int) -> int | None:
-            return None if side is None else side.hpa(slot.shared_page(gfn))
-
-        window = first, first + mmu.around
-        return self._install(mmu, slot, hpa, window, present, writable=not slot.readonly)
+        lowest, highest = self._around(mmu, slot, mmu.around)
+        first, last, base = self.gfn, self.gfn + 1, hpa
+        while first > lowest and slot.shared.hpa(slot.shared_page(first - 1)) == base - PAGE_SIZE:
+            first, base = first - 1, base - PAGE_SIZE
+        while last < highest and slot.shared.hpa(slot.shared_page(last)) == (
+            base + (last - first) * PAGE_SIZE
+        ):
+            last += 1
+        return self._install(mmu, first, last, base, writable=not slot.readonly)
 
     def key(self) -> Hashable:
         """The whole state as a hashable value."""
@@ -285,42 +276,30 @@ class Fault:
         """An independent twin."""
         return type(self)(self.vcpu, self.gpa, self.access, self.state, self.snap, self.slot)
 
-    def _install(
-        self,
-        mmu: Mmu,
-        slot: Memslot,
-        hpa: int,
-        window: tuple[int, int],
-        hpa_of: Callable[[int], int | None],
-        *,
-        writable: bool,
-    ) -> Effect:
-        """Map the gfn and, around it, what of ``window`` is as good and contiguous in hpa."""
+    def _around(self, mmu: Mmu, slot: Memslot, npages: int) -> tuple[int, int]:
+        """The gfns of the aligned block of ``npages`` that are like ours: slot and attribute."""
         gfn = self.gfn
+        if mmu.invalidate.in_progress:  # not of ours, but perhaps of our neighbours
+            return gfn, gfn + 1
         run = mmu.attributes.run(gfn)
-        lowest = max(window[0], slot.base_gfn, run.start)
-        highest = min(window[1], slot.end_gfn, run.end)
-        if mmu.invalidate.in_progress:  # of other gfns, which may be our neighbours
-            lowest, highest = gfn, gfn + 1
-        first, last = gfn, gfn + 1
-        while first > lowest and hpa_of(first - 1) == hpa - (gfn - first + 1) * PAGE_SIZE:
-            first -= 1
-        while last < highest and hpa_of(last) == hpa + (last - gfn) * PAGE_SIZE:
-            last += 1
+        block = gfn & -npages
+        return max(block, slot.base_gfn, run.start), min(block + npages, slot.end_gfn, run.end)
+
+    def _install(self, mmu: Mmu, first: int, last: int, hpa: int, *, writable: bool) -> Effect:
+        """Store the leaves of gfns [first, last), in the half that was accessed."""
         gpa = first << PAGE_SHIFT | (self.gpa & SHARED_BIT)
-        start = hpa - (gfn - first) * PAGE_SIZE
         try:
-            mmu.stage2.map(gpa, start, last - first, writable=writable, executable=True)
+            mmu.stage2.map(gpa, hpa, last - first, writable=writable, executable=True)
         except MemoryError:
             leave = self._memory_fault(errno.ENOMEM, "no memory for a second-stage table")
             return self._after(LeaveGuest(leave))
         return self._after(Installed(gpa, last - first))
 
     def _require(self, step: str) -> None:
-        if self.state is not _STEP_FROM[step]:
+        if self.state is not _FROM[step]:
             raise FaultStateError(
                 f"{step} of vCPU {self.vcpu}'s fault at gpa {self.gpa:#x}: it is "
-                f"{self.state.value!r}, needs {_STEP_FROM[step].value!r}"
+                f"{self.state.value!r}, needs {_FROM[step].value!r}"
             )
 
     def _after(self, effect: Effect) -> Effect:
@@ -340,35 +319,26 @@ class Fault:
     def _memory_fault(self, number: int | None, reason: str) -> MemoryFaultExit:
         return MemoryFaultExit(self.gfn << PAGE_SHIFT, PAGE_SIZE, self.private, number, reason)
 
+    def _mistyped(self, mmu: Mmu) -> MemoryFaultExit | None:
+        numbers = ABIS[mmu.abi]
+        attribute = bool(mmu.attributes.get(self.gfn) & numbers.attribute_private)
+        if self.private == attribute:
+            return None
+        return self._memory_fault(numbers.conversion_errno, _WRONG_TYPE)
 
-_WRONG_TYPE: Final = "the access is of the other type than the gfn's attribute: convert it"
+    def _refuse_upstream(self, mmu: Mmu, slot: Memslot | None) -> Exit | None:
+        """kvm_mmu_faultin_pfn(): the attribute is asked even where no slot is."""
+        mistyped = self._mistyped(mmu)
+        if mistyped is None and self.private and (slot is None or slot.file is None):
+            return self._memory_fault(errno.EFAULT, "private access without a private file")
+        return mistyped
 
-
-def _is_private(mmu: Mmu, gfn: int) -> bool:
-    return bool(mmu.attributes.get(gfn) & ABIS[mmu.abi].attribute_private)
-
-
-def _look_up_upstream(fault: Fault, mmu: Mmu, slot: Memslot | None) -> Exit | None:
-    """kvm_mmu_faultin_pfn(): the attribute is asked even where no slot is."""
-    if fault.private != _is_private(mmu, fault.gfn):
-        return fault._memory_fault(ABIS[mmu.abi].conversion_errno, _WRONG_TYPE)
-    if slot is None and not fault.private:
-        return fault._mmio()
-    if fault.private and (slot is None or slot.file is None):
-        return fault._memory_fault(errno.EFAULT, "private access without a private file")
-    return None
-
-
-def _look_up_v7(fault: Fault, mmu: Mmu, slot: Memslot | None) -> Exit | None:
-    """Only KVM_MEM_PRIVATE slots know types; elsewhere either side is the userspace memory."""
-    if slot is None:
-        return fault._mmio()
-    if slot.file is not None and fault.private != _is_private(mmu, fault.gfn):
-        return fault._memory_fault(ABIS[mmu.abi].conversion_errno, _WRONG_TYPE)
-    return None
+    def _refuse_v7(self, mmu: Mmu, slot: Memslot | None) -> Exit | None:
+        """Only KVM_MEM_PRIVATE slots have types; elsewhere both sides are the userspace memory."""
+        return None if slot is None or slot.file is None else self._mistyped(mmu)
 
 
-_LOOK_UP: Final[Mapping[Abi, Callable[[Fault, Mmu, Memslot | None], Exit | None]]] = {
-    "upstream": _look_up_upstream,
-    "v7": _look_up_v7,
+_REFUSE: Final[Mapping[Abi, Callable[[Fault, Mmu, Memslot | None], Exit | None]]] = {
+    "upstream": Fault._refuse_upstream,
+    "v7": Fault._refuse_v7,
 }

@@ -2,8 +2,7 @@
 """Memslots: which gfns have memory, and where its shared and its private side lie.
 
 The algebra of KVM_SET_USER_MEMORY_REGION(2): create, delete, move, flags, and the binding of a
-slot to a range of a private file. Every rule is one row of a table below, in the order in which
-kvm_set_memory_region() and kvm_gmem_bind() ask (virt/kvm/kvm_main.c, guest_memfd.c, v6.18).
+slot to a range of a private file. What is refused stands in :mod:`kvmsim.region`.
 :meth:`Memslots.plan` only asks, :meth:`Memslots.apply` only does, so that a caller can zap what
 the change takes away in between.
 """
@@ -12,90 +11,27 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Final, Protocol, Self
+from typing import Self
 
-from kvmsim.uapi import (
-    ABIS,
-    KVM_MEM_GUEST_MEMFD,
-    KVM_MEM_LOG_DIRTY_PAGES,
-    KVM_MEM_MAX_NR_PAGES,
-    KVM_MEM_READONLY,
-    KVM_SET_USER_MEMORY_REGION,
-    KVM_USER_MEM_SLOTS,
-    PAGE_SHIFT,
-    PAGE_SIZE,
-    U64,
-    USERSPACE_MEMORY_REGION,
-    USERSPACE_MEMORY_REGION2,
-    Abi,
-    KvmError,
+from kvmsim.region import (
+    ARCH,
+    BIND,
+    DELETE,
+    GENERAL,
+    MODIFY,
+    PLACE,
+    BadFd,
+    PrivateFile,
+    Region,
+    Request,
+    SharedSide,
+    error,
+    refuse,
 )
-
-SHARED_BIT: Final = 1 << 39
-"""The gpa bit that selects the shared side of a gfn, as TDX's SHARED bit does."""
-
-MAX_GFN: Final = SHARED_BIT >> PAGE_SHIFT
-"""First gfn that no slot may reach: above it a gfn would alias the shared side of another."""
-
-_HVA_LIMIT: Final = (1 << 47) - PAGE_SIZE  # TASK_SIZE_MAX with four levels: access_ok()
-
-
-class SharedSide(Protocol):
-    """Ordinary memory that a slot's ``userspace_addr`` points into (KVM: the hva side)."""
-
-    def hpa(self, page: int) -> int | None:
-        """Host-physical address of page ``page`` (an address >> 12); None: nothing is there."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrivateFile:
-    """A private file that an fd was resolved to: its identity and its size in pages."""
-
-    id: int
-    npages: int
-
-
-class BadFd(Enum):
-    """What an fd was resolved to that no slot can be bound to."""
-
-    CLOSED = "the private fd is not open"
-    NOT_PRIVATE = "the private fd is not a private memory file"
-    OTHER_VM = "the private file belongs to another VM"
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """struct kvm_userspace_memory_region2, all in bytes; size 0 deletes the slot."""
-
-    slot: int
-    flags: int
-    guest_phys_addr: int
-    memory_size: int
-    userspace_addr: int = 0
-    guest_memfd_offset: int = 0
-    guest_memfd: int = 0
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
-        """Decode 32 bytes (KVM_SET_USER_MEMORY_REGION) or 160 (…2, v7's _ext)."""
-        if len(data) == USERSPACE_MEMORY_REGION.size:
-            return cls(*USERSPACE_MEMORY_REGION.unpack(data))
-        return cls(*USERSPACE_MEMORY_REGION2.unpack(data))
-
-    def to_bytes(self) -> bytes:
-        """Encode as 160 bytes; the first 32 are the older struct."""
-        return USERSPACE_MEMORY_REGION2.pack(
-            self.slot,
-            self.flags,
-            self.guest_phys_addr,
-            self.memory_size,
-            self.userspace_addr,
-            self.guest_memfd_offset,
-            self.guest_memfd,
-        )
+from kvmsim.uapi import ABIS, KVM_MEM_READONLY, KVM_SET_USER_MEMORY_REGION, PAGE_SHIFT, Abi
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,160 +92,6 @@ class SlotChange:
     def taken(self) -> Memslot | None:
         """The slot whose mappings the change takes away, if it does."""
         return self.old if self.change in (Change.DELETE, Change.MOVE) else None
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What the checks look at."""
-
-    region: Region
-    old: Memslot | None
-    file: PrivateFile | BadFd
-    shared: SharedSide | None
-    slots: Memslots
-    v1: bool
-
-    @property
-    def private(self) -> bool:
-        return bool(self.region.flags & KVM_MEM_GUEST_MEMFD)
-
-    @property
-    def flags_changed(self) -> int:
-        return 0 if self.old is None else self.region.flags ^ self.old.flags
-
-    @property
-    def gfns(self) -> tuple[int, int]:
-        base = self.region.guest_phys_addr >> PAGE_SHIFT
-        return base, base + (self.region.memory_size >> PAGE_SHIFT)
-
-    @property
-    def file_pages(self) -> tuple[int, int]:
-        first = self.region.guest_memfd_offset >> PAGE_SHIFT
-        return first, first + (self.region.memory_size >> PAGE_SHIFT)
-
-    @property
-    def refused_flags(self) -> int:
-        known = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY
-        if not self.v1:
-            known |= KVM_MEM_GUEST_MEMFD
-        if self.private:
-            known &= ~ABIS[self.slots.abi].private_slot_refuses
-        return self.region.flags & ~known
-
-
-_Check = tuple[int, str, Callable[[_Request], object]]
-
-# check_memory_region_flags() and the general sanity checks, for any change.
-_GENERAL: Final[tuple[_Check, ...]] = (
-    (
-        errno.EINVAL,
-        f"slot id must be below {KVM_USER_MEM_SLOTS}",
-        lambda r: r.region.slot & 0xFFFF >= KVM_USER_MEM_SLOTS,
-    ),
-    (errno.EINVAL, "flags not supported here, or not together", lambda r: r.refused_flags),
-    (errno.EINVAL, "size is not page-aligned", lambda r: r.region.memory_size % PAGE_SIZE),
-    (
-        errno.EINVAL,
-        "guest address is not page-aligned",
-        lambda r: r.region.guest_phys_addr % PAGE_SIZE,
-    ),
-    (
-        errno.EINVAL,
-        "userspace address is not page-aligned",
-        lambda r: r.region.userspace_addr % PAGE_SIZE,
-    ),
-    (
-        errno.EINVAL,
-        "userspace range is not canonical",
-        lambda r: r.region.userspace_addr + r.region.memory_size > _HVA_LIMIT,
-    ),
-    (
-        errno.EINVAL,
-        "offset in the private file is not page-aligned",
-        lambda r: r.private and r.region.guest_memfd_offset % PAGE_SIZE,
-    ),
-    (
-        errno.EINVAL,
-        "offset in the private file + size wraps",
-        lambda r: r.private and r.region.guest_memfd_offset + r.region.memory_size >= U64,
-    ),
-    (errno.EINVAL, "only address space 0 exists", lambda r: r.region.slot >> 16),
-    (
-        errno.EINVAL,
-        "guest address + size wraps",
-        # u64: a sum of exactly 2^64 is 0 and smaller than the address.
-        lambda r: r.region.guest_phys_addr + r.region.memory_size >= U64,
-    ),
-    (
-        errno.EINVAL,
-        f"more than {KVM_MEM_MAX_NR_PAGES} pages",
-        lambda r: r.region.memory_size >> PAGE_SHIFT > KVM_MEM_MAX_NR_PAGES,
-    ),
-)
-
-_DELETE: Final[tuple[_Check, ...]] = (
-    (errno.EINVAL, "no such slot to delete", lambda r: r.old is None),
-)
-
-_MODIFY: Final[tuple[_Check, ...]] = (
-    (
-        errno.EINVAL,
-        "a slot with a private file can only be deleted; delete it first",
-        lambda r: r.private or (r.old is not None and r.old.file is not None),
-    ),
-    (
-        errno.EINVAL,
-        "the userspace side of a slot cannot change; delete it first",
-        lambda r: (
-            r.old is not None
-            and (r.region.userspace_addr != r.old.userspace_addr or r.shared is not r.old.shared)
-        ),
-    ),
-    (
-        errno.EINVAL,
-        "the size of a slot cannot change; delete it first",
-        lambda r: r.old is not None and r.region.memory_size >> PAGE_SHIFT != r.old.npages,
-    ),
-    (
-        errno.EINVAL,
-        "KVM_MEM_READONLY cannot change; delete the slot first",
-        lambda r: r.flags_changed & KVM_MEM_READONLY,
-    ),
-)
-
-# For CREATE and MOVE: kvm_check_memslot_overlap(), then kvm_gmem_bind(), then the architecture.
-_PLACE: Final[tuple[_Check, ...]] = (
-    (
-        errno.EEXIST,
-        "gfns overlap another slot",
-        lambda r: r.slots.overlaps(*r.gfns, but=r.region.slot),
-    ),
-)
-
-_BIND: Final[tuple[_Check, ...]] = (
-    (
-        errno.EINVAL,
-        "private range is outside its file",
-        lambda r: (
-            ABIS[r.slots.abi].checks_file
-            and isinstance(r.file, PrivateFile)
-            and r.file_pages[1] > r.file.npages
-        ),
-    ),
-    (
-        errno.EINVAL,
-        "private range is already bound to a slot",
-        lambda r: (
-            ABIS[r.slots.abi].checks_file
-            and isinstance(r.file, PrivateFile)
-            and next(r.slots.find_file(r.file.id, *r.file_pages), None) is not None
-        ),
-    ),
-)
-
-_ARCH: Final[tuple[_Check, ...]] = (
-    (errno.EINVAL, "gfns reach the shared half", lambda r: r.gfns[1] > MAX_GFN),
-)
 
 
 class Memslots:
@@ -395,26 +177,26 @@ class Memslots:
         """
         v1 = v1 and ABIS[self.abi].region_ioctl != KVM_SET_USER_MEMORY_REGION
         old = self._by_id.get(region.slot)
-        request = _Request(region, old, file, shared, self, v1)
-        _refuse(_GENERAL, request)
+        request = Request(region, old, file, shared, self, v1)
+        refuse(GENERAL, request)
         if region.memory_size == 0:
-            _refuse(_DELETE, request)
+            refuse(DELETE, request)
             return SlotChange(Change.DELETE, old, None)
         base, end = request.gfns
         if old is None:
-            _refuse(_PLACE, request)
+            refuse(PLACE, request)
             new = Memslot(
                 region.slot, base, end - base, region.flags, region.userspace_addr, shared
             )
             if request.private:
                 new = replace(new, file=self._bind(request), file_page=request.file_pages[0])
-            _refuse(_ARCH, request)
+            refuse(ARCH, request)
             return SlotChange(Change.CREATE, None, new)
-        _refuse(_MODIFY, request)
+        refuse(MODIFY, request)
         new = replace(old, base_gfn=base, flags=region.flags)
         if base != old.base_gfn:
-            _refuse(_PLACE, request)
-            _refuse(_ARCH, request)
+            refuse(PLACE, request)
+            refuse(ARCH, request)
             return SlotChange(Change.MOVE, old, new)
         return SlotChange(Change.FLAGS_ONLY if request.flags_changed else Change.NONE, old, new)
 
@@ -453,13 +235,13 @@ class Memslots:
         twin._by_file = {file: bound.copy() for file, bound in self._by_file.items()}
         return twin
 
-    def _bind(self, request: _Request) -> int:
+    def _bind(self, request: Request) -> int:
         """kvm_gmem_bind(): the file id, if the slot may be bound to it."""
         if isinstance(request.file, BadFd):
             closed = request.file is BadFd.CLOSED
             number = ABIS[self.abi].bad_fd_errno if closed else errno.EINVAL
-            raise _error(number, request.file.value, request)
-        _refuse(_BIND, request)
+            raise error(number, request.file.value, request)
+        refuse(BIND, request)
         return request.file.id
 
     def _insert(self, slot: Memslot) -> None:
@@ -477,21 +259,3 @@ class Memslots:
             bound.remove((slot.file_page, slot.id))
             if not bound:
                 del self._by_file[slot.file]
-
-
-def _refuse(checks: tuple[_Check, ...], request: _Request) -> None:
-    for number, reason, refused in checks:
-        if refused(request):
-            raise _error(number, reason, request)
-
-
-def _error(number: int, reason: str, request: _Request) -> KvmError:
-    region = request.region
-    return KvmError(
-        number,
-        "KVM_SET_USER_MEMORY_REGION" if request.v1 else "KVM_SET_USER_MEMORY_REGION2",
-        reason,
-        slot=region.slot,
-        start=region.guest_phys_addr,
-        size=region.memory_size,
-    )

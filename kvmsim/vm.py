@@ -21,28 +21,20 @@ from typing import Self
 
 from kvmsim.attributes import Attributes, check_request
 from kvmsim.fault import (
-    Backing,
     Effect,
     Fault,
     Installed,
     LeaveGuest,
-    Mmu,
+    NeedPage,
     NeedShared,
     PageGrant,
     Retry,
-    SecondStage,
+    RetryReason,
 )
 from kvmsim.invalidate import MmuInvalidate
-from kvmsim.memslot import (
-    MAX_GFN,
-    SHARED_BIT,
-    BadFd,
-    Memslots,
-    PrivateFile,
-    Region,
-    SharedSide,
-    SlotChange,
-)
+from kvmsim.memslot import Memslots, SlotChange
+from kvmsim.mmu import Backing, Mmu, SecondStage
+from kvmsim.region import MAX_GFN, SHARED_BIT, BadFd, PrivateFile, Region, SharedSide
 from kvmsim.uapi import ABIS, PAGE_SHIFT, Abi, KvmError
 
 
@@ -112,9 +104,17 @@ class Vm:
     __slots__ = ("_changing", "_counters", "mmu")
 
     def __init__(
-        self, stage2: SecondStage, backing: Backing, *, abi: Abi = "upstream", around: int = 16
+        self,
+        stage2: SecondStage,
+        backing: Backing,
+        *,
+        abi: Abi = "upstream",
+        around: int = 16,
+        window: int = 512,
     ) -> None:
-        self.mmu = Mmu(Memslots(abi), Attributes(), MmuInvalidate(), stage2, backing, abi, around)
+        self.mmu = Mmu(
+            Memslots(abi), Attributes(), MmuInvalidate(), stage2, backing, abi, around, window
+        )
         self._counters = _Counters()
         self._changing = False
 
@@ -229,16 +229,22 @@ class Vm:
     def begin_fault(self, fault: Fault) -> Effect:
         """Start a new fault, or start it again after :class:`Retry`."""
         self._counters.faults += 1
-        fault.snapshot(self.mmu)
-        effect = fault.look_up(self.mmu)
-        if isinstance(effect, NeedShared):
-            side = effect.slot.shared
-            effect = fault.shared_arrived(self.mmu, side.hpa(effect.page) if side else None)
-        return self._count(effect)
+        return self._count(self._look(fault))
 
     def page_arrived(self, fault: Fault, grant: PageGrant) -> Effect:
-        """Go on with a fault that answered NeedPage: Installed, Retry or LeaveGuest."""
-        return self._count(fault.page_arrived(self.mmu, grant))
+        """Go on with a fault that answered NeedPage, mostly to Installed, Retry or LeaveGuest."""
+        effect = fault.page_arrived(self.mmu, grant)
+        if effect == Retry(RetryReason.INVALIDATED):
+            # The counter moves for any change of the VM, the grant's own rule is exact: look
+            # again, and if the page is still the one, do not ask the owner a second time.
+            effect = self._look(fault)
+            if (
+                isinstance(effect, NeedPage)
+                and effect.file == grant.file
+                and grant.start <= effect.page < grant.end
+            ):
+                effect = fault.page_arrived(self.mmu, grant)
+        return self._count(effect)
 
     # --- what there is -------------------------------------------------------------------
 
@@ -269,7 +275,7 @@ class Vm:
     def copy(self, stage2: SecondStage, backing: Backing) -> Self:
         """An independent twin over a copied second stage and backing."""
         mmu = self.mmu
-        twin = type(self)(stage2, backing, abi=mmu.abi, around=mmu.around)
+        twin = type(self)(stage2, backing, abi=mmu.abi, around=mmu.around, window=mmu.window)
         twin.mmu.slots = mmu.slots.copy()
         twin.mmu.attributes = mmu.attributes.copy()
         twin.mmu.invalidate = mmu.invalidate.copy()
@@ -312,6 +318,14 @@ class Vm:
         self._counters.invalidations += bool(gfns)
         self._counters.zapped_leaves += leaves
         return Invalidation(Zapped(tuple(ranges), leaves), bool(gfns), then)
+
+    def _look(self, fault: Fault) -> Effect:
+        fault.snapshot(self.mmu)
+        effect = fault.look_up(self.mmu)
+        if isinstance(effect, NeedShared):
+            side = effect.slot.shared
+            effect = fault.shared_arrived(self.mmu, side.hpa(effect.page) if side else None)
+        return effect
 
     def _count(self, effect: Effect) -> Effect:
         match effect:
