@@ -218,7 +218,7 @@ def _check(record: Record, to: To) -> None:
     name = Op(record.op).name
     if fields.to is not to and fields.to is not To.BOTH:
         raise WireError(f"{name}: may only be sent {fields.to.value}")
-    if record.flags & ~fields.flags:
+    if record.flags & ~int(fields.flags):  # of an IntFlag, ~ is only what the enum knows
         raise WireError(f"{name}: flags {record.flags:#x}, allowed {int(fields.flags):#x}")
     if fields.needs_fd and not record.flags & Flag.FD:
         raise WireError(f"{name}: comes without a file descriptor")
