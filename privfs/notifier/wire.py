@@ -94,7 +94,8 @@ class Fields:
     """The contract of one op.
 
     ``uses`` names the fields with a meaning; all others must be zero.  ``ranged`` demands
-    ``start < end <= 2**32``.  ``meaning`` goes into the protocol page.
+    ``start < end <= 2**32``, ``reasoned`` a :class:`Reason` in ``status``.  ``meaning`` goes
+    into the protocol page.
     """
 
     to: To
@@ -103,6 +104,7 @@ class Fields:
     flags: Flag = Flag.NONE
     needs_fd: bool = False
     ranged: bool = False
+    reasoned: bool = False
 
 
 _RANGE = {"start": "first page", "end": "page after the last"}
@@ -150,7 +152,7 @@ LAYOUT: Final[dict[Op, Fields]] = {
         To.USER,
         {"obj": "inode", "status": "reason", "seq": "its own seq", **_RANGE},
         "zap the range and acknowledge; also after UNREGISTER has crossed it",
-        ranged=True,
+        ranged=True, reasoned=True,
     ),
     Op.ACK: Fields(
         To.OWNER, {"seq": "the seq acknowledged"},
@@ -227,9 +229,12 @@ def _check(record: Record, to: To) -> None:
             raise WireError(f"{name}: field {field} must be 0, is {getattr(record, field)}")
     if fields.ranged and not record.start < record.end <= MAX_PAGES:
         raise WireError(f"{name}: bad range [{record.start:#x}, {record.end:#x})")
+    if fields.reasoned and record.status not in _REASONS:
+        raise WireError(f"{name}: unknown reason {record.status}")
 
 
 _VALUES = ("status", "req", "obj", "start", "end", "seq")
+_REASONS: Final = frozenset(int(reason) for reason in Reason)
 _LAYOUT_BY_NUMBER: Final = {int(op): fields for op, fields in LAYOUT.items()}
 _UNUSED: Final = {
     int(op): tuple(v for v in _VALUES if v not in fields.uses) for op, fields in LAYOUT.items()
