@@ -20,6 +20,8 @@ from typing import Final
 PAGE_SIZE: Final = 4096
 #: 32-bit page numbers: 16 TiB, the largest file (``EFBIG`` beyond).
 MAX_BYTES: Final = PAGE_SIZE << 32
+#: ``s_maxbytes`` of a FUSE mount; ``vfs_fallocate()`` answers ``EFBIG`` beyond.
+MAX_LFS_FILESIZE: Final = (1 << 63) - 1
 
 FALLOC_FL_KEEP_SIZE: Final = 0x01
 FALLOC_FL_PUNCH_HOLE: Final = 0x02
@@ -140,14 +142,16 @@ def fallocate_rule(
     if row is None:
         raise Refused(errno.EOPNOTSUPP, f"{what}: {who.name} files do not support this mode")
     end = offset + length
-    if end > MAX_BYTES and row.beyond_eof is not BeyondEof.CLIP:
-        raise Refused(errno.EFBIG, f"{what}: the largest file is {MAX_BYTES} bytes")
+    if end > MAX_LFS_FILESIZE:
+        raise Refused(errno.EFBIG, f"{what}: the range ends past {MAX_LFS_FILESIZE}")
     if row.aligned and (offset % PAGE_SIZE or length % PAGE_SIZE):
         raise Refused(errno.EINVAL, f"{what}: offset and length must be multiples of {PAGE_SIZE}")
     if end > size and row.beyond_eof is BeyondEof.REFUSE:
         raise Refused(errno.EINVAL, f"{what}: the range ends past the end of the file")
     if end > size and row.beyond_eof is BeyondEof.GROW and end % PAGE_SIZE:
         raise Refused(errno.EINVAL, f"{what}: the new size would not be a multiple of {PAGE_SIZE}")
+    if end > MAX_BYTES and row.beyond_eof is BeyondEof.GROW:
+        raise Refused(errno.EFBIG, f"{what}: the largest file is {MAX_BYTES} bytes")
     return row
 
 
