@@ -367,7 +367,7 @@ class MemFile:
             case Fallocate(mode, offset, length):
                 row = fallocate_rule(self.personality, mode, offset, length, self.size)
                 end = min(-(-(offset + length) // PAGE_SIZE), MAX_PAGES)
-                return _Claim(_KINDS[row.action], offset // PAGE_SIZE, end)
+                return _Claim(_KINDS[row.action], min(offset // PAGE_SIZE, end), end)
             case Resize(size):
                 resize_rule(self.personality, size, self.size)
                 return _Claim(Kind.RESIZE, min(size, self.size) // PAGE_SIZE, MAX_PAGES)
