@@ -71,7 +71,8 @@ STEPS: Final[dict[Kind, tuple[Step, ...]]] = {
     Kind.DESTROY: (Step.INVALIDATE, Step.FREE),
 }
 
-#: Kinds that may overlap each other in time; every other overlapping pair queues.
+#: Kinds that may overlap each other in time; every other overlapping pair queues, and so do
+#: any two operations that change the size.
 COMPATIBLE: Final = frozenset({Kind.ALLOCATE, Kind.FAULT})
 
 _KINDS: Final = {
@@ -200,6 +201,19 @@ class _Claim(NamedTuple):
     kind: Kind
     start: int
     end: int
+    sizes: bool = False  #: may change the size of the file, or undo that
+
+    def excludes(self, other: _Claim) -> bool:
+        """Say whether two operations must not run at the same time.
+
+        Those that change the size never do, as behind ``inode_lock()``: the later one computes
+        its size from the earlier one's, and a growth that is undone frees up to its old size.
+        """
+        if self.sizes and other.sizes:
+            return True
+        if self.kind in COMPATIBLE and other.kind in COMPATIBLE:
+            return False
+        return self.start < other.end and other.start < self.end
 
 
 class MemFile:
@@ -327,6 +341,27 @@ class MemFile:
         """Allocated pages."""
         return len(self.pages)
 
+    def data_from(self, page: int) -> int | None:
+        """Return the first allocated page at or after ``page``."""
+        before = self.pages.rank(page - 1) if page else 0
+        return self.pages[before] if before < len(self.pages) else None
+
+    def hole_from(self, page: int) -> int:
+        """Return the first page at or after ``page`` that is not allocated."""
+        if page not in self.pages:
+            return page
+        low, step = page + 1, 1  # [page, low) is allocated
+        while self.pages.range_cardinality(low, low + step) == step:
+            low, step = low + step, step * 2
+        high = low + step  # somewhere in [low, high] is the first hole
+        while low < high:
+            middle = (low + high) // 2
+            if self.pages.range_cardinality(low, middle + 1) == middle + 1 - low:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
     @property
     def idle(self) -> bool:
         """True while no operation is active or queued."""
@@ -367,25 +402,25 @@ class MemFile:
             case Fallocate(mode, offset, length):
                 row = fallocate_rule(self.personality, mode, offset, length, self.size)
                 end = min(-(-(offset + length) // PAGE_SIZE), MAX_PAGES)
-                return _Claim(_KINDS[row.action], min(offset // PAGE_SIZE, end), end)
+                start = min(offset // PAGE_SIZE, end)
+                sizes = self._new_size(request) is not None
+                return _Claim(_KINDS[row.action], start, end, sizes)
             case Resize(size):
                 resize_rule(self.personality, size, self.size)
-                return _Claim(Kind.RESIZE, min(size, self.size) // PAGE_SIZE, MAX_PAGES)
+                return _Claim(Kind.RESIZE, min(size, self.size) // PAGE_SIZE, MAX_PAGES, True)
             case FaultIn(page):
                 return _Claim(Kind.FAULT, page, page + 1)
             case Destroy():
                 return _Claim(Kind.DESTROY, 0, MAX_PAGES)
 
     def _must_wait(self, claim: _Claim, ahead: list[tuple[OpId, Request]]) -> bool:
-        return any(
-            other.start < claim.end
-            and claim.start < other.end
-            and not (claim.kind in COMPATIBLE and other.kind in COMPATIBLE)
-            for other in self._claims(ahead)
-        )
+        return any(claim.excludes(other) for other in self._claims(ahead))
 
     def _claims(self, waiting: list[tuple[OpId, Request]] | None = None) -> list[_Claim]:
-        claims = [_Claim(a.kind, a.start, a.end) for a in self._active]
+        claims = [
+            _Claim(a.kind, a.start, a.end, a.size is not None or a.failed != 0)
+            for a in self._active
+        ]
         for _, request in self._waiting if waiting is None else waiting:
             try:
                 claims.append(self._claim(request))
