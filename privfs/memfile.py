@@ -380,7 +380,7 @@ class MemFile:
 
     def copy(self, budget: Budget) -> MemFile:
         """Return an independent copy that draws on ``budget``."""
-        twin = MemFile.__new__(MemFile)
+        twin = MemFile.__new__(type(self))
         twin.personality = self.personality
         twin.size = self.size
         twin.pages = self.pages.copy()

@@ -12,6 +12,8 @@ import enum
 from collections.abc import Hashable
 from typing import Final
 
+from pyroaring import BitMap
+
 
 class State(enum.Enum):
     """Life of a session."""
@@ -68,10 +70,11 @@ class Session:
 
     ``files`` maps the inodes it is registered on to whether stores are granted; ``sent`` maps
     every seq that is not yet acknowledged to its invalidation, or to None once an UNREGISTER has
-    crossed it; ``known`` holds the (inode, extent instance) pairs whose memfd it was given.
+    crossed it; ``known`` holds the (inode, extent instance) pairs whose memfd it was given;
+    ``granted`` is a view for people: the pages that it was granted and has not given up.
     """
 
-    __slots__ = ("files", "known", "label", "next_seq", "pid", "sent", "sid", "state")
+    __slots__ = ("files", "granted", "known", "label", "next_seq", "pid", "sent", "sid", "state")
 
     def __init__(self, sid: int, pid: int) -> None:
         self.sid = sid
@@ -82,6 +85,7 @@ class Session:
         self.files: dict[int, bool] = {}
         self.sent: dict[int, tuple[int, Hashable] | None] = {}
         self.known: set[tuple[int, int]] = set()
+        self.granted: dict[int, BitMap] = {}
 
     @property
     def name(self) -> str:
@@ -111,10 +115,11 @@ class Session:
 
     def copy(self) -> Session:
         """Return an independent copy."""
-        twin = Session.__new__(Session)
+        twin = Session.__new__(type(self))
         twin.sid, twin.pid, twin.label, twin.state = self.sid, self.pid, self.label, self.state
         twin.next_seq = self.next_seq
         twin.files = self.files.copy()
         twin.sent = self.sent.copy()
         twin.known = self.known.copy()
+        twin.granted = {ino: pages.copy() for ino, pages in self.granted.items()}
         return twin
