@@ -290,7 +290,7 @@ class MemFile:
         for i, (queued, _) in enumerate(self._waiting):
             if queued == op:
                 del self._waiting[i]
-                return [Done(op, code, "cancelled while queued"), *self._admit()]
+                return [Done(op, code, "cancelled while queued"), *self._admit(), Settled()]
         for active in self._active:
             if active.op == op and not active.answered and active.left[0] is Step.INVALIDATE:
                 active.answered = True
