@@ -223,8 +223,8 @@ class MemFile:
     a living extent to its instance number, which is never used again.
     """
 
-    __slots__ = ("_active", "_budget", "_next_instance", "_waiting", "dead", "instances",
-                 "pages", "personality", "size")  # fmt: skip
+    __slots__ = ("_active", "_admitting", "_budget", "_next_instance", "_waiting", "dead",
+                 "instances", "pages", "personality", "size")  # fmt: skip
 
     def __init__(self, personality: Personality, budget: Budget) -> None:
         self.personality = personality
@@ -235,6 +235,7 @@ class MemFile:
         self._budget = budget
         self._next_instance = 1
         self._active: list[_Active] = []
+        self._admitting = False
         self._waiting: list[tuple[OpId, Request]] = []
 
     # --- requests -----------------------------------------------------------------------------
@@ -389,6 +390,7 @@ class MemFile:
         twin._budget = budget
         twin._next_instance = self._next_instance
         twin._active = [a.copy() for a in self._active]
+        twin._admitting = False
         twin._waiting = self._waiting.copy()
         return twin
 
@@ -541,6 +543,9 @@ class MemFile:
 
     def _admit(self) -> list[Effect]:
         """Begin every queued operation that nothing ahead of it overlaps, in order."""
+        if self._admitting:
+            return []  # one that ended as it began: the loop below goes on, or the queue is a stack
+        self._admitting = True
         effects: list[Effect] = []
         i = 0
         while i < len(self._waiting):
@@ -555,6 +560,7 @@ class MemFile:
             del self._waiting[i]
             effects += self._begin(op, request)
             i = 0
+        self._admitting = False
         return effects
 
     def _find(self, op: OpId) -> _Active:
