@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The boot-parameter page: what the VMM tells the guest kernel.
+
+The same layout stands in scripts/guests/kernel/common/bootparams.h; a test compiles that header
+and compares every offset and constant.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from types import MappingProxyType
+from typing import Final
+
+BOOT_MAGIC: Final = int.from_bytes(b"KVMSIMBP", "little")
+BOOT_VERSION: Final = 1
+MAX_RAM_RANGES: Final = 16
+MAX_VCPUS: Final = 16
+RAM_PRIVATE_CAPABLE: Final = 0x1
+
+PAGE_SIZE: Final = 4096
+GPA_LIMIT: Final = 1 << 39
+"""Guest-physical addresses lie below the shared bit."""
+
+
+class BootFlag(IntFlag):
+    """boot_params.flags."""
+
+    NONE = 0
+    SELFTEST = 0x1
+    """Run the memory self-test before the first prompt."""
+    ECHO = 0x2
+    """Echo console input, for a terminal in raw mode."""
+
+
+class Hypercall(IntEnum):
+    """boot_params.hypercall: which instruction calls the host."""
+
+    VMMCALL = 1
+    VMCALL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class RamRange:
+    """Guest RAM in bytes, page-aligned; ``private``: its memslot has a private side."""
+
+    gpa: int
+    size: int
+    private: bool = True
+
+    def __post_init__(self) -> None:
+        if self.gpa % PAGE_SIZE or self.size % PAGE_SIZE or self.gpa < 0 or self.size <= 0:
+            raise ValueError(
+                f"RAM range {self.gpa:#x}+{self.size:#x}: both must be multiples of 4096, "
+                "the size not 0"
+            )
+        if self.end > GPA_LIMIT:
+            raise ValueError(f"RAM range {self.gpa:#x}+{self.size:#x} does not end below 2^39")
+
+    @property
+    def end(self) -> int:
+        """First byte behind the range."""
+        return self.gpa + self.size
+
+
+FIELDS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "magic": "Q",
+        "version": "I",
+        "size": "I",
+        "vcpus": "I",
+        "shared_bit": "I",
+        "hypercall": "I",
+        "console_port": "H",
+        "exit_port": "H",
+        "flags": "Q",
+        "low_size": "Q",
+        "log_gpa": "Q",
+        "log_size": "Q",
+        "ram_count": "I",
+        "reserved": "I",
+    }
+)
+"""struct boot_params without its array, in order: name and struct code, no padding."""
+
+_HEAD: Final = struct.Struct("<" + "".join(FIELDS.values()))
+_RANGE: Final = struct.Struct("<QQII")
+RAM_OFFSET: Final = _HEAD.size
+BOOT_PARAMS_SIZE: Final = RAM_OFFSET + MAX_RAM_RANGES * _RANGE.size
+
+
+def field_offset(name: str) -> int:
+    """Byte offset of a field of :data:`FIELDS`; KeyError for any other name."""
+    offset = 0
+    for field, code in FIELDS.items():
+        if field == name:
+            return offset
+        offset += struct.calcsize("<" + code)
+    raise KeyError(name)
+
+
+@dataclass(frozen=True, slots=True)
+class BootParams:
+    """One boot-parameter page. Sizes and addresses in bytes."""
+
+    ram: tuple[RamRange, ...]
+    vcpus: int
+    low_size: int
+    log_gpa: int
+    log_size: int
+    flags: BootFlag = BootFlag.NONE
+    hypercall: Hypercall = Hypercall.VMMCALL
+    console_port: int = 0x3F8
+    exit_port: int = 0xF4
+    shared_bit: int = 39
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.vcpus <= MAX_VCPUS:
+            raise ValueError(f"{self.vcpus} vCPUs: the guest kernel takes 1 to {MAX_VCPUS}")
+        if not 1 <= len(self.ram) <= MAX_RAM_RANGES:
+            raise ValueError(f"{len(self.ram)} RAM ranges: 1 to {MAX_RAM_RANGES} have room")
+        for lower, upper in zip(self.ram, self.ram[1:], strict=False):
+            if upper.gpa < lower.end:
+                raise ValueError(f"RAM ranges {lower} and {upper} overlap or are out of order")
+
+    def pack(self) -> bytes:
+        """The bytes of struct boot_params."""
+        head = _HEAD.pack(
+            BOOT_MAGIC,
+            BOOT_VERSION,
+            BOOT_PARAMS_SIZE,
+            self.vcpus,
+            self.shared_bit,
+            self.hypercall,
+            self.console_port,
+            self.exit_port,
+            self.flags,
+            self.low_size,
+            self.log_gpa,
+            self.log_size,
+            len(self.ram),
+            0,
+        )
+        ranges = b"".join(
+            _RANGE.pack(r.gpa, r.size, RAM_PRIVATE_CAPABLE if r.private else 0, 0) for r in self.ram
+        )
+        return (head + ranges).ljust(BOOT_PARAMS_SIZE, b"\0")

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The VMM's answers to a guest's exits, without I/O: devices, hypercalls, conversions.
+
+The machine runs no vCPU and reads no terminal. Whoever does hands it each exit and does what the
+action says. All methods belong to one thread at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from kvmsim.exits import (
+    BadHvaExit,
+    Exit,
+    HltExit,
+    HypercallExit,
+    InternalErrorExit,
+    InterruptedExit,
+    IoExit,
+    MemoryFaultExit,
+    MmioExit,
+    ShutdownExit,
+)
+from kvmsim.uapi import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED
+from kvmsim.vmm.bootparams import PAGE_SIZE, BootFlag, BootParams, RamRange
+from kvmsim.vmm.convert import Converted, Discard, GuestMemory, Refused, convert_memory
+from kvmsim.vmm.elf import parse_elf
+from kvmsim.vmm.loader import LOG_GPA, LOG_SIZE, LOW_SIZE, EntryState, plan
+from kvmsim.vmm.serial import REGISTERS, Serial16550
+
+KVM_HC_KICK_CPU: Final = 5  # include/uapi/linux/kvm_para.h
+KVM_ENOSYS: Final = 1000
+_MAP_GPA_RANGE_PAGE_SIZE: Final = 0xF
+_U64: Final = (1 << 64) - 1
+
+FAULT_REPEATS: Final = 16
+"""A vCPU that faults this often in a row where there is nothing to convert makes no progress."""
+
+
+class StopReason(Enum):
+    """Why a machine ended."""
+
+    GUEST_EXIT = "the guest wrote its exit port"
+    SHUTDOWN = "triple fault"
+    ALL_HALTED = "every vCPU is halted and nothing can wake one"
+    MEMORY = "a memory access that cannot be resolved"
+    ENGINE = "the vCPU cannot go on"
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Run the vCPU again; ``data`` answers the exit (bytes read, or a hypercall's result).
+
+    ``wake``: vCPUs that waited and are runnable now.
+    """
+
+    data: bytes | int | None = None
+    wake: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """The vCPU is halted: run it again once a `wake` names it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The machine has ended; ``status`` is the guest's (0 good), or 1 if it had no say."""
+
+    reason: StopReason
+    status: int
+    message: str
+
+
+Action = Resume | Wait | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class MachineConfig:
+    """A machine. The first RAM range starts at 0 and holds low memory."""
+
+    ram: tuple[RamRange, ...]
+    vcpus: int = 1
+    flags: BootFlag = BootFlag.NONE
+    discard: Discard = Discard.BOTH
+    console_port: int = 0x3F8
+    exit_port: int = 0xF4
+
+    def boot_params(self) -> BootParams:
+        """The boot-parameter page for this machine; ValueError if it cannot be one."""
+        return BootParams(
+            ram=self.ram,
+            vcpus=self.vcpus,
+            low_size=LOW_SIZE,
+            log_gpa=LOG_GPA,
+            log_size=LOG_SIZE,
+            flags=self.flags,
+            console_port=self.console_port,
+            exit_port=self.exit_port,
+        )
+
+
+@dataclass(slots=True)
+class MachineStatistics:
+    """What the guest asked of its VMM so far."""
+
+    exits: int = 0
+    hypercalls: int = 0
+    unknown_hypercalls: int = 0
+    conversions_explicit: int = 0
+    conversions_implicit: int = 0
+    conversions_refused: int = 0
+    discarded_bytes: int = 0
+    unknown_port_accesses: int = 0
+    mmio_accesses: int = 0
+    halts: int = 0
+    kicks: int = 0
+
+
+@dataclass(slots=True)
+class _Vcpu:
+    halted: bool = False
+    kicked: bool = False  # KVM: pv_unhalted
+    repeated: int = 0
+    last_fault: tuple[int, bool] | None = None
+
+
+@dataclass(slots=True)
+class Machine:
+    """Devices and policy of one VM over the memory that ``memory`` reaches."""
+
+    config: MachineConfig
+    memory: GuestMemory
+    statistics: MachineStatistics = field(default_factory=MachineStatistics)
+    serial: Serial16550 = field(default_factory=Serial16550)
+    _output: bytearray = field(default_factory=bytearray)
+    _vcpus: list[_Vcpu] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.config.boot_params()  # refuse an impossible machine now
+        self._vcpus = [_Vcpu() for _ in range(self.config.vcpus)]
+
+    # --- from outside --------------------------------------------------------------------
+
+    def boot(self, image: bytes) -> tuple[EntryState, ...]:
+        """Load a guest (an ELF file) into shared memory; how each vCPU starts.
+
+        ImageError for an image that does not fit; KvmError or OSError from the memory.
+        """
+        load = plan(parse_elf(image), self.config.boot_params())
+        for gpa, data in load.writes:
+            self.memory.write_shared(gpa, data)
+        return load.entries
+
+    def feed(self, data: bytes) -> tuple[int, ...]:
+        """Console input; the vCPUs that it wakes (the line goes to the boot vCPU)."""
+        self.serial.feed(data)
+        return self._wake(0) if self.serial.interrupt else ()
+
+    def take_output(self) -> bytes:
+        """Console output since the last call."""
+        data = bytes(self._output)
+        self._output.clear()
+        return data
+
+    def is_halted(self, vcpu: int) -> bool:
+        """Whether a vCPU's last answer was :class:`Wait` and nothing has woken it since."""
+        return self._vcpus[vcpu].halted
+
+    def handle_exit(self, vcpu: int, exit: Exit) -> Action:
+        """What to do about an exit of a vCPU."""
+        self.statistics.exits += 1
+        if not isinstance(exit, (MemoryFaultExit, InterruptedExit)):
+            self._vcpus[vcpu].last_fault = None
+        match exit:
+            case IoExit():
+                return self._port(exit)
+            case HypercallExit(nr, args):
+                self.statistics.hypercalls += 1
+                return self._hypercall(nr, args)
+            case HltExit():
+                return self._halt(vcpu)
+            case MemoryFaultExit():
+                return self._memory_fault(vcpu, exit)
+            case MmioExit(_, length, write, _):
+                # No device lives in memory: reads float high, writes go nowhere.
+                self.statistics.mmio_accesses += 1
+                return Resume(None if write else b"\xff" * length)
+            case InterruptedExit():
+                return Resume()
+            case ShutdownExit():
+                return Stop(StopReason.SHUTDOWN, 1, f"vcpu {vcpu}: triple fault")
+            case BadHvaExit(gpa):
+                return Stop(
+                    StopReason.MEMORY, 1, f"vcpu {vcpu}: nothing behind the shared side of {gpa:#x}"
+                )
+            case InternalErrorExit(suberror, data):
+                words = " ".join(f"{word:#x}" for word in data)
+                return Stop(
+                    StopReason.ENGINE, 1, f"vcpu {vcpu}: internal error {suberror} {words}".rstrip()
+                )
+
+    # --- devices -------------------------------------------------------------------------
+
+    def _port(self, exit: IoExit) -> Action:
+        if not exit.write:
+            values = bytearray()
+            for _ in range(exit.count):
+                values += bytes(self._port_in(exit.port + i) for i in range(exit.size))
+            return Resume(bytes(values))
+        for first in range(0, len(exit.data), exit.size):
+            unit = exit.data[first : first + exit.size]
+            if exit.port == self.config.exit_port:
+                status = int.from_bytes(unit, "little") & 0xFF
+                return Stop(StopReason.GUEST_EXIT, status, f"the guest ended with status {status}")
+            for i, value in enumerate(unit):
+                self._port_out(exit.port + i, value)
+        return Resume()
+
+    def _port_in(self, port: int) -> int:
+        offset = port - self.config.console_port
+        if 0 <= offset < REGISTERS:
+            return self.serial.read(offset)
+        self.statistics.unknown_port_accesses += 1
+        return 0xFF
+
+    def _port_out(self, port: int, value: int) -> None:
+        offset = port - self.config.console_port
+        if 0 <= offset < REGISTERS:
+            self._output += self.serial.write(offset, value)
+        else:
+            self.statistics.unknown_port_accesses += 1
+
+    # --- vCPUs ---------------------------------------------------------------------------
+
+    def _halt(self, vcpu: int) -> Action:
+        state = self._vcpus[vcpu]
+        self.statistics.halts += 1
+        if state.kicked or (vcpu == 0 and self.serial.interrupt):
+            state.kicked = False
+            return Resume()
+        state.halted = True
+        if all(v.halted for v in self._vcpus) and not self.serial.wakes_on_input:
+            return Stop(StopReason.ALL_HALTED, 1, StopReason.ALL_HALTED.value)
+        return Wait()
+
+    def _wake(self, vcpu: int) -> tuple[int, ...]:
+        state = self._vcpus[vcpu]
+        if not state.halted:
+            return ()
+        state.halted = False
+        state.kicked = False
+        return (vcpu,)
+
+    # --- hypercalls ----------------------------------------------------------------------
+
+    def _hypercall(self, nr: int, args: tuple[int, ...]) -> Action:
+        args = (*args, 0, 0, 0)
+        if nr == KVM_HC_MAP_GPA_RANGE:
+            return Resume(self._map_gpa_range(*args[:3]) & _U64)
+        if nr == KVM_HC_KICK_CPU:
+            return self._kick(args[1])
+        self.statistics.unknown_hypercalls += 1
+        return Resume(-KVM_ENOSYS & _U64)
+
+    def _kick(self, target: int) -> Action:
+        """kvm_pv_kick_cpu_op(): remembered until the next HLT; an unknown target is no error."""
+        self.statistics.kicks += 1
+        if target >= len(self._vcpus):
+            return Resume(0)
+        self._vcpus[target].kicked = True
+        return Resume(0, self._wake(target))
+
+    def _map_gpa_range(self, gpa: int, npages: int, attributes: int) -> int:
+        """0 or a negative errno (Documentation/virt/kvm/x86/hypercalls.rst)."""
+        private = bool(attributes & KVM_MAP_GPA_RANGE_ENCRYPTED)
+        if attributes & ~(_MAP_GPA_RANGE_PAGE_SIZE | KVM_MAP_GPA_RANGE_ENCRYPTED):
+            self.statistics.conversions_refused += 1
+            return -errno.EINVAL
+        result = self._convert(gpa, npages * PAGE_SIZE, private)
+        if isinstance(result, Refused):
+            return -result.errno
+        self.statistics.conversions_explicit += 1
+        return 0
+
+    # --- conversions ---------------------------------------------------------------------
+
+    def _convert(self, gpa: int, size: int, private: bool) -> Converted | Refused:
+        result = convert_memory(
+            self.memory, self.config.ram, gpa, size, private=private, discard=self.config.discard
+        )
+        if isinstance(result, Refused):
+            self.statistics.conversions_refused += 1
+            return result
+        if isinstance(result, Converted):
+            self.statistics.discarded_bytes += result.discarded
+            return result
+        return Converted(gpa, size, private, changed=False, discarded=0)
+
+    def _memory_fault(self, vcpu: int, exit: MemoryFaultExit) -> Action:
+        """An implicit conversion, unless the fault is about something else.
+
+        KVM says EFAULT (v7: returns 0) for an access of the wrong type. Nothing changed by the
+        conversion means that another vCPU was faster, or that the type is not what is wrong.
+        """
+        side = "private" if exit.private else "shared"
+        what = f"vcpu {vcpu}: {side} access to {exit.gpa:#x}+{exit.size:#x}"
+        if exit.errno not in (None, errno.EFAULT):
+            name = errno.errorcode.get(exit.errno, str(exit.errno))
+            return Stop(StopReason.MEMORY, 1, f"{what}: {name}: {exit.reason}")
+        result = self._convert(exit.gpa, exit.size, exit.private)
+        if isinstance(result, Refused):
+            return Stop(StopReason.MEMORY, 1, f"{what}: {result.reason}")
+        state = self._vcpus[vcpu]
+        if result.changed:
+            self.statistics.conversions_implicit += 1
+            state.last_fault, state.repeated = None, 0
+            return Resume()
+        fault = (exit.gpa, exit.private)
+        state.repeated = state.repeated + 1 if state.last_fault == fault else 1
+        state.last_fault = fault
+        if state.repeated >= FAULT_REPEATS:
+            return Stop(
+                StopReason.MEMORY,
+                1,
+                f"{what}: still refused after {state.repeated} tries, and it is {side} already: "
+                f"{exit.reason or 'no reason given'}",
+            )
+        return Resume()
