@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Hashable
 from typing import Final, NamedTuple
 
+from pyroaring import BitMap
+
 from privfs import extents
 from privfs.memfile import (
     Budget,
@@ -332,6 +334,7 @@ class Owner:
                 code = errno.EEXIST
             else:
                 session.files[ino] = writable
+                session.granted[ino] = BitMap()
                 self.users[ino].add(session.sid)
                 return [
                     Send(session.sid, Record(
@@ -430,6 +433,7 @@ class Owner:
                     Op.EXTENT, Flag.FD, obj=get.ino, start=first, end=last, seq=instance), memfd)
             )  # fmt: skip
         start, end = file.window(page, record.start, record.end)
+        session.granted[get.ino].add_range(start, end)
         out.append(self._page(get, 0, instance, start, end))
         return out
 
@@ -484,6 +488,9 @@ class Owner:
         if wait is None:
             return []  # the ladder gave it up before this proof came
         wait.sids.discard(sid)
+        session = self.sessions.get(sid)
+        if session is not None and key[0] in session.granted:
+            session.granted[key[0]].remove_range(wait.start, wait.end)
         if wait.sids:
             return []
         del self._waits[key]
@@ -512,6 +519,7 @@ class Owner:
     def _destroyed(self, ino: int) -> list[Effect]:
         for sid in self.users.pop(ino):
             self.sessions[sid].files.pop(ino, None)
+            self.sessions[sid].granted.pop(ino, None)
         self._doomed.discard(ino)
         lost = [get for get in self._parked if get.ino == ino]
         self._parked = [get for get in self._parked if get.ino != ino]
@@ -562,13 +570,14 @@ class Owner:
 
     def _detach(self, session: Session, ino: int) -> None:
         del session.files[ino]
+        del session.granted[ino]
         self.users[ino].discard(session.sid)
         session.known = {pair for pair in session.known if pair[0] != ino}
         self._parked = [g for g in self._parked if g.sid != session.sid or g.ino != ino]
 
     def _reap(self, ino: int) -> list[Effect]:
         """Destroy a released file whose last user has left."""
-        if ino not in self._doomed or self.users[ino] or not self.files[ino].idle:
+        if ino not in self._doomed or self.users[ino]:
             return []
         return self._run(ino, self.files[ino].submit(("destroy", ino), Destroy()))
 
