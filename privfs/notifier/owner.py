@@ -250,7 +250,9 @@ class Owner:
         ``file`` is what the shell found out: for REGISTER (inode, writable) or an errno, for
         HELLO an errno when the session is refused.
         """
-        session = self.sessions[sid]
+        session = self.sessions.get(sid)
+        if session is None:
+            return []  # the rest of a frame whose first record ended the session
         if not session.talks and (session.state is not State.NEW or record.op != Op.HELLO):
             return self.broken(sid, f"{Op(record.op).name} in state {session.state.value}")
         handler = _HANDLERS[Op(record.op)]
