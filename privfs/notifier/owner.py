@@ -206,6 +206,8 @@ class Owner:
             for s in self.sessions.values()
         ):
             return [Answer(op, errno.EIO, "the caller is being killed")]
+        if ino not in self.files:
+            return [Answer(op, errno.ENOENT, f"{request}: inode {ino} has been revoked")]
         self._callers[op] = (ino, caller)
         return self._run(ino, self.files[ino].submit(op, request))
 
@@ -222,6 +224,8 @@ class Owner:
 
     def release(self, ino: int) -> list[Effect]:
         """The last name and the last descriptor of a file are gone."""
+        if ino not in self.files:
+            return []  # revoked before
         self._doomed.add(ino)
         if self.personality.pinned_by_users and self.users[ino]:
             return []
