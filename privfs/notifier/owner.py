@@ -386,11 +386,15 @@ class Owner:
             return [Send(session.sid, _reply(record, code))]
         mode = _MODES[Op(record.op)]
         start, end = record.start * PAGE_SIZE, record.end * PAGE_SIZE
-        op: OpId = ("call", session.sid, record.req)
-        if op in self._callers:
+        if record.req in session.calling:
             return self.broken(
                 session.sid, f"{Op(record.op).name}: request {record.req} is outstanding"
             )
+        # Numbers of requests are used again, names of operations are not: a timer that was
+        # armed for the last punch must not push the next one up the ladder.
+        session.calls += 1
+        session.calling.add(record.req)
+        op: OpId = ("call", session.sid, record.req, session.calls)
         self._callers[op] = (ino, 0)
         return self._run(ino, self.files[ino].submit(op, Fallocate(mode, start, end - start)))
 
@@ -514,10 +518,13 @@ class Owner:
                 known = get.sid in self.sessions and self.sessions[get.sid].talks
                 code = errno.ENOMEM if done.errno == errno.ENOSPC else done.errno
                 return [self._page(get, code)] if known else []
-            case ("call", int(sid), int(req)):
+            case ("call", int(sid), int(req), int()):
                 session = self.sessions.get(sid)
+                if session is None:
+                    return []
+                session.calling.discard(req)
                 reply = Record(Op.REPLY, status=done.errno, req=req)
-                return [Send(sid, reply)] if session and session.talks else []
+                return [Send(sid, reply)] if session.talks else []
             case ("destroy", _):
                 return self._destroyed(ino) if done.errno == 0 else []
         return [Answer(op, done.errno, done.why)]

@@ -70,11 +70,12 @@ class Session:
 
     ``files`` maps the inodes it is registered on to whether stores are granted; ``sent`` maps
     every seq that is not yet acknowledged to its invalidation, or to None once an UNREGISTER has
-    crossed it; ``known`` holds the (inode, extent instance) pairs whose memfd it was given;
+    crossed it; ``calls`` counts its ALLOCATE and PUNCH records, ``calling``
+    holds the request numbers of those that are not answered; ``known`` holds the (inode, extent instance) pairs whose memfd it was given;
     ``granted`` is a view for people: the pages that it was granted and has not given up.
     """
 
-    __slots__ = ("files", "granted", "known", "label", "next_seq", "pid", "sent", "sid", "state")
+    __slots__ = ("calling", "calls", "files", "granted", "known", "label", "next_seq", "pid", "sent", "sid", "state")
 
     def __init__(self, sid: int, pid: int) -> None:
         self.sid = sid
@@ -82,6 +83,8 @@ class Session:
         self.label = ""
         self.state = State.NEW
         self.next_seq = 1
+        self.calls = 0
+        self.calling: set[int] = set()
         self.files: dict[int, bool] = {}
         self.sent: dict[int, tuple[int, Hashable] | None] = {}
         self.known: set[tuple[int, int]] = set()
@@ -109,7 +112,7 @@ class Session:
     def key(self) -> Hashable:
         """Return the state as a hashable value."""
         return (
-            self.sid, self.state.value, self.next_seq, tuple(self.files.items()),
+            self.sid, self.state.value, self.next_seq, self.calls, tuple(self.files.items()),
             tuple(self.sent.items()), tuple(sorted(self.known)),
         )  # fmt: skip
 
@@ -118,6 +121,8 @@ class Session:
         twin = Session.__new__(type(self))
         twin.sid, twin.pid, twin.label, twin.state = self.sid, self.pid, self.label, self.state
         twin.next_seq = self.next_seq
+        twin.calls = self.calls
+        twin.calling = self.calling.copy()
         twin.files = self.files.copy()
         twin.sent = self.sent.copy()
         twin.known = self.known.copy()
