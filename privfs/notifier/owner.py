@@ -342,6 +342,9 @@ class Owner:
                 session.files[ino] = writable
                 session.granted[ino] = BitMap()
                 self.users[ino].add(session.sid)
+                # A seq of its own: between an UNREGISTER and this, pages may have gone without
+                # an invalidation to this session, so no grant from before may be installed.
+                session.next_seq += 1
                 return [
                     Send(session.sid, Record(
                         Op.REGISTERED, req=record.req, obj=ino, start=int(writable),

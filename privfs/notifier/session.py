@@ -69,13 +69,15 @@ class Session:
     """A user process.
 
     ``files`` maps the inodes it is registered on to whether stores are granted; ``sent`` maps
-    every seq that is not yet acknowledged to its invalidation, or to None once an UNREGISTER has
-    crossed it; ``calls`` counts its ALLOCATE and PUNCH records, ``calling``
-    holds the request numbers of those that are not answered; ``known`` holds the (inode, extent instance) pairs whose memfd it was given;
+    every invalidation's seq that is not yet acknowledged to its invalidation, or to None once an UNREGISTER has
+    crossed it; ``calls`` counts its ALLOCATE and PUNCH records, ``calling`` holds the request
+    numbers of those that are not answered; ``known`` holds the (inode, extent instance) pairs
+    whose memfd it was given;
     ``granted`` is a view for people: the pages that it was granted and has not given up.
     """
 
-    __slots__ = ("calling", "calls", "files", "granted", "known", "label", "next_seq", "pid", "sent", "sid", "state")
+    __slots__ = ("calling", "calls", "files", "granted", "known", "label", "next_seq", "pid",
+                 "sent", "sid", "state")  # fmt: skip
 
     def __init__(self, sid: int, pid: int) -> None:
         self.sid = sid

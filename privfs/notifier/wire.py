@@ -3,7 +3,8 @@
 
 A frame is one ``SOCK_SEQPACKET`` packet of 1 to :data:`MAX_RECORDS` records, with at most
 :data:`MAX_FDS` file descriptors beside it; a record with ``F_FD`` takes the next one.
-Units are pages in half-open ranges; ``seq`` counts a session's invalidations from 1.
+Units are pages in half-open ranges; ``seq`` counts a session's registrations and
+invalidations from 1.
 :data:`LAYOUT` says for every op who may send it and which fields it uses; :func:`parse` refuses
 everything else, because a peer that sends nonsense cannot be trusted to have unmapped anything.
 """
@@ -129,7 +130,7 @@ LAYOUT: Final[dict[Op, Fields]] = {
     Op.REGISTERED: Fields(
         To.USER,
         {"req": "request", "status": "errno", "obj": "inode", "start": "1 if stores are granted",
-         "end": "pages in the file", "seq": "last INVALIDATE seq sent"},
+         "end": "pages in the file", "seq": "a seq of its own; older grants are void"},
         "answer to REGISTER",
     ),
     Op.UNREGISTER: Fields(
@@ -145,7 +146,7 @@ LAYOUT: Final[dict[Op, Fields]] = {
     Op.PAGE: Fields(
         To.USER,
         {"req": "request", "status": "errno", "obj": "extent instance",
-         "seq": "last INVALIDATE seq sent to this session", **_RANGE},
+         "seq": "last seq sent to this session", **_RANGE},
         "the granted range; install only what no newer processed invalidation overlaps",
     ),
     Op.INVALIDATE: Fields(
