@@ -361,7 +361,12 @@ class Owner:
         session.sent = {
             seq: None if key and key[0] == ino else key for seq, key in session.sent.items()
         }
-        out: list[Effect] = [Send(session.sid, _reply(record, 0))]
+        out: list[Effect] = [
+            self._page(get, errno.ENOENT)
+            for get in self._parked
+            if get.sid == session.sid and get.ino == ino
+        ]
+        out.append(Send(session.sid, _reply(record, 0)))
         self._detach(session, ino)
         for key in proven:
             out += self._proven(key, session.sid)
