@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 import errno
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Hashable
 from typing import Final, NamedTuple
 
@@ -428,18 +428,20 @@ class Owner:
             look = file.look(page)
         except Refused as refused:
             return [self._page(get, refused.errno)]
+        out: list[Effect] = []
         if look is Look.PARK:
             if len(self._parked) >= self._max_parked:
-                return self.broken(get.sid, f"more than {self._max_parked} parked faults")
+                out = self._flooded()
+                if not session.talks:
+                    return out
             self._parked.append(get)
-            return []
+            return out
         if look is Look.HOLE:
             op: OpId = ("get", get.sid, record.req)
             if op in self._faults:
                 return self.broken(get.sid, f"GET: request {record.req} is outstanding")
             self._faults[op] = get
             return self._run(get.ino, file.submit(op, FaultIn(page)))
-        out: list[Effect] = []
         index = extents.extent_of(page)
         instance = file.instances[index]
         if (get.ino, instance) not in session.known or record.flags & Flag.EXTENT:
@@ -454,6 +456,11 @@ class Owner:
         session.granted[get.ino].add_range(start, end)
         out.append(self._page(get, 0, instance, start, end))
         return out
+
+    def _flooded(self) -> list[Effect]:
+        """Make room for a parked fault: the session that holds most of them goes."""
+        ((sid, held),) = Counter(get.sid for get in self._parked).most_common(1)
+        return self.broken(sid, f"{held} of {self._max_parked} parked faults are its own")
 
     def _page(self, get: _Get, code: int, instance: int = 0, start: int = 0, end: int = 0) -> Send:
         seq = self.sessions[get.sid].next_seq - 1
