@@ -185,9 +185,10 @@ class User:
             return ExtentArrived(record.obj, record.seq, record.start, record.end)
         if op == Op.BYE:
             return Closed(record.status)
-        asked, ino = self._pending.pop(record.req, (None, 0))
+        asked, ino = self._pending.get(record.req, (None, 0))
         if asked is None or _ANSWERS[asked] != op:
             raise WireError(f"{Op(op).name} answers request {record.req}, which is not pending")
+        del self._pending[record.req]
         if op == Op.PAGE:
             if record.status:
                 return Denied(record.req, ino, record.status)
