@@ -428,20 +428,18 @@ class Owner:
             look = file.look(page)
         except Refused as refused:
             return [self._page(get, refused.errno)]
-        out: list[Effect] = []
         if look is Look.PARK:
             if len(self._parked) >= self._max_parked:
-                out = self._flooded()
-                if not session.talks:
-                    return out
+                return [*self._flooded(), *self._serve(get)]
             self._parked.append(get)
-            return out
+            return []
         if look is Look.HOLE:
             op: OpId = ("get", get.sid, record.req)
             if op in self._faults:
                 return self.broken(get.sid, f"GET: request {record.req} is outstanding")
             self._faults[op] = get
             return self._run(get.ino, file.submit(op, FaultIn(page)))
+        out: list[Effect] = []
         index = extents.extent_of(page)
         instance = file.instances[index]
         if (get.ino, instance) not in session.known or record.flags & Flag.EXTENT:

@@ -69,11 +69,10 @@ class Session:
     """A user process.
 
     ``files`` maps the inodes it is registered on to whether stores are granted; ``sent`` maps
-    every invalidation's seq that is not yet acknowledged to its invalidation, or to None once an UNREGISTER has
-    crossed it; ``calls`` counts its ALLOCATE and PUNCH records, ``calling`` holds the request
-    numbers of those that are not answered; ``known`` holds the (inode, extent instance) pairs
-    whose memfd it was given;
-    ``granted`` is a view for people: the pages that it was granted and has not given up.
+    the seq of every invalidation that is not yet acknowledged to it, or to None once an
+    UNREGISTER has crossed it; ``calls`` counts its ALLOCATE and PUNCH records, ``calling`` holds
+    the request numbers of those that are not answered; ``known`` holds the (inode, extent
+    instance) pairs whose memfd it was given; ``granted`` is a view for people: the pages that it was granted and has not given up.
     """
 
     __slots__ = ("calling", "calls", "files", "granted", "known", "label", "next_seq", "pid",
