@@ -274,19 +274,10 @@ static int request_begin(const struct fuse_in_header *in)
 	return token ? 0 : -1;
 }
 
-/*
- * The kernel queues INTERRUPT only for a request that was read (FR_SENT in
- * fs/fuse/dev.c), so its Request exists unless the reply is already written.
- */
-static void request_interrupt(uint64_t unique)
+static void request_interrupt(Request *self)
 {
 	PyObject *scopes, *done;
-	Request *self;
 
-	for (self = requests; self && self->unique != unique; self = self->next)
-		;
-	if (!self)
-		return;
 	self->interrupted = 1;
 	if (self->scopes == Py_None)
 		return;
@@ -300,6 +291,19 @@ static void request_interrupt(uint64_t unique)
 	if (!scopes)
 		PyErr_WriteUnraisable(NULL);
 	Py_XDECREF(scopes);
+}
+
+/*
+ * The kernel queues INTERRUPT only for a request that was read (FR_SENT in
+ * fs/fuse/dev.c), so its Request exists unless the reply is already written.
+ */
+static Request *request_find(uint64_t unique)
+{
+	Request *self = requests;
+
+	while (self && self->unique != unique)
+		self = self->next;
+	return self;
 }
 
 /* ---- messages ----------------------------------------------------------- */
@@ -508,6 +512,7 @@ EXPORT void fuse_session_process_buf(struct fuse_session *se, const struct fuse_
 	static const struct fuse_getxattr_out no_names;
 	struct fuse_in_header *in = buf->mem;
 	void *body = in + 1;
+	Request *meant;
 
 	if (se != tap.session) {
 		libfuse.process_buf(se, buf);
@@ -515,7 +520,12 @@ EXPORT void fuse_session_process_buf(struct fuse_session *se, const struct fuse_
 	}
 	switch (in->opcode) {
 	case FUSE_INTERRUPT:
-		request_interrupt(((struct fuse_interrupt_in *)body)->unique);
+		meant = request_find(((struct fuse_interrupt_in *)body)->unique);
+		if (meant) {
+			Py_INCREF(meant);
+			request_interrupt(meant);
+			Py_DECREF(meant);
+		}
 		return;
 	case FUSE_GETXATTR:		/* sticky: no security.capability before each write */
 	case FUSE_SETXATTR:		/* ENOSYS becomes EOPNOTSUPP for the caller */
@@ -721,6 +731,24 @@ static PyObject *serve_init(PyObject *module, PyObject *args)
 			     tap.kernel_major, tap.kernel_minor);
 }
 
+/* Once the session exits, no INTERRUPT is read any more: this stands for them. */
+static PyObject *interrupt_all(PyObject *module, PyObject *unused)
+{
+	PyObject *all = PyList_New(0);
+
+	(void)module;
+	(void)unused;
+	for (Request *r = requests; all && r; r = r->next)
+		if (PyList_Append(all, (PyObject *)r) < 0)
+			Py_CLEAR(all);
+	if (!all)
+		return NULL;
+	for (Py_ssize_t i = 0; i < PyList_GET_SIZE(all); i++)
+		request_interrupt((Request *)PyList_GET_ITEM(all, i));
+	Py_DECREF(all);
+	Py_RETURN_NONE;
+}
+
 static int readable(void)
 {
 	struct pollfd wait = { .fd = tap.fd, .events = POLLIN };
@@ -760,6 +788,7 @@ static PyMethodDef methods[] = {
 	{"attached", attached, METH_NOARGS, "Whether a session went through this module."},
 	{"serve_init", serve_init, METH_VARARGS,
 	 "serve_init(timeout_ms) -> (passthrough errno, protocol, kernel's protocol)"},
+	{"interrupt_all", interrupt_all, METH_NOARGS, "Interrupt every request under way."},
 	{"disarm", disarm, METH_NOARGS, "Forget the session. Call before pyfuse3 closes it."},
 	{"spin_readable", spin_readable, METH_VARARGS,
 	 "spin_readable(us) -> whether a request waits, after looking for that long."},

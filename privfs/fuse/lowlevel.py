@@ -2,7 +2,8 @@
 """pyfuse3 with what private memory files need: FALLOCATE, LSEEK, INTERRUPT, passthrough.
 
 Importing this module loads pyfuse3 behind :mod:`privfs.fuse._lowlevel`; nothing else may import
-pyfuse3 earlier. A file system derives from :class:`Operations` and is served by::
+pyfuse3 earlier (``from privfs.fuse.lowlevel import pyfuse3`` is always in order). A file system
+derives from :class:`Operations` and is served by::
 
     lowlevel.init(ops, mountpoint, options, mode=lowlevel.Mode.PASSTHROUGH)
     try:
@@ -36,7 +37,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-if "pyfuse3" in sys.modules and "privfs.fuse._lowlevel" not in sys.modules:
+if "pyfuse3" in sys.modules:
     raise ImportError(
         "pyfuse3 was imported before privfs.fuse.lowlevel, so it is bound to libfuse directly: "
         "fallocate, interrupts and passthrough would not work. Import privfs.fuse.lowlevel first."
@@ -52,11 +53,16 @@ except ImportError as exc:
 
 _lowlevel.join_global_scope()
 
-import pyfuse3  # noqa: E402 - only now its references bind to ours
+import pyfuse3 as pyfuse3  # noqa: E402 - only now its references bind to ours
 import trio  # noqa: E402
 from pyfuse3 import FUSEError, RequestContext  # noqa: E402
 
+from privfs.fuse.fastwait import FastTrio  # noqa: E402
+
 _libfuse_version = _lowlevel.bind_libfuse(str(pyfuse3.__file__))
+
+#: The version of the libfuse that pyfuse3 uses.
+LIBFUSE_VERSION = _libfuse_version
 
 Request = _lowlevel.Request
 
@@ -169,7 +175,9 @@ def interruptible() -> Iterator[trio.CancelScope]:
 def caller_killed(pid: int) -> bool:
     """Whether thread ``pid`` has SIGKILL pending, is a zombie or is gone.
 
-    A killed caller stays in state D until its request is answered. Reads /proc/<tid>/status
+    A killed caller stays in state D until its request is answered. A signal whose default action
+    is to terminate counts: the kernel then leaves SIGKILL pending for every thread of the group
+    (complete_signal); SIGUSR1 with a handler, or SIGSTOP, does not. Reads /proc/<tid>/status
     (proc(5), SigPnd and ShdPnd); no request into the mount. ``pid`` 0, a caller outside our pid
     namespace, is never reported as killed.
     """
@@ -379,8 +387,14 @@ async def main(max_tasks: int = 1000) -> None:
 
 
 def terminate() -> None:
-    """End :func:`main` once the requests under way are answered. Call on the thread of trio."""
+    """End :func:`main` once the requests under way are answered. Call on the thread of trio.
+
+    No INTERRUPT can arrive any more, so the :func:`interruptible` blocks are cancelled as if each
+    caller had sent one; other handlers are waited for. To leave without waiting, cancel the scope
+    around :func:`main` instead: then :func:`close` gives their callers ECONNABORTED.
+    """
     pyfuse3.terminate()
+    _lowlevel.interrupt_all()
 
 
 def close(unmount: bool = True) -> None:
@@ -391,70 +405,10 @@ def close(unmount: bool = True) -> None:
     pyfuse3.close(unmount=unmount)
 
 
-# ---- waiting for requests in less time
-
-
-class _FastLock:
-    """A lock without trio's checkpoint when nobody holds it."""
-
-    def __init__(self) -> None:
-        self._held = False
-        self._waiters = trio.lowlevel.ParkingLot()
-
-    async def __aenter__(self) -> None:
-        while self._held:
-            await self._waiters.park()
-        self._held = True
-
-    async def __aexit__(self, *exc: object) -> None:
-        self._held = False
-        self._waiters.unpark()
-
-
-class _FastWait:
-    """trio.lowlevel for pyfuse3: look at /dev/fuse before going to sleep in epoll.
-
-    Requests that follow each other closely are taken without a pass of trio's scheduler, but never
-    for longer than ``_BURST`` seconds: then every other task has its turn.
-    """
-
-    _BURST = 0.001
-    _ARRIVING = 0.0005
-
-    def __init__(self, spin_us: int) -> None:
-        self._spin_us = spin_us
-        self._yielded = self._served = float("-inf")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(trio.lowlevel, name)
-
-    async def wait_readable(self, fd: int) -> None:
-        now = trio.current_time()
-        if now - self._yielded < self._BURST:
-            arriving = now - self._served < self._ARRIVING
-            if _lowlevel.spin_readable(self._spin_us if arriving else 0):
-                self._served = trio.current_time()
-                return
-        await trio.lowlevel.wait_readable(fd)
-        self._yielded = self._served = trio.current_time()
-
-
-class _FastTrio:
-    """The module trio for pyfuse3, as pyfuse3.asyncio replaces it too."""
-
-    Lock = _FastLock
-
-    def __init__(self, spin_us: int) -> None:
-        self.lowlevel = _FastWait(spin_us)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(trio, name)
-
-
 def install_fastwait(spin_us: int = 50) -> None:
     """Take requests that arrive back to back without sleeping between them.
 
     Spins up to ``spin_us`` microseconds, only while requests keep arriving; other trio tasks wait
     at most about a millisecond. Call before :func:`main`.
     """
-    vars(pyfuse3)["trio"] = _FastTrio(spin_us)
+    vars(pyfuse3)["trio"] = FastTrio(spin_us)
