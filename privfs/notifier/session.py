@@ -72,7 +72,8 @@ class Session:
     the seq of every invalidation that is not yet acknowledged to it, or to None once an
     UNREGISTER has crossed it; ``calls`` counts its ALLOCATE and PUNCH records, ``calling`` holds
     the request numbers of those that are not answered; ``known`` holds the (inode, extent
-    instance) pairs whose memfd it was given; ``granted`` is a view for people: the pages that it was granted and has not given up.
+    instance) pairs whose memfd it was given; ``granted`` is a view for people: the pages that it
+    was granted and has not given up.
     """
 
     __slots__ = ("calling", "calls", "files", "granted", "known", "label", "next_seq", "pid",
@@ -113,8 +114,8 @@ class Session:
     def key(self) -> Hashable:
         """Return the state as a hashable value."""
         return (
-            self.sid, self.state.value, self.next_seq, self.calls, tuple(self.files.items()),
-            tuple(self.sent.items()), tuple(sorted(self.known)),
+            self.sid, self.state.value, self.next_seq, self.calls, frozenset(self.calling),
+            tuple(self.files.items()), tuple(self.sent.items()), tuple(sorted(self.known)),
         )  # fmt: skip
 
     def copy(self) -> Session:
