@@ -30,7 +30,7 @@ _EPOCH: Final = struct.Struct("<II")
 _RECORD: Final = struct.Struct("<QQQIIIIIIII8x")
 _COUNTERS: Final = struct.Struct("<13Q")
 _FIRST_BAD: Final = 16 * 8
-_VCPU_SIZE: Final = _FIRST_BAD + _RECORD.size
+_VCPU_SIZE: Final[int] = _FIRST_BAD + _RECORD.size
 
 LAYOUT: Final[Mapping[str, int]] = MappingProxyType(
     {
@@ -158,10 +158,9 @@ class StampLog:
         self._memory = memory
         self._gpa = gpa
         self._begun: dict[int, int] = {}
-        magic, self.vcpus, self._ring, self.window_gfn, self.window_pages = _HEADER.unpack(
-            memory.read_shared(gpa, _HEADER.size)
-        )
-        if magic != STAMP_MAGIC or self._ring != STAMP_RING:
+        fields: tuple[int, ...] = _HEADER.unpack(memory.read_shared(gpa, _HEADER.size))
+        magic, self.vcpus, ring, self.window_gfn, self.window_pages = fields
+        if magic != STAMP_MAGIC or ring != STAMP_RING:
             raise StampLogError(f"no stamp log at gpa {gpa:#x}: boot the guest kernel first")
 
     def begin_punch(self, gfn: int, npages: int) -> None:

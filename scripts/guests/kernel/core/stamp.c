@@ -106,35 +106,33 @@ static void count(volatile struct stamp_vcpu *stats, u32 verdict, bool_t decisiv
 	}
 }
 
-static void record(u32 cpu, const struct page_state *s, u32 page, u64 value, u32 done, u32 begin,
-		   u32 verdict, u32 generation)
+/* The host may read at any time: seq is 0 while the rest changes. */
+static void publish(volatile struct stamp_record *to, const struct stamp_record *r)
 {
-	volatile struct stamp_vcpu *stats = stamp_stats(cpu);
-	volatile struct stamp_record *r = log_at(STAMP_RINGS);
-	u64 seq = stats->head + 1;
+	to->seq = 0;
+	to->value = r->value;
+	to->expect = r->expect;
+	to->page = r->page;
+	to->begin = r->begin;
+	to->done = r->done;
+	to->expect_epoch = r->expect_epoch;
+	to->flags = r->flags;
+	to->verdict = r->verdict;
+	to->generation = r->generation;
+	to->vcpu = r->vcpu;
+	to->seq = r->seq;
+}
 
-	r += cpu * STAMP_RING + seq % STAMP_RING;
-	if (verdict >= VERDICT_STALE && !stats->first_bad.seq)
-		r = &stats->first_bad;
-again:
-	r->seq = 0;
-	r->value = value;
-	r->expect = s->value;
-	r->page = page;
-	r->begin = begin;
-	r->done = done;
-	r->expect_epoch = s->epoch;
-	r->flags = (s->known ? STAMP_KNOWN : 0) | (s->windowed ? STAMP_WINDOWED : 0);
-	r->verdict = verdict;
-	r->generation = generation;
-	r->vcpu = cpu;
-	r->seq = seq;
-	if (r == &stats->first_bad) {
-		r = (volatile struct stamp_record *)log_at(STAMP_RINGS) + cpu * STAMP_RING +
-		    seq % STAMP_RING;
-		goto again;
-	}
-	stats->head = seq;
+static void log_read(struct stamp_record *r)
+{
+	volatile struct stamp_record *rings = log_at(STAMP_RINGS);
+	volatile struct stamp_vcpu *stats = stamp_stats(r->vcpu);
+
+	r->seq = stats->head + 1;
+	publish(&rings[r->vcpu * STAMP_RING + r->seq % STAMP_RING], r);
+	if (r->verdict >= VERDICT_STALE && !stats->first_bad.seq)
+		publish(&stats->first_bad, r);
+	stats->head = r->seq;
 }
 
 /* Write a stamp whose epoch is certain: no punch began between the first load and the last. */
@@ -178,7 +176,18 @@ static void visit(u32 cpu, struct work *w, u64 gfn)
 	verdict = judge(s, value, done, begin);
 	stats->zeros += !value;
 	count(stats, verdict, s->known && s->value && s->epoch < done);
-	record(cpu, s, page, value, done, begin, verdict, w->generation);
+	log_read(&(struct stamp_record){
+		.value = value,
+		.expect = s->value,
+		.page = page,
+		.begin = begin,
+		.done = done,
+		.expect_epoch = s->epoch,
+		.flags = (s->known ? STAMP_KNOWN : 0) | (s->windowed ? STAMP_WINDOWED : 0),
+		.verdict = verdict,
+		.generation = w->generation,
+		.vcpu = cpu,
+	});
 	/* Of the punches that are seen running, every second one finds the page left alone. A
 	 * write now could not be told from one after the free, so it would hide a stale page. */
 	if (begin != done && (begin ^ page) & 1) {
