@@ -142,11 +142,16 @@ class Service:
         self._apply(self.owner.request(ino, call.op, request, caller))
         return call
 
+    async def settled(self, call: Call) -> None:
+        """Wait for the end of a call, whatever it is."""
+        if call.outcome is None:
+            if call.event is None:
+                call.event = trio.Event()
+            await call.event.wait()
+
     async def wait(self, call: Call) -> None:
         """Wait for the end of a call; raise Refused where it failed."""
-        if call.outcome is None:
-            call.event = trio.Event()
-            await call.event.wait()
+        await self.settled(call)
         assert call.outcome is not None
         if call.outcome.errno:
             raise Refused(call.outcome.errno, call.outcome.why or str(call.request))
@@ -156,11 +161,10 @@ class Service:
         await self.wait(self.begin(ino, request, caller))
 
     def interrupt(self, call: Call) -> None:
-        """Let an allocation end between two chunks with EINTR; nothing else is interruptible."""
-        call.interrupted = True
+        """Answer EINTR if that is still safe: while queued, between chunks, before freeing.
 
-    def cancel(self, call: Call) -> None:
-        """Answer a caller that is being killed, if nothing has been freed yet."""
+        For signals to a caller that allocates, and for any caller that is being killed.
+        """
         call.interrupted = True
         self._apply(self.owner.cancel(call.op, errno.EINTR))
 

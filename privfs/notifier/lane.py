@@ -75,16 +75,16 @@ class LinkError(OSError):
     """The owner refused a request, or is gone; ``errno`` says why."""
 
 
-def find_socket(path: str | os.PathLike[str]) -> str:
-    """Return the socket of the privfs mount that holds ``path``."""
+def find_socket(path: str | os.PathLike[str], name: str = SOCKET) -> str:
+    """Return the socket ``name`` of the privfs mount that holds ``path``."""
     place = Path(path).resolve()
     for folder in (place, *place.parents):
-        candidate = folder / SOCKET
+        candidate = folder / name
         if candidate.is_socket():
             return str(candidate)
         if os.path.ismount(folder):
             break
-    raise LinkError(errno.ENOTCONN, f"{path} does not lie in a privfs mount: no {SOCKET} above it")
+    raise LinkError(errno.ENOTCONN, f"{path} does not lie in a privfs mount: no {name} above it")
 
 
 class Lane:
@@ -111,7 +111,7 @@ class Lane:
 
     def start(self, path: str, label: str = "") -> None:
         """Connect to the socket at ``path`` and say HELLO; raises LinkError when refused."""
-        _connect(self._sock, path)
+        connect(self._sock, path)
         self._thread = threading.Thread(target=self._run, name=f"lane {label}", daemon=True)
         self._thread.start()
         opened = self._ask(lambda: self.user.hello(label))
@@ -263,7 +263,7 @@ def _closing(fds: deque[int]) -> Iterator[None]:
         close_later(list(fds))
 
 
-def _connect(sock: socket.socket, path: str) -> None:
+def connect(sock: socket.socket, path: str) -> None:
     """Connect, also where ``path`` is longer than the 107 bytes of ``sun_path``."""
     try:
         folder = os.open(os.path.dirname(path) or ".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Questions to a running mount: one JSON line each way over ``.privfs/control``.
+
+A request is ``{"ask": NAME, ...}``; the answer is ``{"ok": {...}}`` or
+``{"errno": N, "error": TEXT}``.  :data:`QUESTIONS` lists what can be asked.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import trio
+from pyroaring import BitMap
+
+from privfs import views
+from privfs.notifier.lane import LinkError, connect, find_socket
+from privfs.service import Service
+
+log = logging.getLogger(__name__)
+
+SOCKET: Final = ".privfs/control"
+_MAX_LINE: Final = 65_536
+_TIMEOUT: Final = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class MountInfo:
+    """What a mount says of itself."""
+
+    mountpoint: str
+    pid: int
+    mode: str  #: how private files refuse: ``passthrough`` or ``direct_io``
+    passthrough_errno: int
+    versions: dict[str, str]
+
+
+class ControlError(OSError):
+    """A mount refused a question, or there is no mount; ``errno`` says why."""
+
+
+# --- the mount's side --------------------------------------------------------------------------
+
+
+def _map(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, Any]:
+    return views.file_map(service.owner, _ino(service, ask), int(ask.get("start", 0)))
+
+
+def _stat(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, Any]:
+    ino = _ino(service, ask)
+    held = service.backing.blocks(ino) * 512
+    return views.file_stat(service.owner, ino) | {"held": held}
+
+
+def _status(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, Any]:
+    latencies = service.latencies
+    hub = service.hub.statistics()
+    return {
+        "mountpoint": info.mountpoint,
+        "pid": info.pid,
+        "personality": service.owner.personality.name,
+        "mode": info.mode,
+        "passthrough_errno": info.passthrough_errno,
+        "versions": info.versions,
+        "memory": views.meminfo(service.owner),
+        "files": len(service.owner.files),
+        "extents": service.backing.statistics().extents,
+        "sessions": views.sessions(service.owner),
+        "invalidations": {
+            "total": latencies.total,
+            "p50_us": latencies.percentile(0.5) * 1e6,
+            "p99_us": latencies.percentile(0.99) * 1e6,
+        },
+        "kills": service.kills,
+        "failures": service.failures,
+        "frames": {"in": hub.frames_in, "out": hub.frames_out},
+    }
+
+
+def _audit(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, Any]:
+    """Compare the bitmaps with the memory, file by file; only idle files can be compared."""
+    findings: list[dict[str, Any]] = []
+    skipped = 0
+    for ino, file in service.owner.files.items():
+        if not file.idle:
+            skipped += 1
+            continue
+        found = service.backing.audit(ino, file.allocated, partial(_holds, file.pages))
+        findings += [
+            {"finding": f.name, "inode": f.ino, "start": f.start, "end": f.end, "detail": f.detail}
+            for f in found
+        ]
+    return {"findings": findings, "skipped": skipped}
+
+
+def _holds(pages: BitMap, start: int, end: int) -> bool:
+    return pages.range_cardinality(start, end) == end - start
+
+
+#: Every question: its handler, and the arguments that it takes.
+QUESTIONS: Final[dict[str, Callable[[Service, MountInfo, dict[str, Any]], dict[str, Any]]]] = {
+    "map": _map,  # ino, start (page)
+    "stat": _stat,  # ino
+    "status": _status,
+    "audit": _audit,
+}
+
+
+def _ino(service: Service, ask: dict[str, Any]) -> int:
+    ino = ask.get("ino")
+    if not isinstance(ino, int) or ino not in service.owner.files:
+        raise ControlError(errno.ENOENT, f"inode {ino} is no private file of this mount")
+    return ino
+
+
+def answer(service: Service, info: MountInfo, line: bytes) -> bytes:
+    """Answer one line; whatever it holds, the answer is one line too."""
+    try:
+        ask = json.loads(line)
+        if not isinstance(ask, dict) or ask.get("ask") not in QUESTIONS:
+            raise ControlError(errno.EINVAL, f"ask one of: {', '.join(QUESTIONS)}")
+        reply: dict[str, Any] = {"ok": QUESTIONS[ask["ask"]](service, info, ask)}
+    except ControlError as refused:
+        reply = {"errno": refused.errno, "error": refused.strerror}
+    except (ValueError, TypeError, OverflowError) as error:
+        reply = {"errno": errno.EINVAL, "error": f"not a question: {error}"}
+    return json.dumps(reply).encode() + b"\n"
+
+
+async def serve(service: Service, info: MountInfo, listener: socket.socket) -> None:
+    """Answer questions until cancelled."""
+
+    async def talk(stream: trio.SocketStream) -> None:
+        buffer = bytearray()
+        try:
+            async for chunk in stream:
+                buffer += chunk
+                while (end := buffer.find(b"\n")) >= 0:
+                    line = bytes(buffer[:end])
+                    del buffer[: end + 1]
+                    await stream.send_all(answer(service, info, line))
+                if len(buffer) > _MAX_LINE:
+                    return
+        except trio.BrokenResourceError:
+            return  # the asker has left
+
+    trio_listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+    await trio.serve_listeners(talk, [trio_listener])
+
+
+# --- the asker's side --------------------------------------------------------------------------
+
+
+def ask(path: str | os.PathLike[str], question: str, **arguments: Any) -> dict[str, Any]:
+    """Ask the mount that holds ``path``; raises ControlError."""
+    try:
+        place = find_socket(path, SOCKET)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(_TIMEOUT)
+            connect(sock, place)
+            sock.sendall(json.dumps({"ask": question, **arguments}).encode() + b"\n")
+            with sock.makefile("rb") as stream:
+                line = stream.readline()
+    except LinkError as error:
+        raise ControlError(error.errno, error.strerror) from error
+    except OSError as error:
+        raise ControlError(
+            error.errno or errno.EIO, f"{path}: the mount does not answer: {error}"
+        ) from error
+    if not line:
+        raise ControlError(errno.ECONNRESET, f"{path}: the mount ended while it was asked")
+    reply = json.loads(line)
+    if "ok" not in reply:
+        raise ControlError(reply["errno"], reply["error"])
+    found: dict[str, Any] = reply["ok"]
+    return found
+
+
+def ask_file(path: str | os.PathLike[str], question: str, **arguments: Any) -> dict[str, Any]:
+    """Ask about one private file."""
+    ino = Path(path).stat().st_ino
+    return ask(path, question, ino=ino, **arguments)

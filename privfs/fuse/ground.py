@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The mount point around a mount: dead mounts before it, sockets in it, its end from outside.
+
+A socket that is bound in a mount keeps it busy, and umount(8) would always fail.  So ours are
+bound through a detached clone of the mount (open_tree(2)): they are found by inode
+(``unix_find_socket_byinode``) wherever the mount is seen, and keep only the clone busy.  The clone
+also keeps the superblock alive, so it is the mount table that tells us of an unmount.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import select
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+TYPE: Final = "fuse.privfs"
+_SYS_OPEN_TREE: Final = 428
+_AT_FDCWD: Final = -100
+_OPEN_TREE_CLONE: Final = 1
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class MountError(OSError):
+    """The mount could not be made; ``errno`` and text say why and what to do."""
+
+
+def clear(mountpoint: str) -> None:
+    """Make sure that ``mountpoint`` is a directory; clear a dead privfs mount off it."""
+    try:
+        if not os.path.isdir(mountpoint):
+            os.stat(mountpoint)
+            raise MountError(errno.ENOTDIR, f"{mountpoint} is not a directory")
+        return
+    except OSError as error:
+        if error.errno == errno.ENOENT:
+            raise MountError(errno.ENOENT, f"{mountpoint} does not exist: mkdir it first") from None
+        if error.errno != errno.ENOTCONN:
+            raise
+    if _mounts().get(_newest(mountpoint), ("", ""))[1] != TYPE:
+        raise MountError(
+            errno.ENOTCONN,
+            f"{mountpoint}: a dead FUSE mount, but not of privfs; "
+            f"clear it with: fusermount3 -u -z {mountpoint}",
+        )
+    log.warning("%s: a privfs that served it was killed; clearing its dead mount", mountpoint)
+    unmount(mountpoint)
+
+
+def unmount(mountpoint: str) -> None:
+    """Unmount lazily; raises MountError."""
+    tool = shutil.which("fusermount3") or shutil.which("fusermount")
+    if tool is None:
+        raise MountError(errno.ENOENT, "fusermount3 not found: apt install fuse3")
+    done = subprocess.run([tool, "-u", "-z", "--", mountpoint], capture_output=True, check=False)
+    if done.returncode:
+        raise MountError(
+            errno.EBUSY, f"cannot unmount {mountpoint}: {done.stderr.decode().strip()}"
+        )
+
+
+def _mounts() -> dict[int, tuple[str, str]]:
+    """Return the mount table: id → (mount point, type)."""
+    found = {}
+    with open("/proc/self/mountinfo") as table:
+        for line in table:
+            fields = line.split()
+            place = fields[4].encode().decode("unicode_escape")
+            found[int(fields[0])] = (place, fields[fields.index("-") + 1])
+    return found
+
+
+def _newest(mountpoint: str) -> int:
+    wanted = os.path.abspath(mountpoint)
+    ids = [mount for mount, (place, _) in _mounts().items() if place == wanted]
+    return ids[-1] if ids else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """A living mount: its device and its id in the mount table."""
+
+    dev: int
+    mount_id: int
+
+
+def settle(mountpoint: str, sockets: dict[str, socket.socket]) -> Ground:
+    """Bind and listen on ``sockets`` (path inside the mount → socket).
+
+    Makes requests into the mount: call it in a worker thread while the mount is served.
+    """
+    ground = Ground(os.stat(mountpoint).st_dev, _newest(mountpoint))
+    with _way_in(mountpoint) as root:
+        for path, sock in sockets.items():
+            folder, name = os.path.split(path)
+            fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
+            try:
+                sock.bind(f"/proc/self/fd/{fd}/{name}")
+            finally:
+                os.close(fd)
+            sock.listen(64)
+    return ground
+
+
+@contextmanager
+def _way_in(mountpoint: str) -> Iterator[int]:
+    """Open the root of the mount through a detached clone, or directly where that is refused."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
+    fd = _libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(mountpoint), flags)
+    if fd < 0:
+        log.info(
+            "%s: open_tree: %s; umount will say 'busy', end the mount with SIGTERM",
+            mountpoint, os.strerror(ctypes.get_errno()),
+        )  # fmt: skip
+        fd = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+class Watch:
+    """Calls ``gone`` once, from a thread, when a mount has left the mount table."""
+
+    def __init__(self, ground: Ground, gone: Callable[[], None]) -> None:
+        self._ground = ground
+        self._gone = gone
+        self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._thread = threading.Thread(target=self._run, name="mount table", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop watching."""
+        os.eventfd_write(self._stop, 1)
+        self._thread.join()
+        os.close(self._stop)
+
+    def _run(self) -> None:
+        with open("/proc/self/mountinfo") as table:
+            poll = select.poll()
+            poll.register(table, select.POLLPRI | select.POLLERR)  # proc(5): the table changed
+            poll.register(self._stop, select.POLLIN)
+            while self._ground.mount_id in _mounts():
+                if any(fd == self._stop for fd, _ in poll.poll()):
+                    return
+                table.seek(0)
+                table.read()
+        self._gone()

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The life of a mount: cleared ground, FUSE, sockets inside it, signals, and an orderly end.
+
+The sockets lie *inside* the mount, so that whoever sees a private file finds its owner.  They are
+bound from a worker thread: bind(2) makes a request that this process itself must answer.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import platform
+import resource
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import trio
+
+from privfs import control, views
+from privfs.fuse import ground, lowlevel
+from privfs.fuse.ground import MountError
+from privfs.fuse.live import LiveFiles
+from privfs.fuse.operations import Files
+from privfs.namespace import Namespace
+from privfs.notifier.lane import SOCKET
+from privfs.personality import PAGE_SIZE, PERSONALITIES
+from privfs.service import Ladder, Service
+
+import pyfuse3  # isort: skip - only after lowlevel
+
+log = logging.getLogger(__name__)
+
+_PR_SET_DUMPABLE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class MountOptions:
+    """Everything that a mount can be told.  ``size`` is the budget in bytes."""
+
+    personality: str = "resizable"
+    size: int = 0
+    mode: int = 0o755
+    ladder: Ladder = field(default_factory=Ladder)
+    passthrough: bool = True
+    allow_other: bool = False
+    fsname: str = "privfs"
+
+    def __post_init__(self) -> None:
+        if self.personality not in PERSONALITIES:
+            known = ", ".join(PERSONALITIES)
+            raise MountError(errno.EINVAL, f"personality {self.personality!r}: choose {known}")
+        if self.size < 0 or self.size % PAGE_SIZE:
+            raise MountError(errno.EINVAL, f"size={self.size}: must be a multiple of {PAGE_SIZE}")
+
+
+def default_size() -> int:
+    """Return half of the machine's memory in bytes, as tmpfs does."""
+    return os.sysconf("SC_PHYS_PAGES") // 2 * PAGE_SIZE
+
+
+def hide_memory() -> None:
+    """Keep other processes of this user, debuggers and core dumps away from our memory."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        log.warning("prctl(PR_SET_DUMPABLE): %s", os.strerror(ctypes.get_errno()))
+
+
+def raise_fd_limit() -> None:
+    """Take all the descriptors that we may have: every extent of every file is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def serve(mountpoint: str, options: MountOptions, ready: Callable[[], None]) -> None:
+    """Mount, call ``ready`` when everything answers, and serve until unmounted or told to end."""
+    mountpoint = os.path.abspath(mountpoint)
+    ground.clear(mountpoint)
+    hide_memory()
+    raise_fd_limit()
+    now = time.time_ns()
+    names = Namespace(now, os.getuid(), os.getgid(), options.mode)
+    personality = PERSONALITIES[options.personality]
+    budget = (options.size or default_size()) // PAGE_SIZE
+    service = Service(personality, budget, options.ladder)
+    live = LiveFiles()
+    live.add(names, b"meminfo", partial(views.meminfo_text, service.owner), now)
+    live.add(names, b"sessions", partial(views.sessions_text, service.owner), now)
+    files = Files(names, service, live)
+    fuse_options = {*lowlevel.DEFAULT_OPTIONS, f"fsname={options.fsname}", "subtype=privfs"}
+    if options.allow_other:
+        fuse_options.add("allow_other")
+    mode = lowlevel.Mode.PASSTHROUGH if options.passthrough else lowlevel.Mode.DIRECT_IO
+    try:
+        status = lowlevel.init(files, mountpoint, fuse_options, mode=mode)
+    except RuntimeError as error:
+        raise MountError(errno.EIO, str(error)) from error
+    info = control.MountInfo(
+        mountpoint, os.getpid(), status.mode, status.passthrough_errno, versions(status)
+    )
+    try:
+        lowlevel.install_fastwait()
+        trio.run(_main, service, info, ready)
+    finally:
+        lowlevel.close()
+
+
+def versions(status: lowlevel.Status | None = None) -> dict[str, str]:
+    """Return the versions that a report of a problem should name."""
+    found = {
+        "pyfuse3": str(pyfuse3.__version__),
+        "libfuse": lowlevel.LIBFUSE_VERSION,
+        "trio": trio.__version__,
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+    }
+    if status is not None:
+        found["fuse protocol"] = ".".join(map(str, status.protocol))
+    return found
+
+
+async def _main(service: Service, info: control.MountInfo, ready: Callable[[], None]) -> None:
+    async with trio.open_nursery() as nursery:
+        ended = trio.Event()
+        nursery.start_soon(_serve_fuse, ended)
+        with _listeners() as (records, questions):
+            sockets = {SOCKET: records, control.SOCKET: questions}
+            place = await trio.to_thread.run_sync(ground.settle, info.mountpoint, sockets)
+            service.dev = place.dev
+            await nursery.start(service.run, records)
+            nursery.start_soon(control.serve, service, info, questions)
+            nursery.start_soon(_obey_signals, service, ended)
+            token = trio.lowlevel.current_trio_token()
+            watch = ground.Watch(place, lambda: token.run_sync_soon(ended.set))
+            try:
+                ready()
+                await ended.wait()
+                with trio.CancelScope(shield=True):
+                    await service.shutdown()
+            finally:
+                watch.close()
+            nursery.cancel_scope.cancel()
+
+
+async def _serve_fuse(ended: trio.Event) -> None:
+    try:
+        await lowlevel.main()
+    finally:
+        ended.set()
+
+
+async def _obey_signals(service: Service, ended: trio.Event) -> None:
+    """SIGTERM ends the mount; the first SIGINT only names the users, if there are any."""
+    warned = False
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for number in signals:
+            users = [s.name for s in service.owner.sessions.values() if s.files]
+            if number == signal.SIGINT and users and not warned:
+                warned = True
+                log.warning(
+                    "in use by %s; interrupt again to take their memory away and unmount",
+                    ", ".join(users),
+                )
+                continue
+            ended.set()
+            return
+
+
+@contextmanager
+def _listeners() -> Iterator[tuple[socket.socket, socket.socket]]:
+    records = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
+    questions = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        yield records, questions
+    finally:
+        records.close()
+        questions.close()

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What people see of a mount: plain values made from the cores, never a page's content.
+
+Each function returns dicts and lists of strings and numbers, the same for tables, ``--json``
+and the live files in ``.privfs/``.  Ranges are bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from privfs.memfile import MemFile
+from privfs.notifier.owner import Owner
+from privfs.personality import PAGE_SIZE
+
+#: Rows that one map may have; a caller that wants more asks again from where it ends.
+MAX_ROWS = 65_536
+
+
+def file_map(owner: Owner, ino: int, start: int = 0) -> dict[str, Any]:
+    """Return the runs of equal state of a file from page ``start``: hole, allocated, mapped.
+
+    ``next`` is the page to go on from, None when the map is complete.
+    """
+    file = owner.files[ino]
+    end = file.size // PAGE_SIZE
+    users = [owner.sessions[sid] for sid in sorted(owner.users[ino])]
+    rows: list[dict[str, Any]] = []
+    page = start
+    while page < end and len(rows) < MAX_ROWS:
+        names: list[str] = []
+        if page not in file.pages:
+            data = file.data_from(page)
+            last = min(end, data) if data is not None else end
+            state = "hole"
+        else:
+            last = min(file.hole_from(page), end)
+
+            for user in users:
+                pages = user.granted[ino]
+                if page in pages:
+                    names.append(user.name)
+                last = _run_end(pages, page, last)
+            state = "mapped" if names else "allocated"
+        rows.append(
+            {"start": page * PAGE_SIZE, "end": last * PAGE_SIZE, "state": state, "users": names}
+        )
+        page = last
+    return {"size": file.size, "rows": rows, "next": page if page < end else None}
+
+
+def _run_end(pages: Any, page: int, limit: int) -> int:
+    """Return where the run of pages in the same state as ``page`` ends, at most ``limit``."""
+    inside = page in pages
+    low, high = page + 1, limit
+    while low < high:
+        middle = (low + high) // 2
+        count = pages.range_cardinality(page, middle + 1)
+        if count == (middle + 1 - page if inside else 0):
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def file_stat(owner: Owner, ino: int) -> dict[str, Any]:
+    """Return the counts of one file."""
+    file = owner.files[ino]
+    return {
+        "inode": ino,
+        "personality": file.personality.name,
+        "size": file.size,
+        "allocated": file.allocated * PAGE_SIZE,
+        "mapped": _mapped(owner, ino, file) * PAGE_SIZE,
+        "extents": len(file.instances),
+        "users": [owner.sessions[sid].name for sid in sorted(owner.users[ino])],
+        "operations": [
+            {"step": step, "start": start * PAGE_SIZE, "end": end * PAGE_SIZE}
+            for _, step, start, end in file.operations()
+        ],
+    }
+
+
+def _mapped(owner: Owner, ino: int, file: MemFile) -> int:
+    granted = [owner.sessions[sid].granted[ino] for sid in owner.users[ino]]
+    if not granted:
+        return 0
+    union = granted[0].copy()
+    for pages in granted[1:]:
+        union |= pages
+    return union.intersection_cardinality(file.pages)
+
+
+def sessions(owner: Owner) -> list[dict[str, Any]]:
+    """Return one row a user: name, state, files, unacknowledged invalidations."""
+    return [
+        {
+            "session": session.sid,
+            "user": session.name,
+            "pid": session.pid,
+            "state": session.state.value,
+            "files": sorted(session.files),
+            "unacknowledged": len(session.sent),
+            "granted": sum(len(pages) for pages in session.granted.values()) * PAGE_SIZE,
+        }
+        for session in owner.sessions.values()
+    ]
+
+
+def meminfo(owner: Owner) -> dict[str, int]:
+    """Return the budget in bytes."""
+    total, used = owner.budget.total * PAGE_SIZE, owner.budget.used * PAGE_SIZE
+    allocated = sum(file.allocated for file in owner.files.values()) * PAGE_SIZE
+    return {"total": total, "used": used, "free": total - used, "private": allocated}
+
+
+def meminfo_text(owner: Owner) -> str:
+    """Return the budget as /proc/meminfo writes it."""
+    info = meminfo(owner)
+    names = {
+        "PrivTotal": "total", "PrivFree": "free", "PrivUsed": "used", "Private": "private",
+    }  # fmt: skip
+    return "".join(f"{name + ':':<16}{info[key] // 1024:>12} kB\n" for name, key in names.items())
+
+
+def sessions_text(owner: Owner) -> str:
+    """Return one line a user."""
+    lines = [f"{'SESSION':>7} {'USER':<28} {'STATE':<9} {'UNACKED':>7} FILES\n"]
+    for row in sessions(owner):
+        files = ",".join(map(str, row["files"])) or "-"
+        lines.append(
+            f"{row['session']:>7} {row['user']:<28} {row['state']:<9} "
+            f"{row['unacknowledged']:>7} {files}\n"
+        )
+    return "".join(lines)
