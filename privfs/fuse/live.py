@@ -6,9 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import count
 
+from privfs.fuse.lowlevel import pyfuse3
 from privfs.namespace import Namespace
-
-import pyfuse3  # isort: skip - only after lowlevel
 
 
 class LiveFiles:

@@ -27,13 +27,12 @@ from privfs import control, views
 from privfs.fuse import ground, lowlevel
 from privfs.fuse.ground import MountError
 from privfs.fuse.live import LiveFiles
+from privfs.fuse.lowlevel import pyfuse3
 from privfs.fuse.operations import Files
 from privfs.namespace import Namespace
 from privfs.notifier.lane import SOCKET
 from privfs.personality import PAGE_SIZE, PERSONALITIES
 from privfs.service import Ladder, Service
-
-import pyfuse3  # isort: skip - only after lowlevel
 
 log = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ import trio
 
 from privfs.fuse import lowlevel
 from privfs.fuse.live import LiveFiles
+from privfs.fuse.lowlevel import pyfuse3
 from privfs.inode import Attributes, Kind, NamespaceError
 from privfs.memfile import Fallocate, Request, Resize
 from privfs.namespace import Namespace
@@ -32,8 +33,6 @@ from privfs.personality import (
 )
 from privfs.service import Call, Service
 
-# Only now: lowlevel must be the first to import pyfuse3.
-import pyfuse3  # isort: skip
 from pyfuse3 import EntryAttributes, FUSEError, RequestContext, SetattrFields  # isort: skip
 
 _P = ParamSpec("_P")
