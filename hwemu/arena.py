@@ -283,6 +283,16 @@ class Arena:
         buffer = ctypes.create_string_buffer(data, len(data))
         self._transfer("write", "process_vm_writev", hpa, buffer, len(data))
 
+    def words(self) -> memoryview:
+        """All of the arena as a writable 'Q' view, for engines only.
+
+        No bounds but the arena's own and no protection from SIGBUS: only for addresses that a
+        second-stage leaf gave, and only while a shootdown would wait for the reader.
+        """
+        self._require_open("words")
+        storage = (ctypes.c_uint64 * (self.size // 8)).from_address(self._address)
+        return memoryview(storage).cast("B").cast("Q")
+
     def statistics(self) -> ArenaStatistics:
         """Counts now."""
         return ArenaStatistics(

@@ -34,12 +34,13 @@ class Stage2Fault:
     """No second-stage leaf for ``gpa`` that allows ``access``; RIP is at the instruction.
 
     ``is_table_walk``: the access was the guest's own page-table walk. Such an access is always a
-    WRITE to the second stage (AMD APM vol. 2, 15.25.6).
+    WRITE to the second stage (AMD APM vol. 2, 15.25.6). The engine does not report it; it is found
+    by a bounded search through the guest's tables, and None when that gave no answer.
     """
 
     gpa: int
     access: Access
-    is_table_walk: bool = False
+    is_table_walk: bool | None = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,8 @@ class IoExit:
 @dataclass(frozen=True, slots=True)
 class MmioExit:
     """Memory-mapped I/O. A write has been executed; a read needs `Cpu.complete` and nothing of
-    its instruction has been executed."""
+    its instruction has been executed.
+    """
 
     gpa: int
     size: int
@@ -216,9 +218,9 @@ class Sregs:
         cls,
         cr3: int,
         *,
-        gdt: DescriptorTable = DescriptorTable(),  # noqa: B008 (frozen)
-        idt: DescriptorTable = DescriptorTable(),  # noqa: B008 (frozen)
-        tr: Segment = Segment(0, 0, 0xFFFF, TSS64_BUSY),  # noqa: B008 (frozen)
+        gdt: DescriptorTable = DescriptorTable(),
+        idt: DescriptorTable = DescriptorTable(),
+        tr: Segment = Segment(0, 0, 0xFFFF, TSS64_BUSY),
         user: bool = False,
     ) -> Sregs:
         """64-bit mode with paging through ``cr3``; flat segments 0x08 (code) and 0x10 (data).
@@ -275,7 +277,8 @@ class Cpu(Protocol):
 
     def kick(self) -> None:
         """From any thread: `run` returns soon. Never lost: between runs, the next one returns
-        `KickExit` at once. Several kicks may be answered by one exit of any kind."""
+        `KickExit` at once. One `KickExit` answers all kicks before it; no other exit does.
+        """
         ...
 
     def flush(self) -> None:

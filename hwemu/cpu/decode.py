@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The few instructions whose length or name the engine must know: no general decoder.
+
+Encodings: AMD APM vol. 3, Intel SDM vol. 2 (VMCALL) and the TDX module specification (TDCALL).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_LEGACY = frozenset((0xF0, 0xF2, 0xF3, 0x2E, 0x36, 0x3E, 0x26, 0x64, 0x65, 0x66, 0x67))
+_ANY = None
+
+# (mandatory prefix, bytes behind 0f 01) -> mnemonic; the first match counts
+_GROUP_7: tuple[tuple[int | None, int, str], ...] = (
+    (0xF2, 0xD9, "vmgexit"),
+    (0xF3, 0xD9, "vmgexit"),
+    (_ANY, 0xD9, "vmmcall"),
+    (0x66, 0xCC, "tdcall"),
+    (0x66, 0xCF, "seamcall"),
+    (0xF2, 0xFF, "pvalidate"),
+    (0xF3, 0xFF, "psmash"),
+    (0xF3, 0xFE, "rmpadjust"),
+    (0xF2, 0xFE, "rmpupdate"),
+    (_ANY, 0xC1, "vmcall"),
+)
+_TWO_BYTE = {0x05: "syscall", 0x30: "wrmsr", 0x32: "rdmsr", 0xA2: "cpuid"}
+
+RING0_ONLY = frozenset(("tdcall", "seamcall", "pvalidate", "psmash", "rmpadjust", "rmpupdate"))
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """A recognised instruction and its length in bytes."""
+
+    name: str
+    length: int
+
+
+def recognise(code: bytes) -> Instruction | None:
+    """Name and length of the instruction at the start of ``code``, None if it is not one of ours.
+
+    Knows HLT, CPUID, SYSCALL, RDMSR, WRMSR and the calls to a host or a security module.
+    """
+    at = 0
+    prefixes = set()
+    while at < len(code) and code[at] in _LEGACY:
+        prefixes.add(code[at])
+        at += 1
+    if at < len(code) and 0x40 <= code[at] <= 0x4F:
+        at += 1
+    rest = code[at : at + 3]
+    if rest[:1] == b"\xf4":
+        return Instruction("hlt", at + 1)
+    if rest[:1] != b"\x0f" or len(rest) < 2:
+        return None
+    name = _TWO_BYTE.get(rest[1])
+    if name is not None:
+        return Instruction(name, at + 2)
+    if rest[1] == 0x01 and len(rest) == 3:
+        for prefix, opcode, mnemonic in _GROUP_7:
+            if rest[2] == opcode and (prefix is _ANY or prefix in prefixes):
+                return Instruction(mnemonic, at + 3)
+    return None

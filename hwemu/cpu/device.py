@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One instruction that talks to a device: replayed until every read of it is answered.
+
+The instruction is executed as a whole by the engine, never decoded. A read without an answer
+rolls the attempt back and leaves the engine as an exit; the answer is kept and the instruction
+tried again. Writes become exits after the attempt that completed the instruction. So a
+read-modify-write gives its read first and its write afterwards.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from hwemu.cpu.api import IoExit, MmioExit
+from hwemu.npt import (
+    ACCESSED,
+    ADDRESS_MASK,
+    DIRTY,
+    ENTRIES,
+    LARGE,
+    NON_LEAF,
+    PAGE_SIZE,
+    PRESENT,
+    ROOT_LEVEL,
+    USER,
+    WRITABLE,
+)
+
+DeviceExit = IoExit | MmioExit
+MAX_PAGES = 2
+"""Device pages one instruction may touch: one access that crosses a page boundary."""
+
+_LEAF = PRESENT | WRITABLE | USER | ACCESSED | DIRTY
+_BYTES_PER_READ = 8
+
+
+class PrivateTables:
+    """An engine's own path through the second stage, for the length of one instruction.
+
+    Copies of the tables on the way to up to two pages, with those pages leading to device memory
+    instead; all other entries are the VM's. The last page is an empty root: nothing is reachable.
+    """
+
+    def __init__(
+        self, area: memoryview, first_hpa: int, pool: memoryview, pool_hpa: int, root_hpa: int
+    ) -> None:
+        self._area = area
+        self._hpa = first_hpa
+        self._pool = pool
+        self._pool_hpa = pool_hpa
+        self._root_hpa = root_hpa
+        self._ntables = len(area) // ENTRIES - 1
+        self._used = 0
+        self.empty_root_hpa = first_hpa + self._ntables * PAGE_SIZE
+        self._clear(self._ntables)
+
+    def release(self) -> None:
+        """Drop the views."""
+        self._area.release()
+        self._pool.release()
+
+    def _clear(self, table: int) -> None:
+        self._area[table * ENTRIES : (table + 1) * ENTRIES] = memoryview(bytes(PAGE_SIZE)).cast("Q")
+
+    def _copy(self, hpa: int) -> int:
+        """A private copy of the table at ``hpa`` in the pool; its index."""
+        table = self._used
+        self._used += 1
+        at = (hpa - self._pool_hpa) >> 3
+        self._area[table * ENTRIES : (table + 1) * ENTRIES] = self._pool[at : at + ENTRIES]
+        return table
+
+    def build(self, pages: dict[int, int]) -> int:
+        """Root of tables in which each gpa of ``pages`` leads to its device hpa."""
+        self._used = 0
+        self._copy(self._root_hpa)
+        private = {0}
+        for gpa, hpa in pages.items():
+            table = 0
+            for level in range(ROOT_LEVEL, 1, -1):
+                word = table * ENTRIES + (gpa >> (12 + 9 * (level - 1)) & 511)
+                entry = self._area[word]
+                below = (entry & ADDRESS_MASK) - self._hpa >> 12
+                if not (entry & PRESENT and below in private):
+                    below = self._take(entry)
+                    private.add(below)
+                    self._area[word] = self._hpa + below * PAGE_SIZE | NON_LEAF
+                table = below
+            self._area[table * ENTRIES + (gpa >> 12 & 511)] = hpa | _LEAF
+        return self._hpa
+
+    def _take(self, entry: int) -> int:
+        """A private table with what ``entry`` maps below it (nothing, a table or a 2 MiB leaf)."""
+        if entry & PRESENT and not entry & LARGE:
+            return self._copy(entry & ADDRESS_MASK)
+        table = self._used
+        self._used += 1
+        self._clear(table)
+        if entry & PRESENT:
+            base = entry & ~LARGE
+            for index in range(ENTRIES):
+                self._area[table * ENTRIES + index] = base + index * PAGE_SIZE
+        return table
+
+
+class DeviceAccess:
+    """The state of one replayed instruction at ``rip``."""
+
+    def __init__(self, rip: int) -> None:
+        self.rip = rip
+        self.pages: list[int] = []
+        self.unanswered: DeviceExit | None = None
+        self._answers: list[DeviceExit] = []
+        self._writes: deque[DeviceExit] = deque()
+        self._next = 0
+        self._offset = 0
+        self.touched = False
+
+    def add_page(self, gpa: int) -> bool:
+        """Take the page of ``gpa`` as a device; False if the instruction has too many."""
+        page = gpa & ~(PAGE_SIZE - 1)
+        if page not in self.pages:
+            if len(self.pages) == MAX_PAGES:
+                return False
+            self.pages.append(page)
+        return True
+
+    def answer(self, data: bytes) -> None:
+        """The device's answer to `unanswered`."""
+        asked = self.unanswered
+        assert asked is not None
+        self.unanswered = None
+        if isinstance(asked, MmioExit):
+            self._answers.append(MmioExit(asked.gpa, asked.size, False, data))
+        else:
+            self._answers.append(IoExit(asked.port, asked.size, False, data))
+
+    # -- one attempt ----------------------------------------------------------------------------
+
+    def begin_attempt(self) -> None:
+        """Forget what the last attempt did; answers stay."""
+        self.unanswered = None
+        self._writes.clear()
+        self._next = 0
+        self._offset = 0
+        self.touched = False
+
+    def writes(self) -> deque[DeviceExit]:
+        """The writes of the completed attempt, in order."""
+        return self._writes
+
+    def _known(self, size: int) -> int | None:
+        """The next ``size`` bytes of the next answer."""
+        if self._next == len(self._answers):
+            return None
+        data = self._answers[self._next].data
+        value = int.from_bytes(data[self._offset : self._offset + size], "little")
+        self._offset += size
+        if self._offset >= len(data):
+            self._next += 1
+            self._offset = 0
+        return value
+
+    def read_memory(self, gpa: int, size: int) -> int | None:
+        """The guest reads; None: not known yet, the attempt is void.
+
+        The engine splits an aligned access of 8 bytes into two of 4: they are one access.
+        """
+        self.touched = True
+        asked = self.unanswered
+        if asked is not None:
+            if isinstance(asked, MmioExit) and self._joins(asked, gpa, size):
+                self.unanswered = MmioExit(asked.gpa, asked.size + size, False)
+            return None
+        value = self._known(size)
+        if value is None:
+            self.unanswered = MmioExit(gpa, size, False)
+        return value
+
+    def write_memory(self, gpa: int, size: int, value: int) -> None:
+        """The guest writes; void after an unanswered read."""
+        self.touched = True
+        if self.unanswered is not None:
+            return
+        data = value.to_bytes(8, "little")[:size]
+        last = self._writes[-1] if self._writes else None
+        if isinstance(last, MmioExit) and self._joins(last, gpa, size):
+            self._writes[-1] = MmioExit(last.gpa, last.size + size, True, last.data + data)
+        else:
+            self._writes.append(MmioExit(gpa, size, True, data))
+
+    @staticmethod
+    def _joins(last: MmioExit, gpa: int, size: int) -> bool:
+        return (
+            size == 4
+            and last.size == 4
+            and last.gpa % _BYTES_PER_READ == 0
+            and gpa == last.gpa + last.size
+        )
+
+    def read_port(self, port: int, size: int) -> int | None:
+        """IN or INS; None: not known yet."""
+        self.touched = True
+        if self.unanswered is not None:
+            return None
+        value = self._known(size)
+        if value is None:
+            self.unanswered = IoExit(port, size, False)
+        return value
+
+    def write_port(self, port: int, size: int, value: int) -> None:
+        """OUT or OUTS."""
+        self.touched = True
+        if self.unanswered is None:
+            self._writes.append(IoExit(port, size, True, value.to_bytes(4, "little")[:size]))

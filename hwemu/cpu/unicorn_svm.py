@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`SvmCpu`: a vCPU on Unicorn 2.1.4 as an AMD SVM processor with our nested page table.
+
+Unicorn's QEMU core knows VMRUN and nested paging but not #VMEXIT: an exit appears in UC_HOOK_INTR
+as number 0x100 + exit code, still in guest state, at the instruction. Returning from the hook
+retries the instruction, so demand faults never leave the engine. What the core gets wrong or
+leaves out is put right here and in the files beside it.
+
+One engine per vCPU; `lock` is atomic only because the vCPUs of a VM run one at a time.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+from hwemu.arena import Arena
+from hwemu.cpu import cpuid, vmcb
+from hwemu.cpu import rawcontext as raw_layout
+from hwemu.cpu.api import (
+    Access,
+    CpuError,
+    CpuExit,
+    CpuStateError,
+    KickExit,
+    OnFault,
+    Regs,
+    ShutdownExit,
+    Sregs,
+    Stage2Fault,
+)
+from hwemu.cpu.delivery import ERROR_CODE_VECTORS, Event
+from hwemu.cpu.device import DeviceAccess, DeviceExit
+from hwemu.cpu.engine import DEVICE_HPA, Engine, Precise
+from hwemu.cpu.guestmemory import GuestFault, GuestMemory, Stage2Miss
+from hwemu.cpu.intercept import Intercepts
+from hwemu.cpu.registers import read_regs, read_sregs, write_regs
+from hwemu.cpu.syscall import enter_kernel, port_allowed
+
+_NPF = vmcb.VMEXIT + vmcb.EXIT_NPF
+_NMI, _GP = 2, 13
+_IF = 1 << 9
+_MASK64 = 0xFFFF_FFFF_FFFF_FFFF
+
+
+class SvmCpu:
+    """vCPU ``index`` over ``arena`` and the table ``pool``, which begins at ``pool_hpa``.
+
+    ``root_hpa`` is the nested CR3, inside the pool. ``on_fault(gpa, access)`` is called inside the
+    engine and must not block: True = the leaf is there, go on without an exit. ``cpuid_table``
+    maps leaves to (EAX, EBX, ECX, EDX). The arena and the pool must outlive the vCPU.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        pool: object,
+        pool_hpa: int,
+        root_hpa: int,
+        index: int = 0,
+        on_fault: OnFault | None = None,
+        *,
+        cpuid_table: Mapping[int, cpuid.Leaf] = cpuid.DEFAULT,
+        precise: Precise = "exit-request",
+    ) -> None:
+        self._on_fault = on_fault
+        self._root_hpa = root_hpa
+        self._closed = False
+        # registers that wait for the next entry; None: the engine holds them
+        self._regs: Regs | None = Regs()
+        self._sregs: Sregs | None = Sregs()
+        # the device instruction in progress, and its writes that were not reported yet
+        self._device: DeviceAccess | None = None
+        self._outbox: deque[DeviceExit] = deque()
+        self._last_fault: Stage2Fault | None = None
+        self._stepping = self._again = self._blocked = False
+        self._port: tuple[int, int] | None = None
+        self._saved = b""
+
+        self._engine = Engine(self, arena, pool, pool_hpa, root_hpa, precise)
+        self._raw = self._engine.raw
+        self._area = self._engine.area
+        self._memory = GuestMemory(
+            arena.words(),
+            arena.hpa_base,
+            memoryview(pool).cast("B").cast("Q"),  # type: ignore[arg-type]
+            pool_hpa,
+            (root_hpa - pool_hpa) >> 12,
+            on_fault,
+        )
+        self._intercepts = Intercepts(self._engine, self._memory, index, cpuid_table)
+        self._engine.prove_entry()
+
+    # -- inside the engine ----------------------------------------------------------------------
+
+    def on_interrupt(self, number: int) -> None:
+        """Hook: an exit or exception of the guest."""
+        if self._blocked:
+            self._engine.stop()
+            return
+        if number != _NPF:
+            if self._stepping:
+                self._device = None
+            self._intercepts.handle(number)
+            return
+        gpa = self._area.exit_info_2
+        code = self._raw.d[raw_layout.ERROR_CODE]
+        if code & vmcb.NPF_FETCH:
+            access = Access.EXEC
+        else:
+            access = Access.WRITE if code & vmcb.NPF_WRITE else Access.READ
+        if self._on_fault is not None and self._on_fault(gpa, access):
+            self._again = self._stepping
+            return
+        self._intercepts.leave_fault(gpa, access)
+
+    def on_syscall(self) -> None:
+        """Hook: SYSCALL. The engine adds the instruction's length to RIP when this returns."""
+        if self._blocked:
+            return
+        raw = self._raw
+        rip = raw.q[raw_layout.RIP]
+        length = self._intercepts.length_at(rip, "syscall")
+        if length is None:
+            return
+        try:
+            enter_kernel(raw, self._engine.msrs, self._engine.rflags(), length)
+        except GuestFault as fault:
+            self._intercepts.raise_fault(fault)
+        raw.q[raw_layout.RIP] = (raw.q[raw_layout.RIP] - length) & _MASK64
+
+    def on_port_read(self, port: int, size: int) -> int:
+        """Hook: IN or INS."""
+        if self._stepping and self._device is not None:
+            return self._known(self._device.read_port(port, size))
+        self._void_rest((port, size))
+        return 0
+
+    def on_port_write(self, port: int, size: int, value: int) -> None:
+        """Hook: OUT or OUTS."""
+        if self._stepping and self._device is not None:
+            self._device.write_port(port, size, value)
+        else:
+            self._void_rest((port, size))
+
+    def on_device_read(self, offset: int, size: int) -> int:
+        """Hook: a load from the device window."""
+        device = self._device
+        if device is None:
+            return 0
+        gpa = device.pages[offset >> 12] | offset & 0xFFF
+        return self._known(device.read_memory(gpa, size))
+
+    def on_device_write(self, offset: int, size: int, value: int) -> None:
+        """Hook: a store to the device window."""
+        if self._device is not None:
+            gpa = self._device.pages[offset >> 12] | offset & 0xFFF
+            self._device.write_memory(gpa, size, value)
+
+    def _known(self, value: int | None) -> int:
+        if value is None:
+            self._void_rest(None)
+            return 0
+        return value
+
+    def _void_rest(self, port: tuple[int, int] | None) -> None:
+        """Nothing from here to the end of the block may count: it will be rolled back.
+
+        The engine cannot stop in the middle of a block, but it can be made to reach no memory.
+        """
+        if self._blocked:
+            return
+        self._blocked = True
+        self._port = port
+        if port is not None:
+            self._saved = self._raw.snapshot()
+        self._engine.use_root(self._engine.tables.empty_root_hpa)
+        self._engine.stop()
+
+    # -- running --------------------------------------------------------------------------------
+
+    def run(self) -> CpuExit:
+        """Run guest code until an exit (see `Cpu.run`)."""
+        self._require_answer()
+        while True:
+            if self._engine.kicked:
+                self._engine.take_kick()
+                return KickExit()
+            if self._outbox:
+                return self._outbox.popleft()
+            exit_ = self._advance()
+            if exit_ is not None:
+                self._last_fault = exit_ if isinstance(exit_, Stage2Fault) else None
+                return exit_
+
+    def _require_answer(self) -> None:
+        if self._closed:
+            raise CpuStateError("run: the vCPU is closed")
+        asked = self._device.unanswered if self._device else self._intercepts.unanswered
+        if asked is not None:
+            raise CpuStateError(f"run: complete() must answer {asked} first")
+
+    def _advance(self) -> CpuExit | None:
+        intercepts = self._intercepts
+        if self._regs is not None and self._sregs is not None:
+            text = self._engine.enter(self._regs, self._sregs, self._root_hpa)
+            if text is not None:
+                return CpuError(f"the processor refuses this state: {text}")
+            self._regs = self._sregs = None
+        if intercepts.shutdown:
+            return ShutdownExit("triple fault")
+        intercepts.finish_instruction()
+        if self._device is not None:
+            return self._run_device(self._device)
+        if intercepts.event is not None:
+            exit_ = intercepts.deliver()
+            if exit_ is not None:
+                return exit_
+        intercepts.exit = None
+        text = self._engine.start()
+        if self._blocked:
+            return self._begin_port_access()
+        return intercepts.exit if text is None else CpuError(text)
+
+    def _begin_port_access(self) -> CpuExit | None:
+        """The block met IN or OUT: back to that instruction, to run it alone."""
+        raw = self._raw
+        self._blocked = False
+        raw.restore(self._saved)
+        assert self._port is not None
+        self._intercepts.look()
+        try:
+            if port_allowed(raw, self._memory, self._engine.rflags(), *self._port):
+                self._device = DeviceAccess(raw.q[raw_layout.RIP])
+            else:
+                self._intercepts.event = Event(_GP, 0, raw.q[raw_layout.RIP])
+        except GuestFault as fault:
+            self._intercepts.event = Event(
+                fault.vector, fault.error_code, raw.q[raw_layout.RIP], fault.cr2
+            )
+        except Stage2Miss as miss:
+            return Stage2Fault(miss.gpa, miss.access, miss.is_table_walk)
+        return None
+
+    def _run_device(self, device: DeviceAccess) -> CpuExit | None:
+        """One attempt at the device instruction; None: done or to be tried again."""
+        raw, engine, intercepts = self._raw, self._engine, self._intercepts
+        if raw.q[raw_layout.RIP] != device.rip:
+            self._device = None
+            return None
+        saved = raw.snapshot()
+        if device.pages:
+            window = {page: DEVICE_HPA + (at << 12) for at, page in enumerate(device.pages)}
+            engine.use_root(engine.tables.build(window))
+        device.begin_attempt()
+        intercepts.exit = None
+        self._stepping, self._again = True, False
+        try:
+            text = engine.step()
+        finally:
+            self._stepping = self._blocked = False
+            if device.pages:
+                engine.use_root(self._root_hpa)
+        failed = device.unanswered or self._again or isinstance(intercepts.exit, Stage2Fault)
+        if failed and self._device is not None:
+            raw.restore(saved)
+            engine.flush_tlb()
+            return device.unanswered or intercepts.exit
+        if self._device is not None:
+            self._outbox.extend(device.writes())
+            self._device = None
+        return intercepts.exit if text is None else CpuError(text)
+
+    def run_mmio(self, gpa: int) -> CpuExit:
+        """Go on after `Stage2Fault(gpa)` with that page as a device (see `Cpu.run_mmio`)."""
+        self._require_answer()
+        fault = self._last_fault
+        if fault is None or fault.gpa >> 12 != gpa >> 12:
+            raise CpuStateError(f"run_mmio of gpa {gpa:#x}: the last exit was no fault there")
+        if fault.access & Access.EXEC or fault.is_table_walk:
+            return CpuError(f"gpa {gpa:#x} is a device: no code and no page table can be there")
+        if self._intercepts.event is not None:
+            return CpuError(f"gpa {gpa:#x} is a device: no event can be delivered to it")
+        rip = self._raw.q[raw_layout.RIP]
+        if self._device is None or self._device.rip != rip:
+            self._device = DeviceAccess(rip)
+        if not self._device.add_page(gpa):
+            self._device = None
+            return CpuError(f"one instruction at {rip:#x} touches three device pages")
+        return self.run()
+
+    def kick(self) -> None:
+        """Make `run` return soon, from any thread (see `Cpu.kick`)."""
+        self._engine.kick()
+
+    def flush(self) -> None:
+        """Forget every cached translation and all translated code."""
+        self._engine.flush()
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def get_regs(self) -> Regs:
+        """General registers now."""
+        if self._regs is not None:
+            return self._regs
+        return read_regs(self._raw, self._engine.rflags())
+
+    def set_regs(self, regs: Regs) -> None:
+        """Set the general registers; ends a shutdown."""
+        self._intercepts.shutdown = False
+        if self._regs is not None:
+            self._regs = regs
+        else:
+            write_regs(self._raw, regs)
+
+    def get_sregs(self) -> Sregs:
+        """Segments and control registers now."""
+        if self._sregs is not None:
+            return self._sregs
+        return read_sregs(self._raw, self._engine.msrs.efer)
+
+    def set_sregs(self, sregs: Sregs) -> None:
+        """Set segments and control registers; ends a shutdown."""
+        self._regs = self.get_regs()
+        self._sregs = sregs
+        self._intercepts.shutdown = False
+
+    @property
+    def interruptible(self) -> bool:
+        """True when an external interrupt may be injected now."""
+        intercepts = self._intercepts
+        if intercepts.event or intercepts.waiting or self._device or intercepts.shutdown:
+            return False
+        if self._regs is not None:
+            return bool(self._regs.rflags & _IF)
+        shadow = self._raw.d[raw_layout.HFLAGS] & raw_layout.HF_INHIBIT_IRQ
+        return bool(self._raw.q[raw_layout.EFLAGS] & _IF) and not shadow
+
+    def inject(self, vector: int, error_code: int | None = None) -> None:
+        """Deliver an event before the next instruction (see `Cpu.inject`)."""
+        if not 0 <= vector <= 255:
+            raise ValueError(f"inject of vector {vector}: there are 256")
+        if self._intercepts.event is not None:
+            raise CpuStateError(f"inject of vector {vector}: another event waits; run first")
+        external = vector >= 32 or vector == _NMI
+        if not external and vector in ERROR_CODE_VECTORS:
+            error_code = error_code or 0
+        elif error_code is not None:
+            raise ValueError(f"inject of vector {vector}: it has no error code")
+        if not external:
+            self._intercepts.cancel()
+        self._intercepts.event = Event(vector, error_code, None, external=external)
+
+    def complete(self, data: bytes | int | None = None) -> None:
+        """Answer the last exit (see `Cpu.complete`)."""
+        device = self._device
+        if device is None or device.unanswered is None:
+            self._intercepts.complete(data)
+            return
+        size = device.unanswered.size
+        if isinstance(data, int):
+            data = data.to_bytes(size, "little")
+        if data is None or len(data) != size:
+            raise CpuStateError(f"complete: {device.unanswered} needs {size} bytes")
+        device.answer(data)
+
+    def close(self) -> None:
+        """Free the engine (see `Cpu.close`)."""
+        if not self._closed:
+            self._closed = True
+            self._engine.close()
+            self._memory.release()
