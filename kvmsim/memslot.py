@@ -141,7 +141,10 @@ class Memslots:
         A callback never sees a page outside its slot. v7 lets one page be in several slots.
         """
         bound = self._by_file.get(file, ())
-        for file_page, slot_id in bound[: bisect_left(bound, (end, -1))]:
+        # Where ranges are disjoint only the last that begins before ``start`` can reach into it.
+        disjoint = ABIS[self.abi].checks_file
+        skip = max(bisect_left(bound, (start, -1)) - 1, 0) if disjoint else 0
+        for file_page, slot_id in bound[skip : bisect_left(bound, (end, -1))]:
             slot = self._by_id[slot_id]
             first, last = max(start, file_page), min(end, file_page + slot.npages)
             if first < last:

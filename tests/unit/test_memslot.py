@@ -222,8 +222,13 @@ def test_second_delete_is_refused_and_the_pages_can_be_bound_again_elsewhere() -
 
 def test_all_slot_ids_and_not_one_more() -> None:
     slots = Memslots()
+    whole = PrivateFile(7, 32764)
     for slot in range(32764):
-        slots.set(Region(slot, 0, slot * P, P, 0x10000 + slot * P))
+        slots.set(Region(slot, GM, slot * P, P, 0x10000 + slot * P, slot * P), file=whole)
+    assert [(slot.id, first) for slot, first, _ in slots.find_file(7, 99, 101)] == [
+        (99, 99),
+        (100, 100),
+    ]
     assert len(slots) == 32764
     with pytest.raises(KvmError) as caught:
         slots.set(Region(32764, 0, 32764 * P, P))
