@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from privfs.extents import PAGE_SIZE, extent_range, split
 
 BLOCK_SIZE = 512  # the unit of st_blocks, stat(2)
-BLOCKS_PER_PAGE = PAGE_SIZE // BLOCK_SIZE
 FD_HEADROOM = 256  # descriptors left to sockets, pidfds, worker threads and the mount
 
 _FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
@@ -155,21 +154,18 @@ class Backing:
 
     # ---- memory comes
 
-    def allocate(self, ino: int, start: int, end: int) -> int:
+    def allocate(self, ino: int, start: int, end: int) -> None:
         """Allocate the file pages [start, end); pages already there keep their contents.
 
-        Returns how many of them were not allocated before. Raises BackingError: ENOSPC when
-        memory or descriptors ran out. A fallocate that fails undoes itself within its extent
-        (shmem_fallocate), so exactly [start, error.completed) is allocated then.
+        Raises BackingError: ENOSPC when memory or descriptors ran out. A fallocate that fails
+        undoes itself within its extent (shmem_fallocate), so [start, error.completed) is allocated
+        then, and beyond it what was allocated before.
         """
-        added = 0
         for index, first, last in split(start, end):
             try:
                 extent = self._files.get(ino, {}).get(index) or self._create(ino, index)
-                before = os.fstat(extent.fd).st_blocks
                 offset = (first - extent.start) * PAGE_SIZE
                 _call_fallocate(extent.fd, 0, offset, (last - first) * PAGE_SIZE)
-                added += os.fstat(extent.fd).st_blocks - before
             except OSError as error:
                 code = error.errno or errno.EIO
                 why = _ADVICE.get(code, os.strerror(code))
@@ -181,7 +177,6 @@ class Backing:
                     first,
                     f"extent {index}: {os.strerror(code)}; {why}",
                 ) from error
-        return added // BLOCKS_PER_PAGE
 
     def _create(self, ino: int, index: int) -> Extent:
         """Create extent *index* of a file. Raises OSError; EMFILE at the limit of this Backing."""
@@ -205,24 +200,20 @@ class Backing:
 
     # ---- memory goes
 
-    def punch(self, ino: int, start: int, end: int) -> int:
-        """Give back the file pages [start, end); returns how many were held.
+    def punch(self, ino: int, start: int, end: int) -> None:
+        """Give back the file pages [start, end).
 
         Pages in extents that do not exist are holes already. Every mapping of the range loses its
         pages; a later touch through such a mapping would allocate, which audit() finds. Raises
         OSError only if the kernel fails, which a memfd under our seals gives no cause for.
         """
-        removed = 0
         for index, first, last in split(start, end):
             extent = self._files.get(ino, {}).get(index)
             if extent is None:
                 continue
-            before = os.fstat(extent.fd).st_blocks
             mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
             offset = (first - extent.start) * PAGE_SIZE
             _call_fallocate(extent.fd, mode, offset, (last - first) * PAGE_SIZE)
-            removed += before - os.fstat(extent.fd).st_blocks
-        return removed // BLOCKS_PER_PAGE
 
     def kill(self, ino: int, index: int) -> None:
         """End one extent: its memory is freed and can never come back. Unknown: nothing to do."""
@@ -283,7 +274,8 @@ class Backing:
         """Yield the ranges of touched file pages, ascending, each as long as can be.
 
         By SEEK_DATA and SEEK_HOLE (lseek(2)). A page that was allocated but never touched counts
-        as a hole there (mapping_seek_hole_data skips folios that are not uptodate, mm/filemap.c).
+        as a hole there (mapping_seek_hole_data skips folios that are not uptodate, mm/filemap.c);
+        allocated a second time, it counts as touched (SGP_FALLOC clears it, shmem_get_folio_gfp).
         """
         run: tuple[int, int] | None = None
         for extent in self.extents(ino):
