@@ -46,7 +46,8 @@ HF_GUEST = 1 << 21
 
 _CPU_CFLAGS_NEXT_TB = 24
 _UC_STRUCT_SCAN = 4096
-_CPU_SCAN = 64 * 1024
+_STATE_AT = 35408  # CPUX86State in X86CPU: behind CPUState and its IOTLB
+_ENV_PTR_AT = 296  # CPUState.env_ptr
 
 
 class EngineMismatchError(RuntimeError):
@@ -87,12 +88,11 @@ def find_state(handle: int, magic: tuple[int, ...], version: str) -> tuple[int, 
     for (pointer,) in struct.iter_unpack("<Q", head[: len(head) & ~7]):
         if pointer < 0x10000 or pointer % 8 or pointer >> 47:
             continue
-        block = peek(pointer, _CPU_SCAN)
-        at = block.find(pattern)
-        if at < 0 or at % 8:
-            continue
-        state = pointer + at
-        if struct.pack("<Q", state) in block[:at]:
+        # Exactly here: a pointer to a heap block below CPUState has the pattern in reach too.
+        state = pointer + _STATE_AT
+        if peek(state, len(pattern)) == pattern and peek(pointer + _ENV_PTR_AT, 8) == struct.pack(
+            "<Q", state
+        ):
             found.add((pointer, state))
     if len(found) != 1:
         raise EngineMismatchError(version, f"CPU state found {len(found)} times in the engine")
