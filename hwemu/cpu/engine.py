@@ -41,6 +41,7 @@ Precise = Literal["exit-request", "quanta"]
 
 AREA_HPA = 1 << 20
 DEVICE_HPA = 1 << 21
+_MAX_STEP_HOOKS = 1024  # instructions that talk to devices
 QUANTUM = 20_000
 """Instructions per slice with precise="quanta"."""
 
@@ -98,6 +99,7 @@ class Engine:
         self._state = _IDLE
         self._lock = threading.Lock()
         self._closed = False
+        self._step_hooks: dict[int, int] = {}
 
         self._uc = unicorn.Uc(
             unicorn_const.UC_ARCH_X86, unicorn_const.UC_MODE_64, x86_const.UC_CPU_X86_EPYC
@@ -272,17 +274,34 @@ class Engine:
         rip = int(raw.q[raw_layout.RIP])
         if self._precise == "quanta":
             return self._emulate(_STEPPING, 1)
-        hook = self._uc.hook_add(unicorn_const.UC_HOOK_CODE, self._stepped, None, rip, rip)
+        self._hook_step(rip)
         raw.run_one_instruction_next()
         try:
             return self._emulate(_STEPPING, 0)
         finally:
             raw.forget_single_instruction()
-            self._uc.hook_del(hook)
+
+    def _hook_step(self, rip: int) -> None:
+        """Have `_stepped` called at ``rip``, from now on.
+
+        Translated code calls a hook by address, also after the hook is deleted: so it stays, and
+        is deleted only with all translated code.
+        """
+        if rip in self._step_hooks:
+            return
+        if len(self._step_hooks) == _MAX_STEP_HOOKS:
+            self.flush()
+            for hook in self._step_hooks.values():
+                self._uc.hook_del(hook)
+            self._step_hooks.clear()
+        self._step_hooks[rip] = self._uc.hook_add(
+            unicorn_const.UC_HOOK_CODE, self._stepped, None, rip, rip
+        )
 
     def _stepped(self, _uc: object, _address: int, _size: int, _data: object) -> None:
-        # the block holds this one instruction: the stop is seen behind it
-        self._uc.emu_stop()
+        if self._state == _STEPPING:
+            # the block holds this one instruction: the stop is seen behind it
+            self._uc.emu_stop()
 
     def _emulate(self, state: int, count: int) -> str | None:
         self._stopping = False
