@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Host memory of an emulator process: the one arena, and the ordinary RAM of its VMs.
+
+An emulator process is one host: all its VMs share one arena, and the address of a page in it is
+its host-physical address.  The arena's bookkeeping is guarded by one lock, held for no longer
+than a map or unmap takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import threading
+
+from hwemu.arena import Arena
+from kvmsim.uapi import PAGE_SIZE
+
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+class HostMemory:
+    """The arena of this process.  ``arena`` itself is for engines."""
+
+    def __init__(self) -> None:
+        self.arena = Arena()
+        self._lock = threading.Lock()
+
+    def place(self, fd: int, offset: int, length: int, *, writable: bool = True) -> int:
+        """Map part of a memfd; return its host-physical address."""
+        with self._lock:
+            return self.arena.place(fd, offset, length, writable=writable)
+
+    def retire(self, hpa: int, length: int) -> None:
+        """Unmap a range that no vCPU can reach any more."""
+        with self._lock:
+            self.arena.retire(hpa, length)
+
+    def read(self, hpa: int, length: int) -> bytes:
+        """Read as a device does."""
+        with self._lock:
+            return self.arena.read(hpa, length)
+
+    def write(self, hpa: int, data: bytes) -> None:
+        """Write as a device does."""
+        with self._lock:
+            self.arena.write(hpa, data)
+
+    def close(self) -> None:
+        """Unmap everything; every engine must be closed."""
+        self.arena.close()
+
+
+class SharedRam:
+    """Ordinary memory of a VM: the shared side of its slots.
+
+    ``size`` in bytes.  Pages are counted from its beginning (a slot's ``userspace_addr`` is an
+    offset in it), allocated by first touch and given back by :meth:`discard`.
+    """
+
+    def __init__(self, host: HostMemory, size: int, name: str) -> None:
+        if size <= 0 or size % PAGE_SIZE:
+            raise ValueError(f"shared RAM of {size} bytes: must be a multiple of {PAGE_SIZE}")
+        self.size = size
+        self._host = host
+        self._fd = os.memfd_create(f"kvmsim:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self._fd, size)
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            self._hpa = host.place(self._fd, 0, size)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def hpa(self, page: int) -> int | None:
+        """Host-physical address of a page, None beyond the end (the protocol of a shared side)."""
+        return self._hpa + page * PAGE_SIZE if 0 <= page * PAGE_SIZE < self.size else None
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read bytes as a device does."""
+        self._check(offset, length)
+        return self._host.read(self._hpa + offset, length)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write bytes as a device does."""
+        self._check(offset, len(data))
+        self._host.write(self._hpa + offset, data)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give pages back (QEMU's ``ram_block_discard_range``); no leaf may point at them."""
+        self._check(offset, length)
+        mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+        if _libc.fallocate(self._fd, mode, offset, length) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, f"discard of shared [{offset:#x}, {offset + length:#x})")
+
+    @property
+    def resident(self) -> int:
+        """Bytes that are backed by memory."""
+        return os.fstat(self._fd).st_blocks * 512
+
+    def close(self) -> None:
+        """Give everything back; the VM's engines must have stopped."""
+        self._host.retire(self._hpa, self.size)
+        os.close(self._fd)
+
+    def _check(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise OSError(
+                errno.EFAULT,
+                f"shared RAM has {self.size:#x} bytes, not [{offset:#x}, {offset + length:#x})",
+            )

@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The private memory of one VM: sessions with the owners of its files, extents in the arena.
+
+A *file id* names a private file within a VM: the number of its mount's session in the upper bits,
+its inode below, since two mounts may use the same inode numbers.  All methods that say "lock held"
+run under the VM's ``mmu_lock``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvmsim.hostmem import HostMemory
+from kvmsim.region import PrivateFile
+from kvmsim.uapi import PAGE_SIZE
+from privfs.notifier.lane import Lane, find_socket
+from privfs.notifier.user import ExtentArrived, Granted, User, Zap
+
+_INODE_BITS = 48
+_INODE_MASK = (1 << _INODE_BITS) - 1
+_INSTANCE_BITS = 64
+_INSTANCE_MASK = (1 << _INSTANCE_BITS) - 1
+
+
+class Guest(Protocol):
+    """What a session tells the VM that it belongs to."""
+
+    lock: threading.Lock
+
+    def bound_pages(self, file: int, start: int, end: int) -> Iterable[tuple[int, int]]:
+        """Return the parts of file pages ``[start, end)`` that slots are bound to (lock held)."""
+
+    def zap_file(self, file: int, start: int, end: int) -> int:
+        """Zap and return the flush epoch to wait for (lock held)."""
+
+    def drain(self, epoch: int) -> None:
+        """Wait until no vCPU can use a translation from before ``epoch`` (no lock held)."""
+
+    def page_granted(self, session: Session, granted: Granted) -> None:
+        """Go on with the fault that asked (lock held)."""
+
+    def page_denied(self, session: Session, req: int, status: int) -> None:
+        """Fail the fault that asked (lock held)."""
+
+    def owner_lost(self, why: str) -> None:
+        """Stop the VM: no invalidation can reach it any more (no lock held)."""
+
+
+@dataclass(slots=True)
+class _Piece:
+    """File pages ``[start, end)`` at host-physical address ``hpa``."""
+
+    start: int
+    end: int
+    hpa: int
+
+
+@dataclass(slots=True)
+class _Extent:
+    start: int
+    end: int
+    fd: int
+    pieces: list[_Piece] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ticket:
+    """What must be over before an invalidation is acknowledged."""
+
+    epoch: int
+    dead: tuple[_Extent, ...]
+
+
+class Session:
+    """One session with the owner of one mount, on behalf of one VM."""
+
+    def __init__(
+        self, guest: Guest, host: HostMemory, number: int, socket: str, label: str
+    ) -> None:
+        self.lock = guest.lock
+        self.socket = socket
+        self.files: dict[int, bool] = {}
+        self._guest = guest
+        self._host = host
+        self._base = number << _INODE_BITS
+        self._extents: dict[tuple[int, int], _Extent] = {}
+        self.lane = Lane(self, User())
+        self.lane.start(socket, label)
+
+    def file_id(self, ino: int) -> int:
+        """Return the VM's name of a file of this session."""
+        return self._base | ino
+
+    def hpa(self, ino: int, instance: int, page: int) -> int | None:
+        """Host-physical address of a file page in an extent that is here (lock held)."""
+        extent = self._extents.get((ino, instance))
+        if extent is not None:
+            for piece in extent.pieces:
+                if piece.start <= page < piece.end:
+                    return piece.hpa + (page - piece.start) * PAGE_SIZE
+        return None
+
+    # --- what the lane asks -------------------------------------------------------------------
+
+    def extent_arrived(self, extent: ExtentArrived, fd: int) -> None:
+        """Place what slots need of an extent; keep its memfd for slots to come."""
+        key = (extent.ino, extent.instance)
+        if key in self._extents or extent.ino not in self.files:
+            os.close(fd)
+            return
+        self._extents[key] = held = _Extent(extent.start, extent.end, fd)
+        self._place(extent.ino, held)
+
+    def zap(self, zap: Zap) -> _Ticket:
+        """Make a range unreachable for new translations."""
+        dead = tuple(
+            extent
+            for instance in zap.dead
+            if (extent := self._extents.pop((zap.ino, instance), None)) is not None
+        )
+        return _Ticket(self._guest.zap_file(self.file_id(zap.ino), zap.start, zap.end), dead)
+
+    def drain(self, tickets: list[object]) -> None:
+        """Wait for old translations and accesses, then let go of dead extents."""
+        held = [ticket for ticket in tickets if isinstance(ticket, _Ticket)]
+        self._guest.drain(max(ticket.epoch for ticket in held))
+        for ticket in held:
+            for extent in ticket.dead:
+                self._release(extent)
+
+    def granted(self, granted: Granted) -> None:
+        """Pass a grant on."""
+        self._guest.page_granted(self, granted)
+
+    def denied(self, req: int, status: int) -> None:
+        """Pass a refusal on."""
+        self._guest.page_denied(self, req, status)
+
+    def lost(self, why: str) -> None:
+        """Pass the end of the owner on."""
+        self._guest.owner_lost(why)
+
+    # --- slots --------------------------------------------------------------------------------
+
+    def place_all(self, ino: int) -> None:
+        """Place what a new slot needs of the extents that are here already (lock held)."""
+        for (owner_ino, _), extent in self._extents.items():
+            if owner_ino == ino:
+                self._place(ino, extent)
+
+    def _place(self, ino: int, extent: _Extent) -> None:
+        for start, end in self._guest.bound_pages(self.file_id(ino), extent.start, extent.end):
+            if any(piece.start <= start < piece.end for piece in extent.pieces):
+                continue
+            offset, length = (start - extent.start) * PAGE_SIZE, (end - start) * PAGE_SIZE
+            hpa = self._host.place(extent.fd, offset, length, writable=self.files[ino])
+            extent.pieces.append(_Piece(start, end, hpa))
+
+    def _release(self, extent: _Extent) -> None:
+        for piece in extent.pieces:
+            self._host.retire(piece.hpa, (piece.end - piece.start) * PAGE_SIZE)
+        os.close(extent.fd)
+
+    def close(self) -> None:
+        """Let go of every extent and leave; no vCPU may run any more."""
+        with self.lock:
+            extents = list(self._extents.values())
+            self._extents.clear()
+        for extent in extents:
+            self._release(extent)
+        if self.lane.alive:
+            for ino in list(self.files):
+                self.lane.unregister(ino)
+        self.files.clear()
+        self.lane.close()
+
+
+class PrivateMemory:
+    """All private files of one VM; the ``Backing`` of its fault path."""
+
+    def __init__(self, guest: Guest, host: HostMemory, label: str) -> None:
+        self._guest = guest
+        self._host = host
+        self._label = label
+        self._sessions: list[Session] = []
+
+    def open(self, path: str | os.PathLike[str]) -> PrivateFile:
+        """Become a user of the private file at ``path``; again for another slot is free."""
+        socket = find_socket(path)
+        session = next((s for s in self._sessions if s.socket == socket), None)
+        if session is None:
+            number = len(self._sessions) + 1
+            session = Session(self._guest, self._host, number, socket, self._label)
+            self._sessions.append(session)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            status = os.fstat(fd)
+            if status.st_ino not in session.files:
+                registered = session.lane.register(fd)
+                session.files[registered.ino] = registered.writable
+        finally:
+            os.close(fd)
+        return PrivateFile(session.file_id(status.st_ino), status.st_size // PAGE_SIZE)
+
+    def locate(self, file: int) -> tuple[Session, int]:
+        """Return the session and the inode behind a file id."""
+        return self._sessions[(file >> _INODE_BITS) - 1], file & _INODE_MASK
+
+    def installable(self, file: int, page: int, start: int, end: int, seq: int) -> tuple[int, int]:
+        """Return the part of a grant that no newer invalidation covers (lock held)."""
+        session, ino = self.locate(file)
+        return session.lane.user.installable(ino, page, start, end, seq)
+
+    @staticmethod
+    def extent_id(file: int, instance: int) -> int:
+        """Name an extent instance of a file within this VM."""
+        return file << _INSTANCE_BITS | instance
+
+    def hpa(self, instance: int, page: int) -> int | None:
+        """Return the host-physical address of a page in extent ``extent_id`` (lock held)."""
+        session, ino = self.locate(instance >> _INSTANCE_BITS)
+        return session.hpa(ino, instance & _INSTANCE_MASK, page)
+
+    def punch(self, file: int, start: int, end: int) -> None:
+        """Punch file pages through the owner; the zap comes back like anyone else's."""
+        session, ino = self.locate(file)
+        session.lane.punch(ino, start, end)
+
+    def placed(self, file: int) -> None:
+        """Place extents for a slot that was just bound (lock held)."""
+        session, ino = self.locate(file)
+        session.place_all(ino)
+
+    def close(self) -> None:
+        """Leave every session."""
+        for session in self._sessions:
+            session.close()
+        self._sessions.clear()

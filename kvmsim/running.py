@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A VM at work: its vCPUs on engines, its runner thread, its zaps proven.
+
+One thread, the *runner*, owns all engines of the VM and takes runnable vCPUs in turn; a vCPU that
+waits for a page of the owner is not runnable, so an engine never sleeps.  Other threads touch a
+vCPU only by a kick.
+
+What makes an acknowledgement true: the table is zapped under ``lock``; the vCPU that is in guest
+code has left it; every other vCPU flushes before its next guest instruction (``Shootdown``, which
+is KVM's request and OUTSIDE_GUEST_MODE).
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from hwemu.arena import new_table_pool
+from hwemu.cpu import api as cpu_api
+from hwemu.cpu.unicorn_svm import SvmCpu
+from hwemu.shootdown import Shootdown
+from hwemu.stage2 import Stage2
+from kvmsim import exits
+from kvmsim.fault import (
+    Access,
+    Effect,
+    Fault,
+    Installed,
+    LeaveGuest,
+    NeedPage,
+    PageGrant,
+    Retry,
+    RetryReason,
+)
+from kvmsim.hostmem import HostMemory
+from kvmsim.private import PrivateMemory, Session
+from kvmsim.uapi import KVM_INTERNAL_ERROR_EMULATION
+from kvmsim.vm import Vm
+from privfs.notifier.lane import LinkError
+from privfs.notifier.user import Granted
+
+log = logging.getLogger(__name__)
+
+POOL_HPA = 256 << 20
+#: Bytes of second-stage tables: 4 KiB leaves for 64 GiB on either side.
+POOL_SIZE = 256 << 20
+SLICE = 0.001
+_NICE = 10
+_GP = 13
+
+
+class State(enum.Enum):
+    """Whether a vCPU may be taken."""
+
+    RUNNABLE = "runnable"
+    WAITS = "waits for a page"
+    HALTED = "halted"
+    IDLE = "not started"
+
+
+Handler = Callable[[int, exits.Exit], bool]
+
+
+@dataclass(slots=True)
+class Vcpu:
+    """One vCPU: its engine and where it stands."""
+
+    index: int
+    cpu: cpu_api.Cpu
+    state: State = State.IDLE
+    exit: exits.Exit | None = None  #: decided while it waited; handled when it is taken
+    stopped_at: tuple[Fault, Effect] | None = None
+    again: bool = False  #: the next request asks for the extent's memfd too
+    faults: int = 0
+
+
+@dataclass(slots=True)
+class RunnerStatistics:
+    """Counts of one VM's runner."""
+
+    slices: int = 0
+    flushes: int = 0
+    pages_asked: int = 0
+    shootdowns: int = 0
+
+
+class RunningVm:
+    """Engines, table and private memory of one VM, joined by one lock.
+
+    ``handler(vcpu, exit)`` is called in the runner thread for every exit; it returns False to end
+    the VM.  ``lock`` is KVM's ``mmu_lock``: held over every look at and change of slots,
+    attributes, table and grants, never while anything is waited for.
+    """
+
+    def __init__(self, host: HostMemory, vcpus: int, label: str) -> None:
+        self.lock = threading.Lock()
+        self.label = label
+        self.host = host
+        self.private = PrivateMemory(self, host, label)
+        self._pool = new_table_pool(POOL_SIZE)
+        self.stage2 = Stage2(self._pool, POOL_HPA)
+        self.vm = Vm(self.stage2, self.private)
+        self.shootdown = Shootdown(vcpus)
+        self.statistics = RunnerStatistics()
+        self.vcpus = [self._make_vcpu(i) for i in range(vcpus)]
+        self.stop_reason = ""
+        self._handler: Handler = lambda vcpu, exit: False
+        self._pending: dict[tuple[Session, int], tuple[Vcpu, Fault]] = {}
+        self._work = threading.Condition(self.lock)
+        self._gate = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._current: Vcpu | None = None
+        self._stopping = False
+        self._last = 0
+        self._runner: threading.Thread | None = None
+        self._ticker: threading.Thread | None = None
+        self._ended = threading.Event()
+
+    def _make_vcpu(self, index: int) -> Vcpu:
+        vcpu: Vcpu
+
+        def on_fault(gpa: int, access: cpu_api.Access) -> bool:
+            return self._on_fault(vcpu, gpa, access)
+
+        engine = SvmCpu(
+            self.host.arena, self._pool, POOL_HPA, self.stage2.root_hpa, index, on_fault
+        )
+        vcpu = Vcpu(index, engine)
+        return vcpu
+
+    # --- life ---------------------------------------------------------------------------------
+
+    def start(self, handler: Handler) -> None:
+        """Run every vCPU that is not IDLE until a handler says otherwise."""
+        self._handler = handler
+        self._runner = threading.Thread(target=self._run, name=f"runner {self.label}")
+        self._ticker = threading.Thread(target=self._tick, name=f"ticker {self.label}")
+        self._runner.start()
+        self._ticker.start()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end of the VM; False after ``timeout`` seconds."""
+        return self._ended.wait(timeout)
+
+    def stop(self, why: str) -> None:
+        """End the VM from any thread."""
+        with self._work:
+            if not self._stopping:
+                self._stopping = True
+                self.stop_reason = why
+            self._work.notify_all()
+        self._kick()
+
+    def close(self) -> None:
+        """End the threads, the engines and the sessions."""
+        self.stop("closed")
+        for thread in (self._runner, self._ticker):
+            if thread is not None:
+                thread.join()
+        for vcpu in self.vcpus:
+            vcpu.cpu.close()
+        self.private.close()
+
+    def post(self, work: Callable[[], None]) -> None:
+        """Have the runner thread do something between two slices."""
+        with self._work:
+            self._inbox.append(work)
+            self._work.notify_all()
+        self._kick()
+
+    def make_runnable(self, index: int) -> None:
+        """Start or wake a vCPU."""
+        with self._work:
+            if self.vcpus[index].state in (State.IDLE, State.HALTED):
+                self.vcpus[index].state = State.RUNNABLE
+                self._work.notify_all()
+
+    def halt(self, index: int) -> None:
+        """Take a vCPU off its turns until :meth:`make_runnable`; runner thread only."""
+        with self._work:
+            self.vcpus[index].state = State.HALTED
+
+    # --- zaps and proofs ----------------------------------------------------------------------
+
+    def bound_pages(self, file: int, start: int, end: int) -> Iterable[tuple[int, int]]:
+        """Return the parts of file pages ``[start, end)`` that slots are bound to (lock held)."""
+        for slot, first, last in self.vm.mmu.slots.find_file(file, start, end):
+            yield slot.private_page(first), slot.private_page(last)
+
+    def zap_file(self, file: int, start: int, end: int) -> int:
+        """Zap file pages; return the epoch whose drain proves it (lock held).
+
+        Where no leaf was, an earlier zap of the same pages may still wait for its flush: that
+        epoch, the newest, is the one to wait for.
+        """
+        zapped = self.vm.invalidate_file(file, start, end)
+        self.statistics.shootdowns += 1
+        return self.shootdown.request() if zapped.leaves else self.shootdown.epoch
+
+    def drain(self, epoch: int) -> None:
+        """Wait until no vCPU runs with a translation from before ``epoch`` (no lock held)."""
+        with self._gate:
+            while not self.shootdown.drained(epoch):
+                for index in self.shootdown.stragglers(epoch):
+                    self.vcpus[index].cpu.kick()
+                self._gate.wait()
+
+    def flush_all(self) -> None:
+        """Request and prove a flush of every vCPU."""
+        self.drain(self.shootdown.request())
+
+    # --- grants -------------------------------------------------------------------------------
+
+    def page_granted(self, session: Session, granted: Granted) -> None:
+        """Install what the owner granted, if it still may be (lock held)."""
+        vcpu, fault = self._pending.pop((session, granted.req))
+        file = session.file_id(granted.ino)
+        self._arrived(
+            vcpu,
+            fault,
+            PageGrant(
+                file, granted.start, granted.end, granted.seq,
+                self.private.extent_id(file, granted.instance), session.files[granted.ino],
+            ),
+        )  # fmt: skip
+
+    def page_denied(self, session: Session, req: int, status: int) -> None:
+        """Let the fault become an exit (lock held)."""
+        vcpu, fault = self._pending.pop((session, req))
+        assert fault.slot is not None
+        file = fault.slot.file or 0
+        self._arrived(vcpu, fault, PageGrant(file, 0, 0, 0, 0, status=status))
+
+    def owner_lost(self, why: str) -> None:
+        """Stop: without its owner this memory is nobody's (no lock held)."""
+        self.stop(f"machine check: the owner of private memory is gone ({why})")
+
+    def _arrived(self, vcpu: Vcpu, fault: Fault, grant: PageGrant) -> None:
+        effect = self.vm.page_arrived(fault, grant)
+        vcpu.again = effect == Retry(RetryReason.INSTANCE)
+        if isinstance(effect, LeaveGuest):
+            vcpu.exit = effect.exit
+        vcpu.state = State.RUNNABLE  # a retry executes the instruction, and faults, again
+        self._work.notify_all()
+
+    # --- the runner ---------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        try:
+            while (vcpu := self._next()) is not None:
+                self._turn(vcpu)
+        except LinkError as error:
+            self.stop(f"machine check: {error}")
+        except Exception as error:
+            log.exception("%s: the runner failed", self.label)
+            self.stop(f"internal error: {error}")
+        finally:
+            self._ended.set()
+
+    def _next(self) -> Vcpu | None:
+        """Do what was posted, then take the next runnable vCPU in turn; None at the end."""
+        while True:
+            with self._work:
+                while not self._inbox and not self._stopping:
+                    for step in range(1, len(self.vcpus) + 1):
+                        vcpu = self.vcpus[(self._last + step) % len(self.vcpus)]
+                        if vcpu.state is State.RUNNABLE:
+                            self._last = vcpu.index
+                            return vcpu
+                    self._work.wait()
+                if self._stopping:
+                    return None
+                work = self._inbox.popleft()
+            work()
+
+    def _turn(self, vcpu: Vcpu) -> None:
+        if vcpu.exit is not None:
+            left, vcpu.exit = vcpu.exit, None
+            self._deliver(vcpu, left)
+            return
+        self._left(vcpu, self._in_guest(vcpu, vcpu.cpu.run))
+
+    def _in_guest(self, vcpu: Vcpu, run: Callable[[], cpu_api.CpuExit]) -> cpu_api.CpuExit:
+        """Run guest code; the flush that was asked for comes first."""
+        self._current = vcpu
+        self.statistics.slices += 1
+        with self._gate:
+            must_flush = self.shootdown.enter(vcpu.index)
+        try:
+            if must_flush:
+                self.statistics.flushes += 1
+                self._flush(vcpu)
+            return run()
+        finally:
+            self._current = None
+            with self._gate:
+                self.shootdown.leave(vcpu.index)
+                self._gate.notify_all()
+
+    def _flush(self, vcpu: Vcpu) -> None:
+        vcpu.cpu.flush()
+
+    def _left(self, vcpu: Vcpu, left: cpu_api.CpuExit) -> None:
+        """Go on after the engine's exit."""
+        match left:
+            case cpu_api.KickExit():
+                return
+            case cpu_api.Stage2Fault():
+                assert vcpu.stopped_at is not None
+                fault, effect = vcpu.stopped_at
+                vcpu.stopped_at = None
+                self._faulted(vcpu, fault, effect)
+            case cpu_api.IoExit(port, size, is_write, data):
+                self._deliver(vcpu, exits.IoExit(port, size, is_write, data))
+            case cpu_api.MmioExit(gpa, size, is_write, data):
+                self._deliver(vcpu, exits.MmioExit(gpa, size, is_write, data))
+            case cpu_api.HltExit():
+                self._deliver(vcpu, exits.HltExit())
+            case cpu_api.HypercallExit(nr, args, instruction):
+                if instruction in ("vmmcall", "vmcall"):
+                    self._deliver(vcpu, exits.HypercallExit(nr, args))
+                else:
+                    log.warning(
+                        "%s: vCPU %d: %s is not modelled", self.label, vcpu.index, instruction
+                    )
+                    self._deliver(vcpu, exits.InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION))
+            case cpu_api.MsrExit():
+                vcpu.cpu.inject(_GP, 0)  # kvm_inject_gp: an MSR that does not exist
+            case cpu_api.ShutdownExit():
+                self._deliver(vcpu, exits.ShutdownExit())
+            case cpu_api.CpuError(reason):
+                log.warning("%s: vCPU %d: %s", self.label, vcpu.index, reason)
+                self._deliver(vcpu, exits.InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION))
+
+    def _deliver(self, vcpu: Vcpu, left: exits.Exit) -> None:
+        if not self._handler(vcpu.index, left):
+            self.stop(self.stop_reason or "ended by its VMM")
+
+    # --- faults -------------------------------------------------------------------------------
+
+    def _on_fault(self, vcpu: Vcpu, gpa: int, access: cpu_api.Access) -> bool:
+        """Resolve a fault inside the engine if nothing has to be waited for."""
+        wanted = Access(
+            write=bool(access & cpu_api.Access.WRITE), fetch=bool(access & cpu_api.Access.EXEC)
+        )
+        fault = Fault(vcpu.index, gpa, wanted)
+        with self.lock:
+            effect = self.vm.begin_fault(fault)
+        if isinstance(effect, Installed):
+            return True
+        vcpu.stopped_at = (fault, effect)
+        return False
+
+    def _faulted(self, vcpu: Vcpu, fault: Fault, effect: Effect) -> None:
+        vcpu.faults += 1
+        match effect:
+            case NeedPage(file, page, start, end, write):
+                session, ino = self.private.locate(file)
+                with self.lock:
+                    record = session.lane.get(ino, page, start, end, write=write, again=vcpu.again)
+                    self._pending[session, record.req] = (vcpu, fault)
+                    vcpu.state = State.WAITS
+                self.statistics.pages_asked += 1
+                session.lane.send(record)
+            case LeaveGuest(exits.MmioExit(gpa)):
+                left = self._in_guest(vcpu, lambda: vcpu.cpu.run_mmio(gpa))
+                self._left(vcpu, left)
+            case LeaveGuest(left_with):
+                self._deliver(vcpu, left_with)
+            case Retry() | Installed():
+                return
+
+    # --- time ---------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        """End a slice when another vCPU is waiting for its turn."""
+        while not self._ended.wait(SLICE):
+            if sum(1 for vcpu in self.vcpus if vcpu.state is State.RUNNABLE) > 1:
+                self._kick()
+
+    def _kick(self) -> None:
+        current = self._current
+        if current is not None:
+            current.cpu.kick()
