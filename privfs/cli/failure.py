@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From an exception to one line and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Final
+
+from privfs.cli.exitcodes import Exit
+
+#: An errno that a mount point or a mount answers with → exit code.
+_MOUNT: Final = {
+    errno.EINVAL: Exit.USAGE,
+    errno.EIO: Exit.FUSE,
+    errno.ENODEV: Exit.FUSE,
+}
+#: An errno of any path in a mount → nobody serves it.
+_GONE: Final = frozenset({errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNREFUSED})
+
+
+class Failure(Exception):
+    """A command failed; ``str()`` is the line for the person, empty if it has been printed."""
+
+    def __init__(self, code: int, text: str = "") -> None:
+        super().__init__(text)
+        self.code = code
+
+
+def mount_failed(error: OSError) -> Failure:
+    """Explain why a mount could not be made or ended (a MountError)."""
+    code = _MOUNT.get(error.errno or 0, Exit.MOUNTPOINT)
+    return Failure(code, _text(error))
+
+
+def no_answer(error: OSError) -> Failure:
+    """Explain why a question about a path in a mount was not answered (a ControlError too)."""
+    if error.errno in _GONE and error.filename is not None:
+        name = os.fsdecode(error.filename)
+        return Failure(
+            Exit.NO_MOUNT,
+            f"{name}: the privfs that served it is gone; clear the dead mount with: "
+            "privfs umount DIR",
+        )
+    lost = (*_GONE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EIO)
+    code = Exit.NO_MOUNT if error.errno in lost else Exit.FAILED
+    return Failure(code, _text(error))
+
+
+def _text(error: OSError) -> str:
+    text = error.strerror or str(error)
+    return f"{os.fsdecode(error.filename)}: {text}" if error.filename is not None else text

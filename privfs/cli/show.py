@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``privfs map``, ``privfs stat`` and ``privfs status``: what a mount says of itself.
+
+The JSON of each holds bytes and plain names; tables are for people and may change.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from privfs.cli import tables
+from privfs.cli.exitcodes import Exit
+from privfs.cli.failure import Failure, no_answer
+from privfs.cli.verbosity import Verbosity, verbose_options
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+_bytes = click.option("--bytes", "in_bytes", is_flag=True, help="Print sizes in bytes.")
+
+
+def _asked(path: str, question: str, **arguments: Any) -> dict[str, Any]:
+    """Ask the mount about the private file ``path``; raises Failure."""
+    from privfs import control
+
+    try:
+        return control.ask_file(path, question, **arguments)
+    except OSError as error:
+        if isinstance(error, control.ControlError) and str(path) not in str(error.strerror):
+            error.strerror = f"{path}: {error.strerror}"
+        raise no_answer(error) from error
+
+
+def _sizes(in_bytes: bool) -> Callable[[int], str]:
+    return str if in_bytes else tables.size
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+# --- map ---------------------------------------------------------------------------------------
+
+
+def whole_map(path: str) -> dict[str, Any]:
+    """Return the map of a file with its totals: bytes of each state."""
+    rows: list[dict[str, Any]] = []
+    start: int | None = 0
+    size = 0
+    while start is not None:
+        part = _asked(path, "map", start=start)
+        size, start = part["size"], part["next"]
+        for row in part["rows"]:
+            last = rows[-1] if rows else None
+            if last and (last["state"], last["users"]) == (row["state"], row["users"]):
+                last["end"] = row["end"]
+            else:
+                rows.append(row)
+    totals: Counter[str] = Counter({"hole": 0, "allocated": 0, "mapped": 0})
+    for row in rows:
+        row["size"] = row["end"] - row["start"]
+        totals[row["state"]] += row["size"]
+    totals["allocated"] += totals["mapped"]  # what users have mapped is allocated too
+    return {"file": path, "size": size, "rows": rows, "totals": dict(totals)}
+
+
+def map_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
+    """Return a map as lsmem(1) shows memory: ranges with their last byte, totals below."""
+    size = _sizes(in_bytes)
+    lines = tables.columns(
+        ["RANGE", "SIZE", "STATE", "USERS"],
+        [
+            [
+                f"{row['start']:#018x}-{row['end'] - 1:#018x}",
+                size(row["size"]),
+                row["state"],
+                ", ".join(row["users"]) or "-",
+            ]
+            for row in found["rows"]
+        ],
+        " >",
+    )
+    totals = found["totals"]
+    summary = {
+        "File size": found["size"],
+        "Allocated": totals["allocated"],
+        "Mapped by users": totals["mapped"],
+        "Holes": totals["hole"],
+    }
+    width = max(map(len, summary)) + 1
+    values = [size(value) for value in summary.values()]
+    right = max(map(len, values))
+    return [
+        *lines, "",
+        *(f"{name + ':':<{width}} {value:>{right}}"
+          for name, value in zip(summary, values, strict=True)),
+    ]  # fmt: skip
+
+
+@click.command("map", short_help="Show which pages of a file hold memory, and for whom.")
+@click.argument("file", metavar="FILE", type=click.Path())
+@_json
+@_bytes
+@verbose_options
+def map_(file: str, as_json: bool, in_bytes: bool, verbosity: Verbosity) -> None:
+    """Show which pages of FILE hold memory, and who uses them.
+
+    States: hole (no memory), allocated (memory that nobody has mapped), mapped (granted to USERS).
+    RANGE shows the last byte; "end" in the JSON is the byte after it.
+    """
+    verbosity.log_to(None)
+    found = whole_map(file)
+    if as_json:
+        _print_json(found)
+    else:
+        click.echo("\n".join(map_lines(found, in_bytes=in_bytes)))
+
+
+# --- stat --------------------------------------------------------------------------------------
+
+
+def stat_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
+    """Return the counts of one file as lines."""
+    size = _sizes(in_bytes)
+    operations = [
+        f"{o['step']} {o['start']:#x}-{o['end'] - 1:#x}" if o["end"] > o["start"] else o["step"]
+        for o in found["operations"]
+    ]
+    rows = {
+        "File": found["file"],
+        "Inode": found["inode"],
+        "Personality": found["personality"],
+        "Size": size(found["size"]),
+        "Allocated": size(found["allocated"]),
+        "Mapped": size(found["mapped"]),
+        "Held": f"{size(found['held'])} in {found['extents']} extents",
+        "Users": ", ".join(found["users"]) or "-",
+        "Operations": ", ".join(operations) or "-",
+    }
+    return [f"{name + ':':<12} {value}" for name, value in rows.items()]
+
+
+@click.command()
+@click.argument("files", metavar="FILE...", type=click.Path(), nargs=-1, required=True)
+@_json
+@_bytes
+@verbose_options
+def stat(files: tuple[str, ...], as_json: bool, in_bytes: bool, verbosity: Verbosity) -> None:
+    """Show the counts of each FILE.
+
+    Held is the memory that really backs the file; it equals Allocated, or something is wrong.
+    """
+    verbosity.log_to(None)
+    found = [{"file": file} | _asked(file, "stat") for file in files]
+    if as_json:
+        _print_json(found)
+    else:
+        blocks = ["\n".join(stat_lines(file, in_bytes=in_bytes)) for file in found]
+        click.echo("\n\n".join(blocks))
+
+
+# --- status ------------------------------------------------------------------------------------
+
+
+def mount_status(directory: str) -> dict[str, Any]:
+    """Return what the mount that holds ``directory`` says of itself; raises Failure."""
+    from privfs import control
+
+    try:
+        return control.ask(directory, "status")
+    except OSError as error:
+        raise no_answer(error) from error
+
+
+def all_status() -> list[dict[str, Any]]:
+    """Return the status of every privfs mount that we see; one with ``error`` if it is dead."""
+    from privfs.fuse import ground
+
+    found = []
+    for mount in ground.mounts():
+        if mount.type == ground.TYPE:
+            try:
+                found.append(mount_status(mount.place))
+            except Failure as failure:
+                found.append({"mountpoint": mount.place, "error": str(failure)})
+    return found
+
+
+def status_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
+    """Return the status of one mount as lines."""
+    if "error" in found:
+        return [f"{found['mountpoint']}: {found['error']}"]
+    size = _sizes(in_bytes)
+    memory, waits = found["memory"], found["invalidations"]
+    mode = found["mode"]
+    if found["passthrough_errno"]:
+        mode += f" (passthrough: {os.strerror(found['passthrough_errno'])})"
+    rows = {
+        "Mount": f"{found['mountpoint']} (pid {found['pid']})",
+        "Personality": found["personality"],
+        "Refusal": mode,
+        "Memory": f"{size(memory['total'])} budget, {size(memory['used'])} used, "
+        f"{size(memory['free'])} free",
+        "Files": f"{found['files']} in {found['extents']} extents",
+        "Invalidations": f"{waits['total']}, p50 {tables.microseconds(waits['p50_us'])}, "
+        f"p99 {tables.microseconds(waits['p99_us'])}; {found['kills']} users killed, "
+        f"{found['failures']} failed",
+    }
+    lines = [f"{name + ':':<14} {value}" for name, value in rows.items()]
+    users = [
+        [s["user"] or "-", str(s["pid"]), s["state"], str(len(s["files"])), size(s["granted"]),
+         str(s["unacknowledged"])]
+        for s in found["sessions"]
+    ]  # fmt: skip
+    if users:
+        head = ["USER", "PID", "STATE", "FILES", "GRANTED", "UNACKED"]
+        lines += ["", *tables.columns(head, users, " > >>>")]
+    return lines
+
+
+@click.command(short_help="Show mounts: users, waits, memory.")
+@click.argument("directory", metavar="[DIR]", type=click.Path(), required=False)
+@_json
+@_bytes
+@verbose_options
+def status(directory: str | None, as_json: bool, in_bytes: bool, verbosity: Verbosity) -> None:
+    """Show the privfs mount that holds DIR, or all of them: users, waits, memory.
+
+    Invalidations: how long punches and shrinks waited for their users' acknowledgements.
+    """
+    verbosity.log_to(None)
+    found = all_status() if directory is None else [mount_status(directory)]
+    if as_json:
+        _print_json(found)
+    elif not found:
+        click.echo("no privfs mounts; make one with: privfs mount DIR")
+    else:
+        blocks = ["\n".join(status_lines(mount, in_bytes=in_bytes)) for mount in found]
+        click.echo("\n\n".join(blocks))
+    if any("error" in mount for mount in found):
+        raise Failure(Exit.NO_MOUNT)
