@@ -13,6 +13,7 @@ import ctypes
 import errno
 import logging
 import os
+import re
 import select
 import shutil
 import socket
@@ -30,6 +31,8 @@ _SYS_OPEN_TREE: Final = 428
 _AT_FDCWD: Final = -100
 _OPEN_TREE_CLONE: Final = 1
 
+_ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -43,13 +46,21 @@ def clear(mountpoint: str) -> None:
         if not os.path.isdir(mountpoint):
             os.stat(mountpoint)
             raise MountError(errno.ENOTDIR, f"{mountpoint} is not a directory")
+        living = newest(mountpoint)
+        if living is not None and living.type == TYPE:
+            raise MountError(
+                errno.EBUSY,
+                f"{mountpoint}: a privfs is mounted there already; "
+                f"unmount it first: privfs umount {mountpoint}",
+            )
         return
     except OSError as error:
         if error.errno == errno.ENOENT:
             raise MountError(errno.ENOENT, f"{mountpoint} does not exist: mkdir it first") from None
         if error.errno != errno.ENOTCONN:
             raise
-    if _mounts().get(_newest(mountpoint), ("", ""))[1] != TYPE:
+    dead = newest(mountpoint)
+    if dead is None or dead.type != TYPE:
         raise MountError(
             errno.ENOTCONN,
             f"{mountpoint}: a dead FUSE mount, but not of privfs; "
@@ -59,33 +70,57 @@ def clear(mountpoint: str) -> None:
     unmount(mountpoint)
 
 
-def unmount(mountpoint: str) -> None:
-    """Unmount lazily; raises MountError."""
+def unmount(mountpoint: str, *, lazy: bool = True) -> None:
+    """Unmount; what is in use vanishes when ``lazy``, else raises MountError(EBUSY)."""
     tool = shutil.which("fusermount3") or shutil.which("fusermount")
     if tool is None:
         raise MountError(errno.ENOENT, "fusermount3 not found: apt install fuse3")
-    done = subprocess.run([tool, "-u", "-z", "--", mountpoint], capture_output=True, check=False)
+    how = ["-u", "-z"] if lazy else ["-u"]
+    done = subprocess.run([tool, *how, "--", mountpoint], capture_output=True, check=False)
     if done.returncode:
         raise MountError(
             errno.EBUSY, f"cannot unmount {mountpoint}: {done.stderr.decode().strip()}"
         )
 
 
-def _mounts() -> dict[int, tuple[str, str]]:
-    """Return the mount table: id → (mount point, type)."""
-    found = {}
-    with open("/proc/self/mountinfo") as table:
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """A line of the mount table."""
+
+    id: int
+    dev: int
+    place: str
+    type: str
+    source: str
+
+
+def mounts() -> list[Mount]:
+    """Return the mount table, oldest first (proc_pid_mountinfo(5))."""
+    found = []
+    with open("/proc/self/mountinfo", "rb") as table:
         for line in table:
             fields = line.split()
-            place = fields[4].encode().decode("unicode_escape")
-            found[int(fields[0])] = (place, fields[fields.index("-") + 1])
+            kind, source = fields[fields.index(b"-") + 1 :][:2]
+            major, minor = map(int, fields[2].split(b":"))
+            found.append(
+                Mount(
+                    int(fields[0]), os.makedev(major, minor),
+                    _plain(fields[4]), kind.decode(), _plain(source),
+                )
+            )  # fmt: skip
     return found
 
 
-def _newest(mountpoint: str) -> int:
-    wanted = os.path.abspath(mountpoint)
-    ids = [mount for mount, (place, _) in _mounts().items() if place == wanted]
-    return ids[-1] if ids else 0
+def _plain(field: bytes) -> str:
+    """Undo the octal escapes of the mount table."""
+    return os.fsdecode(_ESCAPE.sub(lambda found: bytes([int(found[1], 8)]), field))
+
+
+def newest(mountpoint: str) -> Mount | None:
+    """Return the mount that is seen at ``mountpoint``, None if nothing is mounted there."""
+    wanted = os.path.realpath(mountpoint)
+    here = [mount for mount in mounts() if mount.place == wanted]
+    return here[-1] if here else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +136,10 @@ def settle(mountpoint: str, sockets: dict[str, socket.socket]) -> Ground:
 
     Makes requests into the mount: call it in a worker thread while the mount is served.
     """
-    ground = Ground(os.stat(mountpoint).st_dev, _newest(mountpoint))
+    found = newest(mountpoint)
+    if found is None:
+        raise MountError(errno.ENOENT, f"{mountpoint}: was unmounted while it was being set up")
+    ground = Ground(os.stat(mountpoint).st_dev, found.id)
     with _way_in(mountpoint) as root:
         for path, sock in sockets.items():
             folder, name = os.path.split(path)
@@ -152,7 +190,7 @@ class Watch:
             poll = select.poll()
             poll.register(table, select.POLLPRI | select.POLLERR)  # proc(5): the table changed
             poll.register(self._stop, select.POLLIN)
-            while self._ground.mount_id in _mounts():
+            while any(mount.id == self._ground.mount_id for mount in mounts()):
                 if any(fd == self._stop for fd, _ in poll.poll()):
                     return
                 table.seek(0)

@@ -79,7 +79,7 @@ def raise_fd_limit() -> None:
 
 def serve(mountpoint: str, options: MountOptions, ready: Callable[[], None]) -> None:
     """Mount, call ``ready`` when everything answers, and serve until unmounted or told to end."""
-    mountpoint = os.path.abspath(mountpoint)
+    mountpoint = os.path.realpath(mountpoint)  # as the mount table writes it
     ground.clear(mountpoint)
     hide_memory()
     raise_fd_limit()
@@ -155,9 +155,9 @@ async def _serve_fuse(ended: trio.Event) -> None:
 
 
 async def _obey_signals(service: Service, ended: trio.Event) -> None:
-    """SIGTERM ends the mount; the first SIGINT only names the users, if there are any."""
+    """SIGTERM or SIGHUP ends the mount; the first SIGINT only names the users, if any."""
     warned = False
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async for number in signals:
             users = [s.name for s in service.owner.sessions.values() if s.files]
             if number == signal.SIGINT and users and not warned:
