@@ -16,7 +16,9 @@ _MOUNT: Final = {
     errno.ENODEV: Exit.FUSE,
 }
 #: An errno of any path in a mount → nobody serves it.
-_GONE: Final = frozenset({errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNREFUSED})
+_GONE: Final = frozenset({
+    errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT,
+})  # fmt: skip
 
 
 class Failure(Exception):
@@ -35,15 +37,13 @@ def mount_failed(error: OSError) -> Failure:
 
 def no_answer(error: OSError) -> Failure:
     """Explain why a question about a path in a mount was not answered (a ControlError too)."""
-    if error.errno in _GONE and error.filename is not None:
-        name = os.fsdecode(error.filename)
+    code = Exit.NO_MOUNT if error.errno in _GONE else Exit.FAILED
+    if code is Exit.NO_MOUNT and error.filename is not None:
         return Failure(
-            Exit.NO_MOUNT,
-            f"{name}: the privfs that served it is gone; clear the dead mount with: "
-            "privfs umount DIR",
+            code,
+            f"{os.fsdecode(error.filename)}: its privfs was killed; "
+            "clear the dead mount with: privfs umount DIR",
         )
-    lost = (*_GONE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EIO)
-    code = Exit.NO_MOUNT if error.errno in lost else Exit.FAILED
     return Failure(code, _text(error))
 
 

@@ -193,7 +193,7 @@ def all_status() -> list[dict[str, Any]]:
 def status_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
     """Return the status of one mount as lines."""
     if "error" in found:
-        return [f"{found['mountpoint']}: {found['error']}"]
+        return [found["error"]]
     size = _sizes(in_bytes)
     memory, waits = found["memory"], found["invalidations"]
     mode = found["mode"]
