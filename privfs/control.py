@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 SOCKET: Final = ".privfs/control"
 _MAX_LINE: Final = 65_536
 _TIMEOUT: Final = 10.0
+_DEAD: Final = (errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNREFUSED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +173,11 @@ def ask(path: str | os.PathLike[str], question: str, **arguments: Any) -> dict[s
     except LinkError as error:
         raise ControlError(error.errno, error.strerror) from error
     except OSError as error:
+        why = error.strerror or str(error)
+        if error.errno in _DEAD:
+            why = "its privfs was killed; clear the dead mount with: privfs umount DIR"
         raise ControlError(
-            error.errno or errno.EIO, f"{path}: the mount does not answer: {error}"
+            error.errno or errno.ETIMEDOUT, f"{path}: the mount does not answer: {why}"
         ) from error
     if not line:
         raise ControlError(errno.ECONNRESET, f"{path}: the mount ended while it was asked")

@@ -46,19 +46,21 @@ def clear(mountpoint: str) -> None:
         if not os.path.isdir(mountpoint):
             os.stat(mountpoint)
             raise MountError(errno.ENOTDIR, f"{mountpoint} is not a directory")
+        os.statvfs(mountpoint)  # asks the mount; a dead one's attributes may still be cached
         living = newest(mountpoint)
-        if living is not None and living.type == TYPE:
-            raise MountError(
-                errno.EBUSY,
-                f"{mountpoint}: a privfs is mounted there already; "
-                f"unmount it first: privfs umount {mountpoint}",
-            )
-        return
+        if living is None or living.type != TYPE:
+            return
     except OSError as error:
         if error.errno == errno.ENOENT:
             raise MountError(errno.ENOENT, f"{mountpoint} does not exist: mkdir it first") from None
-        if error.errno != errno.ENOTCONN:
+        if error.errno not in (errno.ENOTCONN, errno.ECONNABORTED):
             raise
+    else:
+        raise MountError(
+            errno.EBUSY,
+            f"{mountpoint}: a privfs is mounted there already; "
+            f"unmount it first: privfs umount {mountpoint}",
+        )
     dead = newest(mountpoint)
     if dead is None or dead.type != TYPE:
         raise MountError(
