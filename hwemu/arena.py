@@ -165,6 +165,15 @@ class Arena:
 
     def _allocate(self, length: int) -> int:
         start = bisect.bisect_left(self._free, (self._cursor, 0))
+        if start:
+            # the cursor may be in the middle of a stretch that joined behind it
+            lower, upper = self._free[start - 1]
+            if lower < self._cursor and upper - self._cursor >= length:
+                self._free[start - 1] = (lower, self._cursor)
+                if upper - self._cursor > length:
+                    self._free.insert(start, (self._cursor + length, upper))
+                self._cursor += length
+                return self._cursor - length
         for step in range(len(self._free)):
             index = (start + step) % len(self._free)
             lower, upper = self._free[index]

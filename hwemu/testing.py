@@ -23,7 +23,7 @@ POOL_HPA = 256 << 20
 
 PML4, PDPT, PD = 0x1000, 0x2000, 0x3000
 GDT, TSS, IDT = 0x6000, 0x7000, 0x8000
-CODE, DATA = 0x10000, 0x40000
+TEXT, HEAP = 0x10000, 0x40000
 STACK, IST1_STACK, RING0_STACK, USER_STACK = 0x20000, 0x24000, 0x28000, 0x2C000
 TSS_SELECTOR = 0x30
 STAR = 0x0018_0008 << 32
@@ -126,7 +126,7 @@ class Machine:
         )
 
     def boot(
-        self, code: bytes, *, cpu: int = 0, at: int = CODE, user: bool = False, **regs: int
+        self, code: bytes, *, cpu: int = 0, at: int = TEXT, user: bool = False, **regs: int
     ) -> SvmCpu:
         """Put ``code`` at ``at`` and one vCPU in front of it."""
         self.write(at, code)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections import deque
 
+import numpy as np
+
 from hwemu.cpu.api import CR0_PG, CR0_WP, CR4_PAE, EFER_LMA, EFER_NXE, Access, OnFault
 from hwemu.npt import (
     ACCESSED,
@@ -225,10 +227,12 @@ class GuestMemory:
             at = (leaf.hpa - self._arena_hpa) >> 3
             if not 0 <= at < len(self._arena):
                 continue
-            for entry in self._arena[at : at + ENTRIES].tolist():
-                if entry & PRESENT and not (entry & LARGE and level < 4):
-                    below = entry & ADDRESS_MASK
-                    if below == page:
-                        return True
-                    queue.append((below, level - 1))
+            row = np.frombuffer(self._arena[at : at + ENTRIES], dtype=np.uint64)
+            tables = (row & np.uint64(PRESENT)) != 0
+            if level < 4:
+                tables &= (row & np.uint64(LARGE)) == 0
+            below = row[tables] & np.uint64(ADDRESS_MASK)
+            if np.any(below == np.uint64(page)):
+                return True
+            queue.extend((entry, level - 1) for entry in below[:_WALK_SEARCH_TABLES].tolist())
         return None
