@@ -40,7 +40,7 @@ static bool_t argument(const struct words *w, u32 i, const char *name, u64 *out)
 {
 	if (i < w->count && number(w->at[i], out))
 		return 1;
-	say("error %s: %s must be a number (decimal or 0x…), see help", w->at[0], name);
+	say("error %s: %s must be a number (decimal or 0x...), see help", w->at[0], name);
 	return 0;
 }
 
@@ -211,6 +211,7 @@ static void do_stat(struct words *w)
 			return;
 		first = last = vcpu;
 	}
+	console_lock();
 	print("ok stat vcpus=%u", last - first + 1);
 	for (vcpu = first; vcpu <= last; vcpu++) {
 		volatile struct stamp_vcpu *s = stamp_stats((u32)vcpu);
@@ -222,7 +223,8 @@ static void do_stat(struct words *w)
 		      vcpu, s->punched, vcpu, s->decisive, vcpu, s->stale, vcpu, s->lost, vcpu,
 		      s->mismatches);
 	}
-	say("");
+	print("\n");
+	console_unlock();
 }
 
 static void do_peek(struct words *w)
@@ -395,11 +397,13 @@ static const struct command {
 static void do_help(struct words *w)
 {
 	(void)w;
+	console_lock();
 	print("ok help");
 	for (u32 i = 0; i < ARRAY_LEN(commands); i++)
 		print("%s %s%s%s", i ? ";" : "", commands[i].name, commands[i].usage[0] ? " " : "",
 		      commands[i].usage);
-	say("");
+	print("\n");
+	console_unlock();
 }
 
 void command_run(char *line)

@@ -4,15 +4,32 @@
 #include "serial.h"
 
 #define LINE 256
+#define WORK_PER_POLL 32 /* a look at the port is an exit, far dearer than a slice of work */
+
+#define LOCK_PATIENCE (1UL << 26) /* then a vCPU died with the lock: better mixed than mute */
 
 static volatile u32 lock;
 static char line[LINE];
 static u32 used;
 static bool_t too_long;
 
+void console_lock(void)
+{
+	for (u64 i = 0; i < LOCK_PATIENCE; i++) {
+		if (!__atomic_exchange_n(&lock, 1, __ATOMIC_ACQUIRE))
+			return;
+		pause();
+	}
+}
+
+void console_unlock(void)
+{
+	__atomic_store_n(&lock, 0, __ATOMIC_RELEASE);
+}
+
 void say(const char *format, ...)
 {
-	char text[2048];
+	char text[1024];
 	__builtin_va_list args;
 	u64 n;
 
@@ -20,15 +37,16 @@ void say(const char *format, ...)
 	n = format_line(text, sizeof(text) - 1, format, args);
 	__builtin_va_end(args);
 	text[n++] = '\n';
-	while (__atomic_exchange_n(&lock, 1, __ATOMIC_ACQUIRE))
-		pause();
+	console_lock();
 	serial_write(text, n);
-	__atomic_store_n(&lock, 0, __ATOMIC_RELEASE);
+	console_unlock();
 }
 
 static void prompt(void)
 {
+	console_lock();
 	serial_write("> ", 2);
+	console_unlock();
 }
 
 static void finish_line(void)
@@ -62,9 +80,13 @@ void console_run(void)
 {
 	prompt();
 	for (;;) {
+		u32 worked = 0;
+
 		while (serial_ready())
 			take((char)serial_read());
-		if (!work_step(0) && !serial_ready())
-			halt_once(); /* until the serial line is asserted */
+		while (worked < WORK_PER_POLL && work_step(0))
+			worked++;
+		if (!worked)
+			halt_once(); /* input asserts the serial line, which ends it or forbids it */
 	}
 }

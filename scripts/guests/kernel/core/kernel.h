@@ -64,6 +64,8 @@ NORETURN void stop_machine(u32 status);
 
 /* console.c */
 void say(const char *format, ...); /* one whole line */
+void console_lock(void);	   /* around a line that is printed in parts */
+void console_unlock(void);
 void console_run(void);		   /* the boot vCPU's loop */
 
 /* command.c */
