@@ -30,6 +30,10 @@ SHARED_BIT = 1 << 39
 POOL_HPA = 256 << 20
 SLICE_S = 0.001
 
+TEST_GPA = 0x400000
+TEST_GFN = TEST_GPA // PAGE
+"""Where tests use private memory: behind the kernel, inside the stamp window."""
+
 
 class GuestTimeout(AssertionError):
     """The guest did not do in time what the test waits for."""
@@ -254,3 +258,14 @@ def small_config(vcpus: int = 2, mib: int = 16) -> MachineConfig:
     return MachineConfig(
         (RamRange(0, mib << 20), RamRange(mib << 20, 1 << 20, private=False)), vcpus=vcpus
     )
+
+
+def values(answer: str) -> dict[str, str]:
+    """The name=value fields of an `ok` answer."""
+    assert answer.startswith("ok "), answer
+    return dict(word.split("=", 1) for word in answer.split() if "=" in word)
+
+
+def numbers(answer: str) -> dict[str, int]:
+    """Those of them that are numbers."""
+    return {k: int(v, 0) for k, v in values(answer).items() if v[0].isdigit()}
