@@ -164,17 +164,23 @@ class VmMemory:
 class Emulator:
     """One VM from configuration to outcome.
 
-    ``on_output(bytes)`` receives console output in the runner thread.
+    ``on_output(bytes)`` receives console output in the runner thread; ``running`` is the class
+    that runs the vCPUs.
     """
 
     def __init__(
-        self, host: HostMemory, config: VmConfig, on_output: Callable[[bytes], None]
+        self,
+        host: HostMemory,
+        config: VmConfig,
+        on_output: Callable[[bytes], None],
+        *,
+        running: type[RunningVm] = RunningVm,
     ) -> None:
         layout = lay_out(config.memory)
         self.config = config
         self.outcome: Outcome | None = None
         self._on_output = on_output
-        self.running = RunningVm(host, config.vcpus, config.label)
+        self.running = running(host, config.vcpus, config.label)
         try:
             self.shared = SharedRam(host, layout.shared, config.label)
             self.memory = VmMemory(self.running, self.shared)

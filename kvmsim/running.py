@@ -117,6 +117,7 @@ class RunningVm:
         self._current: Vcpu | None = None
         self._stopping = False
         self._last = 0
+        self._slice_over = False
         self._runner: threading.Thread | None = None
         self._ticker: threading.Thread | None = None
         self._ended = threading.Event()
@@ -268,7 +269,10 @@ class RunningVm:
         while True:
             with self._work:
                 while not self._inbox and not self._stopping:
-                    for step in range(1, len(self.vcpus) + 1):
+                    if self._slice_over:
+                        self._slice_over = False
+                        self._last += 1
+                    for step in range(len(self.vcpus)):
                         vcpu = self.vcpus[(self._last + step) % len(self.vcpus)]
                         if vcpu.state is State.RUNNABLE:
                             self._last = vcpu.index
@@ -379,9 +383,10 @@ class RunningVm:
     # --- time ---------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        """End a slice when another vCPU is waiting for its turn."""
+        """End a slice when another vCPU is waiting for its turn; exits do not end it."""
         while not self._ended.wait(SLICE):
             if sum(1 for vcpu in self.vcpus if vcpu.state is State.RUNNABLE) > 1:
+                self._slice_over = True
                 self._kick()
 
     def _kick(self) -> None:

@@ -194,18 +194,25 @@ class StampLog:
         """The first read that should have been impossible."""
         return self._record(self._vcpu_gpa(vcpu) + _FIRST_BAD)
 
+    def latest(self, vcpu: int) -> Record | None:
+        """The newest record of a vCPU: the page that it read last."""
+        head = self.stats(vcpu).head
+        return self._record(self._slot_gpa(vcpu, head % STAMP_RING)) if head else None
+
     def records(self, vcpu: int, after: int = 0) -> list[Record]:
         """The records newer than seq ``after`` that are still in the ring, oldest first."""
         self._vcpu_gpa(vcpu)
-        ring = self._gpa + STAMP_RINGS + vcpu * STAMP_RING * _RECORD.size
         found = []
         for slot in range(STAMP_RING):
-            record = self._record(ring + slot * _RECORD.size)
+            record = self._record(self._slot_gpa(vcpu, slot))
             if record is not None and record.seq > after:
                 found.append(record)
         return sorted(found, key=lambda record: record.seq)
 
     # --- inside --------------------------------------------------------------------------
+
+    def _slot_gpa(self, vcpu: int, slot: int) -> int:
+        return self._gpa + STAMP_RINGS + (vcpu * STAMP_RING + slot) * _RECORD.size
 
     def _record(self, gpa: int) -> Record | None:
         """The record at a gpa; None if empty or if it changes while it is read."""

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The session language of ``kvmsim run``: text in, statements out, without I/O.
+
+One statement a line.  :data:`GRAMMAR` has every form; docs/kvmsim.md explains them.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+#: Seconds that ``expect`` and ``wait`` take if the line does not say.
+WITHIN: Final = 10.0
+
+DISCARDS: Final = ("none", "private", "shared", "both")
+
+_SUFFIXES: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_VARIABLE: Final = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
+_WITHIN: Final = re.compile(r"\s+within\s+(\d+(?:\.\d+)?)$")
+_OPTION: Final = re.compile(r",([A-Za-z_]\w*)=([^,]*)$")
+
+
+class ScriptError(ValueError):
+    """A script, or a value in it, that cannot be understood; the text says what to write."""
+
+
+# --- values ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """A private file, or part of it, as guest RAM; bytes.  ``size`` 0 means to its end."""
+
+    path: str
+    offset: int = 0
+    size: int = 0
+    slots: int = 2
+
+
+def parse_size(text: str) -> int:
+    """Return bytes from ``4096``, ``0x1000``, ``64M``; raises ScriptError."""
+    suffix = text[-1:].upper()
+    digits = text[:-1] if suffix in _SUFFIXES and suffix else text
+    scale = _SUFFIXES.get(suffix, 1)
+    try:
+        if not digits[:1].isdigit():
+            raise ValueError
+        return int(digits, 0) * scale
+    except ValueError:
+        raise ScriptError(f"{text!r} is no size: write bytes, or a number with K, M, G") from None
+
+
+def parse_memory(text: str) -> Memory:
+    """Return the memory that ``FILE[,offset=N][,size=N][,slots=N]`` names; raises ScriptError."""
+    numbers: dict[str, int] = {}
+    path = text
+    while found := _OPTION.search(path):
+        name, value = found.groups()
+        if name not in ("offset", "size", "slots"):
+            raise ScriptError(f"{text!r}: no option {name}; write FILE,offset=N,size=N,slots=N")
+        if name in numbers:
+            raise ScriptError(f"{text!r}: {name} is given twice")
+        numbers[name] = parse_size(value)
+        path = path[: found.start()]
+    if not path:
+        raise ScriptError(f"{text!r} names no file; write FILE,offset=N,size=N,slots=N")
+    return Memory(path, **numbers)
+
+
+# --- statements --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Vm:
+    """Boot a VM."""
+
+    name: str
+    memory: tuple[Memory, ...]
+    vcpus: int = 2
+    kernel: str | None = None
+    discard: str = "both"
+    selftest: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Type a line on a VM's console."""
+
+    vm: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """Wait for a console line, after those that were expected before."""
+
+    vm: str
+    regex: re.Pattern[str]
+    within: float = WITHIN
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """Run a shell command, which must succeed, or with ``fails`` must not."""
+
+    command: str
+    fails: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The last host command printed this."""
+
+    regex: re.Pattern[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End a VM."""
+
+    vm: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Wait for a VM to end; ``status`` is what ``kvmsim boot`` would return."""
+
+    vm: str
+    status: int = 0
+    within: float = WITHIN
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Print a text."""
+
+    text: str
+
+
+Action = Vm | Send | Expect | Host | Output | Stop | Wait | Say
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """An action and the number of its line."""
+
+    line: int
+    action: Action
+
+
+@dataclass(slots=True)
+class _State:
+    """What earlier lines have established: the VMs by name, in order."""
+
+    variables: Mapping[str, str]
+    vms: list[str] = field(default_factory=list)
+    host: bool = False
+
+    def fill(self, text: str, *, quote: Callable[[str], str] = str) -> str:
+        """Put in the values of variables."""
+
+        def value(found: re.Match[str]) -> str:
+            name = found[1] or found[2]
+            if name not in self.variables:
+                raise ScriptError(f"no variable {name}; give it with --var {name}=VALUE")
+            return quote(self.variables[name])
+
+        return _VARIABLE.sub(value, text)
+
+    def known(self, name: str) -> str:
+        """Return ``name`` if it is a VM's."""
+        if name not in self.vms:
+            raise ScriptError(
+                f"no VM {name!r} at this line; there is {', '.join(self.vms) or 'none'}"
+            )
+        return name
+
+    def pick(self, rest: str) -> tuple[str, str]:
+        """Split ``[VM] TEXT``; without a VM's name it is the only one."""
+        name, _, text = rest.partition(" ")
+        if name in self.vms:
+            return name, text.strip()
+        if len(self.vms) != 1:
+            raise ScriptError(
+                f"which VM? begin with its name: {', '.join(self.vms)}"
+                if self.vms
+                else "no VM is up; begin one with: vm NAME memory=FILE"
+            )
+        return self.vms[0], rest
+
+
+# --- one parser a keyword ----------------------------------------------------------------------
+
+
+def _vm(rest: str, state: _State) -> Vm:
+    try:
+        words = [state.fill(word) for word in shlex.split(rest)]
+    except ValueError as error:
+        raise error if isinstance(error, ScriptError) else ScriptError(str(error)) from error
+    if not words or not _NAME.fullmatch(words[0]):
+        raise ScriptError("a VM's name is a letter, then letters, digits, - or _")
+    name, memory, other = words[0], [], dict[str, str]()
+    if name in state.vms:
+        raise ScriptError(f"VM {name} is up already; stop it or wait for it first")
+    for word in words[1:]:
+        key, given, value = word.partition("=")
+        if key == "memory" and value:
+            memory.append(parse_memory(value))
+        elif key in ("vcpus", "kernel", "discard", "selftest") and key not in other:
+            if bool(given) == (key == "selftest"):
+                raise ScriptError(f"{word!r}: see {GRAMMAR['vm'].form}")
+            other[key] = value
+        else:
+            raise ScriptError(f"{word!r} is not known or comes twice; see {GRAMMAR['vm'].form}")
+    if not memory:
+        raise ScriptError("a VM needs memory=FILE")
+    vcpus = other.get("vcpus", "2")
+    if not vcpus.isdecimal() or not 1 <= int(vcpus) <= 16:
+        raise ScriptError(f"vcpus={vcpus}: 1 to 16")
+    discard = other.get("discard", "both")
+    if discard not in DISCARDS:
+        raise ScriptError(f"discard={discard}: one of {', '.join(DISCARDS)}")
+    state.vms.append(name)
+    return Vm(name, tuple(memory), int(vcpus), other.get("kernel"), discard, "selftest" in other)
+
+
+def _send(rest: str, state: _State) -> Send:
+    vm, text = state.pick(rest)
+    return Send(vm, state.fill(text))
+
+
+def _expect(rest: str, state: _State) -> Expect:
+    vm, text = state.pick(rest)
+    text, within = _timed(text)
+    return Expect(vm, _regex(text, state), within)
+
+
+def _host(rest: str, state: _State) -> Host:
+    if not rest:
+        raise ScriptError("a command must follow")
+    state.host = True
+    return Host(rest)
+
+
+def _fails(rest: str, state: _State) -> Host:
+    return Host(_host(rest, state).command, fails=True)
+
+
+def _output(rest: str, state: _State) -> Output:
+    if not state.host:
+        raise ScriptError("output is about the last host command, and there is none before")
+    return Output(_regex(rest, state))
+
+
+def _stop(rest: str, state: _State) -> Stop:
+    state.vms.remove(state.known(rest))
+    return Stop(rest)
+
+
+def _wait(rest: str, state: _State) -> Wait:
+    text, within = _timed(rest)
+    words = text.split()
+    status = 0
+    if len(words) == 3 and words[1] == "status" and words[2].isdecimal():
+        status = int(words[2])
+    elif len(words) != 1:
+        raise ScriptError(f"write {GRAMMAR['wait'].form}")
+    state.vms.remove(state.known(words[0]))
+    return Wait(words[0], status, within)
+
+
+def _say(rest: str, state: _State) -> Say:
+    return Say(state.fill(rest))
+
+
+def _timed(text: str) -> tuple[str, float]:
+    found = _WITHIN.search(text)
+    if found is None:
+        return text, WITHIN
+    return text[: found.start()], float(found[1])
+
+
+def _regex(text: str, state: _State) -> re.Pattern[str]:
+    """Compile a regular expression; the value of a variable stands for itself in it."""
+    if not text:
+        raise ScriptError("a regular expression must follow")
+    filled = state.fill(text, quote=re.escape)
+    try:
+        return re.compile(filled, re.MULTILINE)
+    except re.error as error:
+        raise ScriptError(f"{text!r} is no regular expression: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a statement is written, what it does, and its parser."""
+
+    form: str
+    help: str
+    parse: Callable[[str, _State], Action]
+
+
+GRAMMAR: Final[dict[str, Form]] = {
+    "vm": Form(
+        "vm NAME memory=FILE[,offset=N][,size=N][,slots=N]… [vcpus=N] [kernel=ELF]"
+        " [discard=none|private|shared|both] [selftest]",
+        "boots a VM", _vm,
+    ),
+    "send": Form("send [VM] TEXT", "types a line on its console", _send),
+    "expect": Form(
+        "expect [VM] REGEX [within S]",
+        "waits (10 s) for a console line, after the last one that was expected", _expect,
+    ),
+    "host": Form("host COMMAND…", "runs a shell command, which must return 0", _host),
+    "fails": Form(
+        "fails COMMAND…", "runs a shell command, which must be found and return another status",
+        _fails,
+    ),
+    "output": Form("output REGEX", "the last command printed a line like this", _output),
+    "stop": Form("stop VM", "ends a VM from outside", _stop),
+    "wait": Form(
+        "wait VM [status N] [within S]",
+        "waits (10 s) for the VM to end by itself, with the exit code (0) of `kvmsim boot`", _wait,
+    ),
+    "say": Form("say TEXT", "prints a text", _say),
+}  # fmt: skip
+
+
+def parse(text: str, variables: Mapping[str, str]) -> tuple[Statement, ...]:
+    """Return the statements of a script; ScriptError begins with ``LINE: ``."""
+    state = _State(variables)
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        keyword, _, rest = line.partition(" ")
+        try:
+            if keyword not in GRAMMAR:
+                raise ScriptError(f"no statement {keyword!r}; there are {', '.join(GRAMMAR)}")
+            found.append(Statement(number, GRAMMAR[keyword].parse(rest.strip(), state)))
+        except ScriptError as error:
+            raise ScriptError(f"{number}: {error}") from None
+    return tuple(found)
+
+
+def table() -> str:
+    """Return the grammar as a Markdown table."""
+    rows = [
+        f"| `{form.form.replace('|', chr(92) + '|')}` | {form.help} |" for form in GRAMMAR.values()
+    ]
+    return "\n".join(["| statement | does |", "|---|---|", *rows])
