@@ -17,7 +17,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self, TypeVar
 
-from privfs.memfile import Fallocate, OpId, Perform, Request, Resize, Step
+from privfs.memfile import Fallocate, MemFile, OpId, Perform, Request, Resize, Step
 from privfs.notifier.owner import (
     Answer,
     Arm,
@@ -45,6 +45,10 @@ def punch(start: int, end: int) -> Fallocate:
     return Fallocate(0x03, start * PAGE_SIZE, (end - start) * PAGE_SIZE)
 
 
+def grow(start: int, end: int) -> Fallocate:
+    return Fallocate(0x00, start * PAGE_SIZE, (end - start) * PAGE_SIZE)
+
+
 def zero(start: int, end: int) -> Fallocate:
     return Fallocate(0x10, start * PAGE_SIZE, (end - start) * PAGE_SIZE)
 
@@ -61,7 +65,7 @@ def freed_by(request: Request | Release) -> range:
     """Return the pages that a successful request has freed."""
     if isinstance(request, Resize):
         return range(request.size // PAGE_SIZE, 1 << 32)
-    if isinstance(request, Fallocate) and request.mode != 0x01:
+    if isinstance(request, Fallocate) and request.mode not in (0x00, 0x01):
         start, count = request.offset // PAGE_SIZE, request.length // PAGE_SIZE
         return range(start, start + count)
     return range(0)
@@ -88,9 +92,11 @@ class Setup:
     ``late`` users register by themselves, ``reregister`` is how often each may unregister and
     come back.  ``hang``, ``close``, ``kill`` name the users that may meet that fate, ``immortal``
     those whose exit is never seen.  ``stale`` timers of ended invalidations still fire.
+    ``fails``: memory may run out, before or after the first page of an allocation.
     """
 
     pages: int = 1
+    size: int = -1  #: pages, if not all of them are in the file
     users: int = 1
     vcpus: int = 1
     calls: tuple[Call, ...] = ()
@@ -105,6 +111,7 @@ class Setup:
     ring: int = 4
     room: int = 2  #: records that fit into a user's socket
     stale: bool = False
+    fails: bool = False
 
 
 class Vcpu(NamedTuple):
@@ -187,6 +194,7 @@ class ContractWorld:
 
     owner_type: ClassVar[type[Owner]] = Owner
     user_type: ClassVar[type[User]] = User
+    file_type: ClassVar[type[MemFile]] = MemFile
     audits_grants: ClassVar[bool] = True
 
     __slots__ = ("_interned", "ghost", "owner", "owner_key", "problem", "procs", "setup")
@@ -198,7 +206,8 @@ class ContractWorld:
         self.ghost = Ghost((0,) * setup.pages, frozenset(), (CallState(),) * len(setup.calls))
         self.owner = self.owner_type(setup.personality, 100, patience=0)
         self.owner.create(INO)
-        self.owner.request(INO, "size", resize(setup.pages))
+        self.owner.files[INO] = self.file_type(setup.personality, self.owner.budget)
+        self.owner.request(INO, "size", resize(setup.pages if setup.size < 0 else setup.size))
         for page in setup.populated:
             self._do(self.owner.request(INO, "fill", allocate(page, page + 1)))
             self._perform(0)
@@ -239,6 +248,10 @@ class ContractWorld:
         yield from self._call_events()
         for i, perform in enumerate(self.ghost.works):
             yield "perform", i, perform.step.value, perform.op
+            if self.setup.fails and perform.step is Step.ALLOCATE:
+                yield "fail", i, 0, perform.op
+                if perform.end - perform.start > 1:
+                    yield "fail", i, 1, perform.op
         for i, (op, number, rung) in enumerate(self.ghost.timers):
             if self._due(op, number):
                 yield "timer", i, rung.value, op
@@ -267,11 +280,20 @@ class ContractWorld:
         return after
 
     def quiet(self) -> bool:
-        """Every call has ended, every healthy fault is served, every healthy FIFO is empty."""
+        """Every call has ended, every healthy fault is served, every healthy FIFO is empty.
+
+        A file that is released and has no users is gone.
+        """
         ghost = self.ghost
         if ghost.works or any(self._unanswered(i) for i in range(len(ghost.calls))):
             return False
         if any(not f.idle for f in self.owner.files.values()) or self.owner._parked:
+            return False
+        released = any(
+            state.started and isinstance(call.request, Release)
+            for call, state in zip(self.setup.calls, ghost.calls, strict=True)
+        )
+        if released and INO in self.owner.files and not self.owner.users[INO]:
             return False
         return all(
             not p.healthy
@@ -397,10 +419,15 @@ class ContractWorld:
         self._owner()
         self._perform(i)
 
-    def _perform(self, i: int) -> None:
+    def _on_fail(self, i: int, pages: int, _: Hashable) -> None:
+        self._owner()
+        self._perform(i, errno.ENOSPC, self.ghost.works[i].start + pages)
+
+    def _perform(self, i: int, failed: int = 0, upto: int | None = None) -> None:
         ghost = self.ghost
         perform = ghost.works[i]
-        pages = range(perform.start, min(perform.end, self.setup.pages))
+        end = perform.end if upto is None else upto
+        pages = range(perform.start, min(end, self.setup.pages))
         if perform.step is Step.ALLOCATE:
             held, generation = ghost.held | set(pages), ghost.generation
         else:
@@ -410,10 +437,10 @@ class ContractWorld:
                  enumerate(ghost.generation)]
             )  # fmt: skip
             if isinstance(perform.op, int) and ghost.calls[perform.op].status is not None:
-                self.problem = f"call {perform.op} frees after it was answered"
+                self._wrong(f"call {perform.op} frees after it was answered")
         works = ghost.works[:i] + ghost.works[i + 1 :]
         self.ghost = ghost._replace(held=frozenset(held), generation=generation, works=works)
-        self._do(self.owner.performed(INO, perform.op))
+        self._do(self.owner.performed(INO, perform.op, failed, upto))
 
     def _on_timer(self, i: int, *_: Hashable) -> None:
         timers = self.ghost.timers
@@ -447,7 +474,7 @@ class ContractWorld:
                 case Drop(sid, _):
                     proc = self.procs[sid]
                     if proc.healthy:
-                        self.problem = f"the honest user {sid} was dropped: {effect.why}"
+                        self._wrong(f"the honest user {sid} was dropped: {effect.why}")
                     self._proc(sid, inbox=(*proc.inbox, None), outbox=())
                 case Kill(sid):
                     self._proc(sid, killed=True)
@@ -475,7 +502,7 @@ class ContractWorld:
             for _, step, start, end in self.owner.files[INO].operations():
                 hits = start < record.end and record.start < end and step != "allocate"
                 if hits and self.audits_grants:
-                    self.problem = f"pages [{start}, {end}) are granted while they go away"
+                    self._wrong(f"pages [{start}, {end}) are granted while they go away")
         self._proc(p, inbox=(*proc.inbox, (record, made_for)))
 
     def _arm(self, op: OpId, rung: Rung, number: int) -> None:
@@ -488,12 +515,12 @@ class ContractWorld:
     def _answered(self, i: int, code: int) -> None:
         call, state = self.setup.calls[i], self.ghost.calls[i]
         if state.status is not None:
-            self.problem = f"call {i} is answered twice"
+            self._wrong(f"call {i} is answered twice")
         self._call(i, state._replace(status=code, before=()))
         gone = freed_by(call.request)
         for page, generation in state.before:
             if not code and page in gone and self.ghost.generation[page] == generation:
-                self.problem = f"call {i} was answered, but page {page} was never freed"
+                self._wrong(f"call {i} was answered, but page {page} was never freed")
 
     # --- a user's lane ------------------------------------------------------------------------
 
@@ -641,6 +668,9 @@ class ContractWorld:
         if not self.ghost.works and self.owner.budget.used != len(held):
             return f"{self.owner.budget.used} pages are paid for, {len(held)} held"
         return None
+
+    def _wrong(self, problem: str) -> None:
+        self.problem = self.problem or problem
 
     # --- parts --------------------------------------------------------------------------------
 
