@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What userfaultfd can do for us: the kernel itself stops a user that did not unmap.
+
+The user maps an extent under MISSING|MINOR and hands a copy of the userfaultfd to the owner.
+After a punch, a touch through the stale mapping sleeps and allocates nothing, whatever the user
+does, until the owner answers it.  Installation is then CONTINUE of the granted pages before the
+table entry is stored, also from an engine's fault hook.
+"""
+
+from __future__ import annotations
+
+import array
+import ctypes
+import fcntl
+import os
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hwemu.cpu.api import Access, HltExit
+from hwemu.testing import HEAP, Machine
+from tests.integration import userfault
+
+pytestmark = pytest.mark.skipif(bool(userfault.available()), reason=userfault.available())
+
+PAGE = 4096
+PAGES = 16
+_PUNCH = 3
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+USER = """
+import array, mmap, os, socket, sys, ctypes
+sys.path.insert(0, sys.argv[2])
+from tests.integration import userfault
+sock = socket.socket(fileno=int(sys.argv[1]))
+_, anc, _, _ = sock.recvmsg(1, socket.CMSG_SPACE(4))
+fd = array.array("i", anc[0][2])[0]
+memory = mmap.mmap(fd, 16 * 4096)
+address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+uffd = userfault.open_fence()
+userfault.fence(uffd, address, 16 * 4096)
+rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [uffd]))]
+sock.sendmsg([address.to_bytes(8, "little")], rights)
+while True:
+    command = sock.recv(1)
+    if not command:
+        break
+    if command == b"c":  # a grant: install
+        userfault.resume(uffd, address, 4096)
+        sock.send(b"k")
+    if command == b"t":  # a touch, granted or not
+        sock.send(memory[0:1])
+    if command == b"w":
+        memory[0] = 0x55
+        sock.send(b"k")
+"""
+
+
+class User:
+    """A user process that maps one extent under a fence."""
+
+    def __init__(self) -> None:
+        self.memfd = os.memfd_create("extent", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(self.memfd, PAGES * PAGE)
+        fcntl.fcntl(self.memfd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
+        self.sock, theirs = socket.socketpair()
+        root = str(Path(__file__).parents[2])
+        arguments = [sys.executable, "-c", USER, str(theirs.fileno()), root]
+        self.process = subprocess.Popen(arguments, pass_fds=[theirs.fileno()])
+        theirs.close()
+        self.sock.settimeout(20)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [self.memfd]))]
+        self.sock.sendmsg([b"f"], rights)
+        data, ancillary, _, _ = self.sock.recvmsg(8, socket.CMSG_SPACE(4))
+        self.address = int.from_bytes(data, "little")
+        self.uffd = array.array("i", ancillary[0][2])[0]
+
+    def say(self, command: bytes) -> bytes:
+        self.sock.send(command)
+        return self.sock.recv(1)
+
+    def fault(self) -> userfault.Fault:
+        """Wait until the user sleeps in a touch."""
+        poll = select.poll()
+        poll.register(self.uffd, select.POLLIN)
+        assert poll.poll(20_000), "no fault was reported"
+        return userfault.read_fault(self.uffd)
+
+    @property
+    def blocks(self) -> int:
+        return os.fstat(self.memfd).st_blocks
+
+    def allocate(self) -> None:
+        assert _libc.fallocate(self.memfd, 0, 0, PAGE) == 0
+
+    def punch(self) -> None:
+        assert _libc.fallocate(self.memfd, _PUNCH, 0, PAGE) == 0
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.sock.close()
+        os.close(self.uffd)
+        os.close(self.memfd)
+
+
+@pytest.fixture
+def user() -> Iterator[User]:
+    user = User()
+    yield user
+    user.close()
+
+
+def test_a_granted_page_is_installed_by_continue(user: User) -> None:
+    user.allocate()
+    assert user.say(b"c") == b"k"
+    assert user.say(b"w") == b"k"
+    assert user.say(b"t") == b"\x55"
+
+
+def test_a_touch_after_the_punch_sleeps_and_allocates_nothing(user: User) -> None:
+    user.allocate()
+    user.say(b"c")
+    user.say(b"w")
+    user.punch()
+    user.sock.send(b"w")  # the user did not unmap: a store through the stale mapping
+    assert user.fault().address & -PAGE == user.address
+    assert user.blocks == 0
+
+
+def test_the_owner_answers_the_touch_from_its_own_process(user: User) -> None:
+    user.allocate()
+    user.say(b"c")
+    user.say(b"w")
+    user.punch()
+    user.sock.send(b"t")
+    user.fault()
+    user.allocate()
+    userfault.resume(user.uffd, user.address, PAGE)
+    assert user.sock.recv(1) == b"\0"
+
+
+def test_a_touch_of_a_page_that_was_never_granted_sleeps(user: User) -> None:
+    user.allocate()
+    user.sock.send(b"t")
+    user.fault()
+    assert user.blocks == PAGE // 512
+
+
+def test_killing_the_sleeper_leaves_the_fence_and_no_page(user: User) -> None:
+    user.sock.send(b"w")
+    user.fault()
+    user.process.kill()
+    user.process.wait()
+    assert user.blocks == 0
+
+
+class FencedMachine(Machine):
+    """A machine whose memory is fenced: its fault hook continues what it is about to map."""
+
+    uffd = -1
+
+    def on_fault(self, gpa: int, access: Access) -> bool:
+        if self.uffd >= 0:
+            page = gpa & -PAGE
+            assert _libc.fallocate(self.fd, 0, page, PAGE) == 0
+            userfault.resume(self.uffd, self.address + page, PAGE)
+        return super().on_fault(gpa, access)
+
+    @property
+    def address(self) -> int:
+        return self.arena.address + self.hpa - self.arena.hpa_base
+
+
+def test_an_engine_runs_over_a_fenced_arena() -> None:
+    """The fault hook allocates, continues, then stores the entry: the engine never sleeps."""
+    with FencedMachine(size=2 << 20) as machine:
+        machine.uffd = userfault.open_fence()
+        try:
+            userfault.fence(machine.uffd, machine.address, machine.size)
+            store = "48c7042500000400" + "77000000" + "f4"  # mov qword [0x40000], 0x77; hlt
+            cpu = machine.boot(bytes.fromhex(store))
+            assert isinstance(cpu.run(), HltExit)
+            assert machine.word(HEAP) == 0x77
+        finally:
+            os.close(machine.uffd)
