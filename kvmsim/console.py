@@ -8,9 +8,11 @@ the guest's status.
 from __future__ import annotations
 
 import enum
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 from kvmsim.emulator import Emulator, Outcome, VmConfig
 from kvmsim.exits import Exit, IoExit
@@ -29,7 +31,20 @@ class End(enum.Enum):
 
 
 #: How the runner begins the reasons of its own.
-_REASONS = {"machine check:": End.OWNER_LOST, "internal error:": End.FAILED}
+_REASONS: Final = {"machine check:": End.OWNER_LOST, "internal error:": End.FAILED}
+_PROMPTS: Final = re.compile(r"^(?:> )+")
+
+
+class Lines:
+    """Console output cut into lines; the guest's prompt is no part of a line."""
+
+    def __init__(self) -> None:
+        self._part = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        """Take output; return the lines that it completes."""
+        *lines, self._part = (self._part + data).split(b"\n")
+        return [_PROMPTS.sub("", line.decode("utf-8", "replace").rstrip("\r")) for line in lines]
 
 
 @dataclass(frozen=True, slots=True)

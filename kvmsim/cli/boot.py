@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``kvmsim boot``: one VM, its console here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import time
+from typing import Final
+
+import click
+
+from kvmsim.cli import streams
+from kvmsim.cli.exitcodes import Exit, exit_code
+from kvmsim.cli.failure import Failure, check_memory, ended_badly, explained
+from kvmsim.cli.verbosity import Verbosity, verbose_options
+from kvmsim.cli.vms import make_vm
+from kvmsim.console import ConsoleVm, Ending
+from kvmsim.hostmem import HostMemory
+from kvmsim.images import read_kernel
+from kvmsim.script import DISCARDS, Memory, ScriptError, Vm, parse_memory
+from kvmsim.vmm.bootparams import MAX_VCPUS
+
+_UNIX: Final = "unix:"
+
+
+def _memory(
+    ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[Memory, ...]:
+    try:
+        return tuple(parse_memory(value) for value in values)
+    except ScriptError as error:
+        raise click.BadParameter(str(error), ctx, parameter) from None
+
+
+def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
+    if value != "stdio" and not (value.startswith(_UNIX) and value != _UNIX):
+        raise click.BadParameter(f"{value!r}: write stdio or unix:PATH", ctx, parameter)
+    return value
+
+
+@click.command(short_help="Boot a guest on private memory.")
+@click.option(
+    "--memory", "memory", metavar="FILE[,offset=N,size=N,slots=N]", callback=_memory,
+    multiple=True, required=True,
+    help="Private file as guest RAM, cut into SLOTS memslots (2); again for more RAM above it.",
+)  # fmt: skip
+@click.option("--vcpus", type=click.IntRange(1, MAX_VCPUS), default=2, show_default=True)
+@click.option("--name", default="vm0", show_default=True, help="Name in `privfs map` and status.")
+@click.option("--kernel", metavar="ELF", type=click.Path(), help="Guest kernel.")
+@click.option(
+    "--discard", type=click.Choice(DISCARDS), default="both", show_default=True,
+    help="The side that a conversion frees.",
+)  # fmt: skip
+@click.option("--selftest", is_flag=True, help="The guest tests its memory before it prompts.")
+@click.option(
+    "--console", "where", metavar="stdio|unix:PATH", callback=_place, default="stdio",
+    help="Where the console is (stdio).",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON lines: boot, console, end.")
+@click.option("--timeout", metavar="S", type=click.FloatRange(min=0, min_open=True),
+              help="End the VM after S seconds.")  # fmt: skip
+@click.option("-q", "--quiet", is_flag=True, help="Say only what goes wrong.")
+@verbose_options
+def boot(
+    memory: tuple[Memory, ...],
+    vcpus: int,
+    name: str,
+    kernel: str | None,
+    discard: str,
+    selftest: bool,
+    where: str,
+    as_json: bool,
+    timeout: float | None,
+    quiet: bool,
+    verbosity: Verbosity,
+) -> int:
+    """Boot a guest kernel on private memory; return the guest's status.
+
+    Console input is taken line by line.  When input ends, the VM ends as soon as all its vCPUs
+    wait for more; Ctrl-C and SIGTERM end it at once.
+    """
+    verbosity.log_to_stderr()
+    wanted = Vm(name, memory, vcpus, kernel, discard, selftest)
+    with contextlib.ExitStack() as stack:
+        place: streams.Place = streams.Standard()
+        if where != "stdio":
+            place = stack.enter_context(streams.listening(where.removeprefix(_UNIX)))
+        ending, vm = _live(wanted, place, timeout, as_json=as_json, quiet=quiet or as_json)
+        code = exit_code(ending) if ending else Exit.TIMEOUT
+        if as_json:
+            click.echo(_end_event(vm, ending, code), nl=False)
+        if ending is None:
+            raise Failure(code, f"{name}: ended after {timeout:g} s, as --timeout says")
+        if bad := ended_badly(ending):
+            raise Failure(code, f"{name}: {bad}")
+        if not quiet and not as_json:
+            click.echo(f"kvmsim: {name}: {ending.message}", err=True)
+    return code
+
+
+def _live(
+    wanted: Vm, place: streams.Place, timeout: float | None, *, as_json: bool, quiet: bool
+) -> tuple[Ending | None, ConsoleVm]:
+    """Run a VM from birth to end; its ending, None if its time was over."""
+    for memory in wanted.memory:
+        check_memory(memory)
+    with explained():
+        image = read_kernel(wanted.kernel)
+    outlet = streams.Outlet()
+    to_person = outlet.put
+    if as_json and isinstance(place, streams.Standard):
+        to_person = streams.JsonLines(outlet.put, wanted.name).output
+    host = HostMemory()
+    try:
+        with explained():
+            vm = make_vm(host, wanted, to_person, outlet.ring)
+        try:
+            with explained():
+                vm.boot(image)
+            _announce(wanted, place, as_json=as_json, quiet=quiet)
+            deadline = float("inf") if timeout is None else time.monotonic() + timeout
+            if not streams.attend(vm, place, outlet, deadline):
+                return None, vm
+            return vm.ending(), vm
+        except BrokenPipeError:
+            raise SystemExit(Exit.SIGNAL + signal.SIGPIPE) from None
+        finally:
+            outlet.give_up()
+            vm.close()
+    finally:
+        host.close()
+        outlet.close()
+
+
+def _announce(wanted: Vm, place: streams.Place, *, as_json: bool, quiet: bool) -> None:
+    sizes = [memory.size or os.stat(memory.path).st_size - memory.offset
+             for memory in wanted.memory]  # fmt: skip
+    if as_json:
+        memory = [
+            dataclasses.asdict(memory) | {"size": size}
+            for memory, size in zip(wanted.memory, sizes, strict=True)
+        ]
+        line = streams.event(
+            "boot", vm=wanted.name, pid=os.getpid(), vcpus=wanted.vcpus, memory=memory
+        )
+        click.echo(line, nl=False)
+    elif not quiet:
+        files = ", ".join(memory.path for memory in wanted.memory)
+        how = "Ctrl-C ends it" if isinstance(place, streams.Standard) else f"pid {os.getpid()}"
+        click.echo(
+            f"kvmsim: {wanted.name}: {wanted.vcpus} vCPUs, {sum(sizes) >> 10} KiB of private "
+            f"memory in {files}; {how}",
+            err=True,
+        )
+
+
+def _end_event(vm: ConsoleVm, ending: Ending | None, code: int) -> bytes:
+    runner, machine = vm.running.statistics, vm.machine.statistics
+    return streams.event(
+        "end",
+        vm=vm.config.label,
+        end=ending.end.value if ending else "timeout",
+        message=ending.message if ending else "",
+        exit=int(code),
+        statistics=dataclasses.asdict(machine) | dataclasses.asdict(runner),
+    )

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From what goes wrong when a VM is made to one line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from typing import Final
+
+from kvmsim.cli.exitcodes import Exit
+from kvmsim.console import End, Ending
+from kvmsim.images import NoImage
+from kvmsim.script import Memory
+from kvmsim.vmm.elf import ImageError
+from privfs.notifier.lane import LinkError, find_socket
+
+
+class Failure(Exception):
+    """A command failed; ``str()`` is the line for the person, empty if it has been printed."""
+
+    def __init__(self, code: int, text: str = "") -> None:
+        super().__init__(text)
+        self.code = code
+
+
+#: What to do about an end that nobody asked for.
+_NEXT: Final = {
+    End.CRASHED: "`privfs map FILE` shows what its memory holds; boot it again",
+    End.OWNER_LOST: "what the guest had in memory is lost; mount again, then boot again",
+    End.FAILED: "run again with --debug and report it",
+}
+
+
+def ended_badly(ending: Ending) -> str:
+    """Return the line about an end that nobody asked for, "" for any other."""
+    following = _NEXT.get(ending.end)
+    return f"{ending.message}; {following}" if following else ""
+
+
+def check_memory(memory: Memory) -> None:
+    """Refuse a path that cannot be guest memory, before any request; raises Failure."""
+    path = memory.path
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        remedy = ""
+        if error.errno == errno.ENOENT:
+            remedy = f"; make it in a privfs mount with: truncate -s 1G {path}"
+        elif error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
+            remedy = "; the mount is dead, clear it with: privfs umount DIR"
+        raise Failure(Exit.MEMORY, f"{path}: {error.strerror}{remedy}") from error
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file"
+        raise Failure(Exit.MEMORY, f"{path} is {kind}; name a file in a privfs mount")
+    with explained():
+        find_socket(path)
+    if status.st_size == 0:
+        raise Failure(
+            Exit.MEMORY, f"{path} is empty; give it the guest's size with: truncate -s 1G {path}"
+        )
+    if memory.offset + memory.size > status.st_size or memory.offset >= status.st_size:
+        raise Failure(
+            Exit.MEMORY,
+            f"{path} has {status.st_size} bytes, less than offset {memory.offset} and size "
+            f"{memory.size} need; make it longer with truncate -s",
+        )
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turn what a VM's birth may raise into a Failure."""
+    try:
+        yield
+    except LinkError as error:
+        raise Failure(Exit.MEMORY, _link_text(error)) from error
+    except NoImage as error:
+        raise Failure(Exit.IMAGE, str(error)) from error
+    except ImageError as error:
+        raise Failure(Exit.IMAGE, f"guest kernel: {error}; build it with scripts/setup") from error
+    except ValueError as error:  # sizes and slots that cannot be
+        raise Failure(Exit.MEMORY, str(error)) from error
+
+
+def _link_text(error: LinkError) -> str:
+    text = error.strerror or str(error)
+    match error.errno:
+        case errno.ENOTCONN if "does not lie in a privfs mount" in text:
+            return f"{text}; make one with: privfs mount DIR"
+        case errno.ECONNREFUSED | errno.ENOENT | errno.ENOTCONN | errno.ECONNRESET:
+            return f"{text}; is the mount alive? See: privfs status"
+    return f"{text}; see: privfs status"

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""From what a person asked for to a VM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kvmsim.console import ConsoleVm
+from kvmsim.emulator import MemoryBackend, VmConfig, prepare_process
+from kvmsim.hostmem import HostMemory
+from kvmsim.script import Vm
+from kvmsim.vmm.bootparams import BootFlag
+from kvmsim.vmm.convert import Discard
+
+
+def make_vm(
+    host: HostMemory,
+    wanted: Vm,
+    on_output: Callable[[bytes], None],
+    on_end: Callable[[], None],
+) -> ConsoleVm:
+    """Make a VM that has not booted; LinkError or ValueError if its memory cannot be used."""
+    prepare_process()
+    config = VmConfig(
+        tuple(MemoryBackend(m.path, m.offset, m.size, m.slots) for m in wanted.memory),
+        wanted.vcpus,
+        wanted.name,
+        Discard(wanted.discard),
+        BootFlag.SELFTEST if wanted.selftest else BootFlag.NONE,
+    )
+    return ConsoleVm(host, config, on_output, on_end)
