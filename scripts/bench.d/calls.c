@@ -2,12 +2,14 @@
 /*
  * What a caller waits for fstat, ftruncate, and punching and allocating one page.
  *
- *   calls PATH [N]    make PATH if need be, time N calls of each kind, print JSON
+ *   calls PATH [N [GROUP]]    make PATH if need be, time N calls of each kind, print JSON
  *
+ * GROUP is fstat, ftruncate (up and down) or fallocate (punch and allocate); without it, all three.
  * Sizes are the same on every server: the file goes up from 1 MiB to 2 MiB and down again without a
  * page in the part that comes and goes; the page at 64 KiB is punched and allocated in turn.
  */
 #include <fcntl.h>
+#include <stdbool.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -42,31 +44,50 @@ static int call(int fd, enum call which)
 	}
 }
 
+/* Calls of one group are made in turn, so that each undoes the one before. */
+static const struct group {
+	const char *name;
+	enum call turn[2];
+} groups[] = {
+	{ "fstat", { FSTAT, FSTAT } },
+	{ "ftruncate", { TRUNCATE_UP, TRUNCATE_DOWN } },
+	{ "fallocate", { PUNCH, ALLOCATE } },
+};
+#define GROUPS (sizeof(groups) / sizeof(groups[0]))
+
+static bool wanted(const struct group *group, const char *only)
+{
+	return !only || !strcmp(group->name, only);
+}
+
 int main(int argc, char **argv)
 {
-	/* Calls of one line are made in turn, so that each undoes the one before. */
-	static const enum call turns[][2] = {
-		{ FSTAT, FSTAT }, { TRUNCATE_UP, TRUNCATE_DOWN }, { PUNCH, ALLOCATE },
-	};
-	uint64_t *samples[CALLS];
+	const char *only = argc == 4 ? argv[3] : NULL;
+	uint64_t *samples[CALLS] = { NULL };
+	bool known = false;
 	size_t count;
 	int fd;
 
-	if (argc < 2 || argc > 3) {
-		fprintf(stderr, "usage: calls PATH [N]\n");
+	for (size_t g = 0; g < GROUPS; g++)
+		known |= wanted(&groups[g], only);
+	if (argc < 2 || argc > 4 || !known) {
+		fprintf(stderr, "usage: calls PATH [N [fstat|ftruncate|fallocate]]\n");
 		return 2;
 	}
-	count = argc == 3 ? number(argv[2]) : 2000;
+	count = argc > 2 ? number(argv[2]) : 2000;
 	fd = open(argv[1], O_RDWR | O_CREAT | O_CLOEXEC, 0600);
 	if (fd < 0 || ftruncate(fd, SMALL) || fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, SMALL))
 		give_up(argv[1]);
-	for (int which = 0; which < CALLS; which++)
-		samples[which] = new_samples(count);
 
-	for (size_t turn = 0; turn < sizeof(turns) / sizeof(turns[0]); turn++) {
+	for (size_t g = 0; g < GROUPS; g++) {
+		if (!wanted(&groups[g], only))
+			continue;
+		for (int half = 0; half < 2; half++)
+			if (!samples[groups[g].turn[half]])
+				samples[groups[g].turn[half]] = new_samples(count);
 		for (size_t i = 0; i < WARM_UP + count; i++) {
 			for (int half = 0; half < 2; half++) {
-				enum call which = turns[turn][half];
+				enum call which = groups[g].turn[half];
 				uint64_t start = now_ns();
 
 				if (call(fd, which))
@@ -79,6 +100,8 @@ int main(int argc, char **argv)
 
 	printf("{\"calls\": %zu", count);
 	for (int which = 0; which < CALLS; which++) {
+		if (!samples[which])
+			continue;
 		printf(", ");
 		print_latency(names[which], samples[which], count);
 	}

@@ -5,6 +5,8 @@
  *   echo_floor serve PATH          listen, answer one connection until it ends
  *   echo_floor user PATH           connect, answer until the connection ends (a user of fuse_floor)
  *   echo_floor measure PATH [N]    connect, time N round trips, print JSON
+ *
+ * serve and user print "ready" when they listen or are connected.
  */
 #include "record.h"
 
@@ -19,9 +21,16 @@ static void answer(int fd)
 	close(fd);
 }
 
+static int say_ready(int fd)
+{
+	puts("ready");
+	fflush(stdout);
+	return fd;
+}
+
 static void serve(const char *path)
 {
-	int listener = listen_at(path);
+	int listener = say_ready(listen_at(path));
 	int fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC);
 
 	unlink(path);
@@ -59,7 +68,7 @@ int main(int argc, char **argv)
 	if (argc == 3 && !strcmp(argv[1], "serve"))
 		serve(argv[2]);
 	else if (argc == 3 && !strcmp(argv[1], "user"))
-		answer(connect_to(argv[2]));
+		answer(say_ready(connect_to(argv[2])));
 	else if ((argc == 3 || argc == 4) && !strcmp(argv[1], "measure"))
 		measure(argv[2], argc == 4 ? number(argv[3]) : 20000);
 	else {
