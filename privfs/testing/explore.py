@@ -15,6 +15,7 @@ Two states are one if their keys are equal, so a key must hold all that the futu
 
 from __future__ import annotations
 
+import gc
 import time
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -101,7 +102,13 @@ def explore(
     ``goal`` asks for liveness, ``fair`` says which events it may rely on (all, by default).
     ``max_states`` ends the search early; what has not been expanded counts as live then.
     """
-    return _Search(world, goal, fair).run(max_states)
+    collecting = gc.isenabled()
+    gc.disable()  # values without cycles, by the million: the collector would find nothing
+    try:
+        return _Search(world, goal, fair).run(max_states)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def replay(world: W, trace: Sequence[Hashable]) -> W:
