@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""scripts/bench prints a whole report and leaves nothing behind.  No time is ever judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCH = ROOT / "scripts/bench"
+CALLS = {"fstat", "ftruncate_up", "ftruncate_down", "punch", "allocate", "punch_with_user"}
+EMULATED = {"touch_fresh", "touch_allocated", "guest_count", "guest_memory"}
+WITHOUT_FUSE = ["invalidation", "guest_count", "guest_memory"]
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("cc") is None, reason="the rivals need a C compiler"),
+    pytest.mark.skipif(shutil.which("make") is None, reason="the rivals need make"),
+]
+
+
+def command(tmp: Path, *arguments: object) -> tuple[list[str], dict[str, str]]:
+    return [str(BENCH), *map(str, arguments)], os.environ | {"TMPDIR": str(tmp)}
+
+
+def report(tmp: Path, *arguments: object) -> dict[str, Any]:
+    argv, environment = command(tmp, "--quick", "--rounds", 2, "--json", "-", *arguments)
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert list(tmp.iterdir()) == [], "the scratch directory is left"
+    assert str(tmp) not in Path("/proc/self/mounts").read_text(), "a mount is left"
+    return found
+
+
+def only(*cases: str) -> list[str]:
+    return [word for case in cases for word in ("--only", case)]
+
+
+def check_side(side: dict[str, Any], rounds: int, *, timed: bool) -> None:
+    assert side["note"] == ""
+    assert len(side["rounds"]) == rounds
+    for sample in (side, *side["rounds"]):
+        assert sample["p50"] > 0
+        if timed:
+            assert sample["p99"] >= min(r["p50"] for r in side["rounds"])
+        else:
+            assert sample["p99"] is None
+
+
+def check(found: dict[str, Any], rows: set[tuple[str, str]]) -> None:
+    """Every row is there once, measured to the end on both sides."""
+    assert sorted((r["row"], r["placement"]) for r in found["rows"]) == sorted(rows)
+    for row in found["rows"]:
+        timed = row["unit"] == "ns"
+        assert timed == (row["row"] not in EMULATED)
+        check_side(row["privfs"], 2, timed=timed)
+        check_side(row["rival"], 2, timed=timed)
+        assert row["rival"]["name"]
+        assert row["times_c"] > 0
+
+
+def test_reports_what_needs_no_mount(tmp_path: Path) -> None:
+    cpu = min(os.sched_getaffinity(0))
+    found = report(tmp_path, "--cpus", cpu, *only(*WITHOUT_FUSE))
+    check(found, {(row, "same") for row in WITHOUT_FUSE})
+    assert found["schema"] == 1
+    assert found["placements"] == {"same": {"caller": cpu, "server": cpu}}
+    assert found["machine"]["versions"]["kernel"] == os.uname().release
+    assert found["counts"]["rounds"] == 2
+
+
+@pytest.mark.fuse
+@pytest.mark.slow
+def test_reports_every_case_on_every_placement(tmp_path: Path) -> None:
+    found = report(tmp_path)
+    places = ["same", "split"] if len(os.sched_getaffinity(0)) > 1 else ["same"]
+    rows = {
+        (row, place)
+        for row in CALLS | {"invalidation", "touch_fresh", "touch_allocated"}
+        for place in places
+    }
+    check(found, rows | {("guest_count", "same"), ("guest_memory", "same")})
+
+
+@pytest.mark.fuse
+def test_mounts_are_measured_and_unmounted(tmp_path: Path) -> None:
+    cpu = min(os.sched_getaffinity(0))
+    found = report(tmp_path, "--cpus", cpu, *only("fallocate", "punch_with_user"))
+    check(found, {(row, "same") for row in ("punch", "allocate", "punch_with_user")})
+
+
+def test_a_rival_that_was_not_built_is_named_and_ours_is_measured(tmp_path: Path) -> None:
+    scratch, empty = tmp_path / "scratch", tmp_path / "empty"
+    scratch.mkdir()
+    empty.mkdir()
+    cpu = min(os.sched_getaffinity(0))
+    found = report(scratch, "--cpus", cpu, "--floors", empty, *only("invalidation"))
+    (row,) = found["rows"]
+    check_side(row["privfs"], 2, timed=True)
+    assert row["rival"]["rounds"] == []
+    assert "echo_floor is not built: make -C scripts/bench.d" in row["rival"]["note"]
+    assert row["times_c"] is None
+
+
+def test_the_table_names_what_is_missing(tmp_path: Path) -> None:
+    cpu = min(os.sched_getaffinity(0))
+    floors = tmp_path / "empty"
+    floors.mkdir()
+    argv, environment = command(
+        tmp_path, "--quick", "--rounds", 1, "--cpus", cpu, "--floors", floors, *only("guest_count")
+    )  # fmt: skip
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "million instructions/s" in done.stdout
+    assert "cpu_floor: cpu_floor is not built" in done.stdout
+    assert "guest_count (same)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "nothing"], "invalid choice: 'nothing'"),
+        (["--cpus", "0,0"], "one or two of the CPUs"),
+        (["--cpus", "70000"], "one or two of the CPUs"),
+        (["--rounds", "0"], "a number from 1"),
+    ],
+)
+def test_refuses_what_it_cannot_do(tmp_path: Path, arguments: list[str], said: str) -> None:
+    argv, environment = command(tmp_path, *arguments)
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+@pytest.mark.fuse
+def test_a_signal_ends_mounts_and_processes(tmp_path: Path) -> None:
+    argv, environment = command(tmp_path, "--rounds", 1000, *only("punch_with_user"))
+    bench = subprocess.Popen(
+        argv, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        deadline = time.monotonic() + 40
+        while Path("/proc/self/mounts").read_text().count(str(tmp_path)) < 2:
+            assert bench.poll() is None
+            assert time.monotonic() < deadline, "neither side was mounted"
+            time.sleep(0.05)
+        bench.send_signal(signal.SIGTERM)
+        bench.communicate(timeout=40)
+    finally:
+        bench.kill()
+        bench.wait()
+    assert bench.returncode == 128 + signal.SIGTERM
+    assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
+    assert list(tmp_path.iterdir()) == []
