@@ -46,7 +46,8 @@ def privfs_mount(bench: Bench, placement: Placement) -> Iterator[Path]:
         try:
             mount = child.start(["-q", "--", str(place)], tied=True)
         except Failure as failure:
-            raise Unavailable(f"privfs does not mount: {failure}") from failure
+            why = str(failure) or "its message is on stderr; privfs doctor may know more"
+            raise Unavailable(f"privfs does not mount: {why}") from failure
         try:
             pin(mount.process.pid, placement.server)
             yield place
@@ -66,8 +67,8 @@ def floor_mount(bench: Bench, placement: Placement, *, user: bool = False) -> It
         server = stack.enter_context(serving(command, placement.server, ready=False))
         deadline = time.monotonic() + _MOUNT_SECONDS
         while not os.path.ismount(place):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise Unavailable("fuse_floor did not mount")
+            if server.process.poll() is not None or time.monotonic() > deadline:
+                raise Unavailable(f"fuse_floor did not mount: {server.said()}")
             time.sleep(0.01)
         if user:
             echo = floor(bench.floors, "echo_floor", "user", path)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -88,8 +89,33 @@ def measure(command: Sequence[str], cpu: int, seconds: float = ROUND_SECONDS) ->
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A program that keeps running."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    errors: IO[bytes]
+
+    def line(self, seconds: float) -> bytes:
+        """Return its next line; raises Unavailable if it ends instead, or takes too long."""
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], seconds)[0]:
+            raise Unavailable(f"{self.name} said nothing within {seconds:.0f} s")
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait(_END_SECONDS)
+            raise Unavailable(f"{self.name} ended: {self.said()}")
+        return line
+
+    def said(self) -> str:
+        """Return the last line of its stderr."""
+        self.errors.seek(0)
+        return _last_line(self.errors.read())
+
+
 @contextlib.contextmanager
-def serving(command: Sequence[str], cpu: int, *, ready: bool) -> Iterator[subprocess.Popen[bytes]]:
+def serving(command: Sequence[str], cpu: int, *, ready: bool) -> Iterator[Server]:
     """Keep a program running: ours end by the end of their stdin, those in C by SIGTERM.
 
     With ``ready``, wait for its first line.
@@ -100,25 +126,12 @@ def serving(command: Sequence[str], cpu: int, *, ready: bool) -> Iterator[subpro
             preexec_fn=_bound_to_us(cpu),
         )  # fmt: skip
         try:
+            server = Server(_program(command), process, errors)
             if ready:
-                _await_line(process, _program(command), errors)
-            yield process
+                server.line(_READY_SECONDS)
+            yield server
         finally:
             end(process)
-
-
-def _await_line(process: subprocess.Popen[bytes], name: str, errors: IO[bytes]) -> None:
-    assert process.stdout is not None
-    if not select.select([process.stdout], [], [], _READY_SECONDS)[0]:
-        raise Unavailable(f"{name} was not ready within {_READY_SECONDS:.0f} s")
-    if not process.stdout.readline():
-        process.wait(_END_SECONDS)
-        raise Unavailable(f"{name} ended: {_said(errors)}")
-
-
-def _said(errors: IO[bytes]) -> str:
-    errors.seek(0)
-    return _last_line(errors.read())
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

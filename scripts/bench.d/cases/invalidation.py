@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import select
 from collections.abc import Iterator
 from functools import partial
 from itertools import count
 
-from model import Bench, Case, Measure, Placement, Sample, Unavailable, Unit
+from model import Bench, Case, Measure, Placement, Sample, Unit
 from spawn import ROUND_SECONDS, floor, latency, measure, probe, serving
 
 _serial = count(1)
@@ -27,12 +26,7 @@ def _ours(bench: Bench, placement: Placement) -> dict[str, Sample]:
     command = probe("owner", path, file, bench.counts.calls)
     with serving(command, placement.server, ready=True) as owner:
         with serving(probe("light_user", path, file), placement.caller, ready=True):
-            assert owner.stdout is not None
-            if not select.select([owner.stdout], [], [], ROUND_SECONDS)[0]:
-                raise Unavailable(f"the owner did not end within {ROUND_SECONDS:.0f} s")
-            line = owner.stdout.readline()
-            if not line:
-                raise Unavailable("the owner failed")
+            line = owner.line(ROUND_SECONDS)
     file.unlink()
     path.unlink()
     return {"invalidation": latency(json.loads(line)["round_trip"])}
