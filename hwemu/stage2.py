@@ -13,9 +13,8 @@ Rules that come from the engine:
   guest page table. ``executable=False`` is kept in an available bit, for models to read;
 * host-physical addresses stay below 2**40, above that every walk is a reserved-bit fault.
 
-Nothing here locks: one writer at a time, engines may walk at any moment. A table that became
-empty is *parked*: an engine may still be reading it, so only the same place in the tree may have
-it back until `Stage2.reclaim` is called after a drained flush.
+Nothing here locks: one writer at a time, engines may walk at any moment. So an emptied table is
+parked first (`hwemu.tablepool`) and returns to the pool with `Stage2.reclaim`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from hwemu.npt import (
     ACCESSED,
@@ -34,7 +32,6 @@ from hwemu.npt import (
     DIRTY,
     ENTRIES,
     LARGE,
-    NON_LEAF,
     PAGE_SHIFT,
     PAGE_SIZE,
     PRESENT,
@@ -48,6 +45,7 @@ from hwemu.npt import (
     WalkReason,
     walk,
 )
+from hwemu.tablepool import PoolFullError, RangeError, TablePool
 
 __all__ = [
     "PAGE_SHIFT",
@@ -64,14 +62,6 @@ __all__ = [
 
 _LEAF = PRESENT | USER | ACCESSED | DIRTY
 _GFN_LIMIT = 1 << (ADDRESS_BITS - PAGE_SHIFT)
-
-
-class RangeError(Stage2Error, ValueError):
-    """A range is misaligned, empty or leaves the address space; nothing was changed."""
-
-
-class PoolFullError(Stage2Error, MemoryError):
-    """The pool has no free table; pages before the failing one stay mapped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,28 +82,11 @@ class Stage2:
     """
 
     def __init__(self, pool: object, pool_hpa: int) -> None:
-        raw = memoryview(pool)  # type: ignore[arg-type]
-        if raw.readonly or raw.nbytes < 2 * PAGE_SIZE or raw.nbytes % PAGE_SIZE:
-            raise RangeError(
-                f"stage-2 pool of {raw.nbytes} bytes: need a writable buffer of whole 4096-byte "
-                "pages, at least two"
-            )
-        if pool_hpa % PAGE_SIZE or pool_hpa < 0 or pool_hpa + raw.nbytes > 1 << ADDRESS_BITS:
-            raise RangeError(
-                f"stage-2 pool at hpa {pool_hpa:#x}: must be page-aligned and end below 2**40"
-            )
-        self._words = raw.cast("B").cast("Q")
-        self._rows: npt.NDArray[np.uint64] = np.frombuffer(raw, dtype=np.uint64).reshape(
-            -1, ENTRIES
-        )
-        self._pool_hpa = pool_hpa
-        self._ntables = len(self._rows)
-        self._rows[0] = 0
-        self._fresh = 1
-        self._free: list[int] = []
-        # (level of the table, gfn prefix) -> table: where a parked table may be used again at once
-        self._parked: dict[tuple[int, int], int] = {}
-        self._live = [0] * self._ntables
+        self._pool = TablePool(pool, pool_hpa)
+        self._words = self._pool.words
+        self._rows = self._pool.rows
+        self._live = self._pool.live
+        # gfn >> 9 -> leaf table: the short way for single pages
         self._leaf_tables: dict[int, int] = {}
         self._pages = 0
         self._large = 0
@@ -121,50 +94,26 @@ class Stage2:
     @property
     def root_hpa(self) -> int:
         """Host-physical address of the root table: the nested CR3."""
-        return self._pool_hpa
+        return self._pool.hpa
 
     # -- tables ---------------------------------------------------------------------------------
 
-    def _take_table(self, level: int, prefix: int) -> int:
-        table = self._parked.pop((level, prefix), None)
-        if table is not None:
-            return table
-        if self._free:
-            table = self._free.pop()
-        elif self._fresh < self._ntables:
-            table = self._fresh
-            self._fresh += 1
-        else:
-            raise PoolFullError(
-                f"stage-2 pool of {self._ntables} tables is full ({len(self._parked)} parked): "
-                "call reclaim() after a drained flush, or give a larger pool"
-            )
-        self._rows[table] = 0
-        return table
-
-    def _entry_of(self, table: int) -> int:
-        return (self._pool_hpa + table * PAGE_SIZE) | NON_LEAF
-
-    def _table_of(self, entry: int) -> int:
-        return ((entry & ADDRESS_MASK) - self._pool_hpa) >> PAGE_SHIFT
-
     def _park(self, level: int, prefix: int, table: int) -> None:
-        self._live[table] = 0
-        self._parked[level, prefix] = table
+        self._pool.park(level, prefix, table)
         if level == 1:
             self._leaf_tables.pop(prefix, None)
 
     def _split(self, parent_word: int, gfn: int) -> int:
         """Replace a 2 MiB leaf by a table of 512 equal 4 KiB leaves; return the table."""
         entry = self._words[parent_word]
-        table = self._take_table(1, gfn >> 9)
+        table = self._pool.take(1, gfn >> 9)
         base = entry & ADDRESS_MASK & ~0x1F_F000
         flags = entry & 0xFFF & ~LARGE
         self._rows[table] = np.arange(ENTRIES, dtype=np.uint64) * np.uint64(PAGE_SIZE) + np.uint64(
             base | flags
         )
         self._live[table] = ENTRIES
-        self._words[parent_word] = self._entry_of(table)
+        self._words[parent_word] = self._pool.entry(table)
         self._leaf_tables[gfn >> 9] = table
         self._large -= 1
         return table
@@ -177,14 +126,14 @@ class Stage2:
             word = table * ENTRIES + ((gfn >> shift) & 511)
             entry = self._words[word]
             if not entry & PRESENT:
-                below = self._take_table(upper - 1, gfn >> shift)
-                self._words[word] = self._entry_of(below)
+                below = self._pool.take(upper - 1, gfn >> shift)
+                self._words[word] = self._pool.entry(below)
                 self._live[table] += 1
                 table = below
             elif entry & LARGE:
                 table = self._split(word, gfn)
             else:
-                table = self._table_of(entry)
+                table = self._pool.index(entry)
         if level == 1:
             self._leaf_tables[gfn >> 9] = table
         return table
@@ -269,7 +218,7 @@ class Stage2:
                 self._pages += ENTRIES
                 self._large += 1
             elif not old & LARGE:
-                below = self._table_of(old)
+                below = self._pool.index(old)
                 self._pages += ENTRIES - self._live[below]
                 self._rows[below] = 0
                 self._park(1, at >> 9, below)
@@ -322,7 +271,7 @@ class Stage2:
                     continue
                 below = self._split(word, span)
             else:
-                below = self._table_of(entry)
+                below = self._pool.index(entry)
             zapped += self._zap(below, level - 1, span, start, end)
             if self._live[below] == 0:
                 self._words[word] = 0
@@ -336,10 +285,7 @@ class Stage2:
         Only after every engine that was running when they were parked has flushed or left guest
         code: until then one may be in the middle of a walk through them.
         """
-        tables = list(self._parked.values())
-        self._parked.clear()
-        self._free.extend(tables)
-        return len(tables)
+        return self._pool.reclaim()
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -349,7 +295,7 @@ class Stage2:
         Nested accesses are user accesses (APM vol. 2, 15.25.5): every entry on the path must have
         U/S set. With ``write``, every entry must also be writable.
         """
-        return walk(self._words, self._pool_hpa, 0, gpa, write)
+        return walk(self._words, self._pool.hpa, 0, gpa, write)
 
     def mapped(self, gpa: int, npages: int) -> Iterator[tuple[int, int, int]]:
         """Runs (gpa, hpa, npages) mapped in the range, in order; neighbours are coalesced."""
@@ -392,7 +338,7 @@ class Stage2:
             entry = self._words[table * ENTRIES + index]
             span = base + (index << shift)
             if not entry & LARGE:
-                yield from self._runs(self._table_of(entry), level - 1, span, start, end)
+                yield from self._runs(self._pool.index(entry), level - 1, span, start, end)
                 continue
             lower, upper = max(start, span), min(end, span + (1 << shift))
             hpa = entry & ADDRESS_MASK & ~((1 << (shift + PAGE_SHIFT)) - 1)
@@ -400,11 +346,11 @@ class Stage2:
 
     def statistics(self) -> Stage2Statistics:
         """Counts of tables and pages now."""
-        used = self._fresh - len(self._free) - len(self._parked)
+        used, parked, free = self._pool.counts()
         return Stage2Statistics(
             tables=used,
-            parked_tables=len(self._parked),
-            free_tables=self._ntables - used - len(self._parked),
+            parked_tables=parked,
+            free_tables=free,
             mapped_pages=self._pages,
             large_leaves=self._large,
         )

@@ -27,6 +27,7 @@ from hwemu.npt import (
     USER,
     WRITABLE,
     WalkError,
+    lookup,
     walk,
 )
 
@@ -99,21 +100,24 @@ class GuestMemory:
 
     def offset(self, gpa: int, access: Access, is_table_walk: bool = False) -> int:
         """Byte offset in the arena of ``gpa``; raises `Stage2Miss`."""
-        for attempt in range(_FAULT_RETRIES):
+        write = bool(access & Access.WRITE)
+        hpa = lookup(self._pool, self._pool_hpa, self._root, gpa, write)
+        attempts = 0
+        while hpa < 0:
             try:
-                leaf = walk(
-                    self._pool, self._pool_hpa, self._root, gpa, bool(access & Access.WRITE)
-                )
+                hpa = walk(self._pool, self._pool_hpa, self._root, gpa, write).hpa
             except WalkError:
-                last = attempt == _FAULT_RETRIES - 1
-                if last or self._on_fault is None or not self._on_fault(gpa, access):
-                    break
-                continue
-            offset = leaf.hpa - self._arena_hpa
-            if not 0 <= offset < self._arena_size:
-                raise Unsupported(f"gpa {gpa:#x} maps to hpa {leaf.hpa:#x} outside the arena")
-            return offset
-        raise Stage2Miss(gpa, access, is_table_walk)
+                attempts += 1
+                if (
+                    attempts == _FAULT_RETRIES
+                    or self._on_fault is None
+                    or not self._on_fault(gpa, access)
+                ):
+                    raise Stage2Miss(gpa, access, is_table_walk) from None
+        offset = hpa - self._arena_hpa
+        if not 0 <= offset < self._arena_size:
+            raise Unsupported(f"gpa {gpa:#x} maps to hpa {hpa:#x} outside the arena")
+        return offset
 
     # -- first stage ----------------------------------------------------------------------------
 
@@ -178,6 +182,9 @@ class GuestMemory:
     def read(self, address: int, length: int, *, user: bool = False, fetch: bool = False) -> bytes:
         """Bytes at a linear address."""
         access = Access.EXEC if fetch else Access.READ
+        if (address & (PAGE_SIZE - 1)) + length <= PAGE_SIZE:
+            at = self.offset(self.translate(address, access, user), access)
+            return bytes(self._bytes[at : at + length])
         pieces = self._pieces(address, length, access, user)
         return b"".join(bytes(self._bytes[at : at + count]) for at, count in pieces)
 
