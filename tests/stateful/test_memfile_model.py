@@ -149,8 +149,12 @@ class AgainstMemfd(RuleBasedStateMachine):
     )
     def nonsense(self, mode: int, offset: int, length: int) -> None:
         """Both refuse it, for the same reason."""
-        if mode in (0, KEEP) and offset >= 0 and length > 0 and offset + length < 2**63:
+        sensible = offset >= 0 and length > 0 and offset + length < 2**63
+        if mode in (0, KEEP) and sensible:
             return  # no nonsense to a memfd: it would take all the memory of the machine
+        if mode == PUNCH and sensible and (offset % PAGE_SIZE or length % PAGE_SIZE):
+            assert self.ours(Fallocate(mode, offset, length)) == errno.EINVAL
+            return  # a memfd writes zeroes into the page at the edge
         expected = fallocate(self.fd, mode, offset, length)
         answer = self.ours(Fallocate(mode, offset, length))
         if expected == errno.EFBIG and mode not in RESIZABLE.fallocate:
