@@ -1,21 +1,33 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A user of private files without a VM, as its own process: ``light_user.py PATH MODE``.
+"""A user of a private file without a VM, as its own process: ``light_user.py PATH MODE [NAME]``.
 
-It registers the file, asks for its first pages, prints ``ready`` and then, told by MODE,
-acknowledges (``ack``), never does (``hang``), closes its socket but lives on (``close``), or sends
-nonsense (``garbage``).  It prints one line for every invalidation.  ``PATH`` may name a socket's
-file more than once for more files.
+It registers the file, asks for its first pages and prints ``ready``.  It prints one line for every
+invalidation and then, told by MODE, acknowledges (``ack``), waits for the command ``ack`` each
+time (``held``), or never does (``hang``).  Commands, one a line:
+
+``get PAGE``, ``punch START END`` (through the owner), ``fallocate PATH START END`` (punch through
+the mount, in a thread of its own), ``drop`` (end the socket and live on), ``ack``, ``leave``.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import socket
 import sys
 import threading
-import time
 
-from privfs.notifier.lane import Lane, find_socket
-from privfs.notifier.user import ExtentArrived, Granted, Zap
+from privfs.notifier.lane import Lane, LinkError, find_socket
+from privfs.notifier.user import ExtentArrived, Granted, Registered, Zap
+
+PAGE = 4096
+_PUNCH = 0x03
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
 
 
 class Mmu:
@@ -24,6 +36,7 @@ class Mmu:
     def __init__(self, mode: str) -> None:
         self.lock = threading.Lock()
         self.mode = mode
+        self.permits = threading.Semaphore(0)
         self.answered = threading.Event()
         self.ended = threading.Event()
 
@@ -31,53 +44,96 @@ class Mmu:
         os.close(fd)
 
     def zap(self, zap: Zap) -> object:
-        print(f"zap {zap.start} {zap.end} {zap.reason.name}", flush=True)
+        say(f"zap {zap.start} {zap.end} {zap.reason.name}")
         return zap.seq
 
     def drain(self, tickets: list[object]) -> None:
         if self.mode == "hang":
             threading.Event().wait()
-        if self.mode == "slow":
-            time.sleep(0.3)
+        if self.mode == "held":
+            for _ in tickets:
+                self.permits.acquire()
 
     def granted(self, granted: Granted) -> None:
-        print(f"granted {granted.start} {granted.end}", flush=True)
+        say(f"granted {granted.start} {granted.end}")
         self.answered.set()
 
     def denied(self, req: int, status: int) -> None:
-        print(f"denied {status}", flush=True)
+        say(f"denied {status}")
         self.answered.set()
 
     def lost(self, why: str) -> None:
-        print(f"lost {why}", flush=True)
+        say(f"lost {why}")
         self.ended.set()
+
+
+def punch(path: str, start: int, end: int) -> int:
+    """Punch pages of a file through its mount; the errno."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        failed = _libc.fallocate(fd, _PUNCH, start * PAGE, (end - start) * PAGE)
+        return ctypes.get_errno() if failed else 0
+    finally:
+        os.close(fd)
+
+
+class LightUser:
+    """One session with one file."""
+
+    def __init__(self, path: str, mode: str, name: str) -> None:
+        self.mmu = Mmu(mode)
+        self.lane = Lane(self.mmu)
+        self.lane.start(find_socket(path), name)
+        fd = os.open(path, os.O_RDWR)
+        self.file: Registered = self.lane.register(fd)
+        os.close(fd)
+
+    def get(self, page: int, pages: int = 1) -> None:
+        last = min(page + pages, self.file.pages)
+        with self.mmu.lock:
+            record = self.lane.get(self.file.ino, page, page, last, write=True)
+        self.lane.send(record)
+
+    def obey(self, words: list[str]) -> bool:
+        """Do a command; False ends the process."""
+        match words:
+            case ["ack"]:
+                self.mmu.permits.release()
+            case ["get", page]:
+                self.get(int(page))
+            case ["punch", start, end]:
+                try:
+                    self.lane.punch(self.file.ino, int(start), int(end))
+                    say("punched 0")
+                except LinkError as error:
+                    say(f"punched {error.errno}")
+            case ["fallocate", path, start, end]:
+                threading.Thread(
+                    target=lambda: say(f"fallocated {punch(path, int(start), int(end))}"),
+                    daemon=True,
+                ).start()
+            case ["drop"]:
+                self.lane._sock.shutdown(socket.SHUT_RDWR)
+            case ["leave"]:
+                self.lane.unregister(self.file.ino)
+                self.lane.close()
+                say("left")
+                return False
+        return True
 
 
 def main() -> int:
     path, mode = sys.argv[1:3]
-    mmu = Mmu(mode)
-    lane = Lane(mmu)
-    lane.start(find_socket(path), f"light-{mode}")
-    fd = os.open(path, os.O_RDWR)
-    registered = lane.register(fd)
-    os.close(fd)
-    with mmu.lock:
-        record = lane.get(registered.ino, 0, 0, min(16, registered.pages), write=True)
-    lane.send(record)
-    mmu.answered.wait(10)
-    if mode == "close":
-        lane._sock.close()
-    if mode == "garbage":
-        lane._sock.send(os.urandom(80))
-    print("ready", flush=True)
+    user = LightUser(path, mode, sys.argv[3] if len(sys.argv) > 3 else mode)
+    user.get(0, 16)
+    if not user.mmu.answered.wait(60):
+        say("no grant")
+        return 1
+    say("ready")
     for line in sys.stdin:
-        if line.strip() == "leave":
-            lane.unregister(registered.ino)
-            lane.close()
+        if not user.obey(line.split()):
             return 0
-    if mode in ("hang", "close", "garbage"):
-        threading.Event().wait()
-    return 3 if mmu.ended.is_set() else 0
+    return 0
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import random
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,6 @@ from kvmsim.uapi import PAGE_SIZE
 from kvmsim.vmm.loader import LOW_SIZE
 from kvmsim.vmm.stamplog import StampLog
 
-IMAGE = Path(__file__).parents[2] / "scripts/guests/build/kernel.elf"
 _PUNCH = 0x03
 _READS = 200  # of a vCPU between two punches: it has refilled what was punched
 _PROGRESS = 0.1  # seconds to wait for them
@@ -47,7 +47,7 @@ class Console:
             self.text += data.decode(errors="replace")
             self._more.notify_all()
 
-    def expect(self, pattern: str, timeout: float = 30.0) -> re.Match[str]:
+    def expect(self, pattern: str, timeout: float = 60.0) -> re.Match[str]:
         """Wait for a match behind the last one."""
         deadline = time.monotonic() + timeout
         with self._more:
@@ -83,19 +83,19 @@ class Guest:
 
 def boot(
     host: HostMemory,
-    path: Path,
-    *,
+    image: bytes,
+    *paths: Path,
     vcpus: int = 2,
     label: str = "vm0",
     running: type[RunningVm] = RunningVm,
 ) -> Guest:
-    """Boot the guest kernel on a private file and wait for its prompt."""
+    """Boot the guest kernel on private files, one above the other, and wait for its prompt."""
     console = Console()
-    config = VmConfig((MemoryBackend(str(path)),), vcpus, label)
+    config = VmConfig(tuple(MemoryBackend(str(path)) for path in paths), vcpus, label)
     emulator = Emulator(host, config, console.output, running=running)
     console.emulator = emulator
     try:
-        emulator.boot(IMAGE.read_bytes())
+        emulator.boot(image)
         console.expect(r"^> ")
         return Guest(emulator, console, StampLog(emulator.memory))
     except BaseException:
@@ -157,8 +157,11 @@ class Torture:
         self.result.decisive = sum(s.decisive for s in stats)
         self.result.reads = sum(s.reads for s in stats)
 
-    def punch(self, count: int, *, until_bad: bool = False) -> Result:
-        """Punch ``count`` random ranges, three of four around a page that was read just now."""
+    def punch(self, count: int, bad: Callable[[], bool] | None = None) -> Result:
+        """Punch ``count`` random ranges, three of four around a page that was read just now.
+
+        Every 25 punches, stop if the guest has found a bad read or ``bad`` something else.
+        """
         for i in range(count):
             gfn, pages = self._pick()
             log = self.guest.log
@@ -168,9 +171,9 @@ class Torture:
             self.result.slowest = max(self.result.slowest, time.perf_counter() - began)
             log.end_punch(gfn, pages)
             self.result.punches += 1
-            if until_bad and i % 25 == 24:
+            if bad is not None and i % 25 == 24:
                 self._count()
-                if self.result.bad:
+                if self.result.bad or bad():
                     break
         return self.result
 

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Helper processes of the integration tests: lines in, lines out, and an end that is watched."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+#: Seconds until a test gives up; nothing should ever take so long.
+PATIENCE = 60.0
+
+
+class Actor:
+    """``PROGRAM.py ARGUMENTS`` of this directory, its output collected line by line."""
+
+    def __init__(self, program: str, *arguments: str | os.PathLike[str]) -> None:
+        paths = os.pathsep.join([str(ROOT), str(HERE)])
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / f"{program}.py", *map(os.fspath, arguments)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": paths},
+        )  # fmt: skip
+        self.text = ""
+        self._seen = 0
+        self._ended = False
+        self._more = threading.Condition()
+        self._reader = threading.Thread(target=self._read, name=f"reader of {program}")
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._more:
+                self.text += line.decode(errors="replace")
+                self._more.notify_all()
+        with self._more:
+            self._ended = True
+            self._more.notify_all()
+
+    def send(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line.encode() + b"\n")
+        self.process.stdin.flush()
+
+    def expect(self, pattern: str, timeout: float = PATIENCE) -> re.Match[str]:
+        """Wait for a match behind the last one; the end of the process is a failure."""
+        deadline = time.monotonic() + timeout
+        with self._more:
+            while True:
+                match = re.compile(pattern, re.MULTILINE).search(self.text, self._seen)
+                if match:
+                    self._seen = match.end()
+                    return match
+                left = deadline - time.monotonic()
+                if self._ended or left <= 0:
+                    raise AssertionError(f"no {pattern!r} in {self.text[self._seen :]!r}")
+                self._more.wait(left)
+
+    def ask(self, line: str, pattern: str = r"(?:ok|error) .*") -> str:
+        """Send a line and return its answer."""
+        self.send(line)
+        return self.expect(pattern).group(0)
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Wait for the end; the exit status, -n for a death by signal n."""
+        code = self.process.wait(timeout)
+        self._reader.join(timeout)
+        return code
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it with SIGKILL, and see that it ends: a process in state D would not."""
+        self.process.kill()
+        assert self.wait() == -signal.SIGKILL
+
+    def close(self) -> None:
+        """End what is left of it."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+        self.process.wait(PATIENCE)
+        self._reader.join(PATIENCE)
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            try:
+                stream.close()
+            except BrokenPipeError:
+                continue  # lines that nobody will read
+
+
+@pytest.fixture(scope="session")
+def kernel(image: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the guest kernel as a file, for vm_process.py."""
+    path = tmp_path_factory.mktemp("kernel") / "kernel.elf"
+    path.write_bytes(image)
+    return path
+
+
+Cast = Callable[..., Actor]
+
+
+@pytest.fixture
+def actor(mount: object) -> Iterator[Cast]:
+    """Return a function that starts an :class:`Actor`; they end before the mounts do."""
+    cast: list[Actor] = []
+
+    def start(program: str, *arguments: str | os.PathLike[str]) -> Actor:
+        cast.append(Actor(program, *arguments))
+        return cast[-1]
+
+    try:
+        yield start
+    finally:
+        for one in cast:
+            one.close()
+
+
+def until(condition: Callable[[], bool], what: str, timeout: float = PATIENCE) -> None:
+    """Poll something that cannot be waited for."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"never: {what}"
+        threading.Event().wait(0.005)

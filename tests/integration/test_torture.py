@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Punches under running vCPUs: the guest sees no stale byte, the mount no touch of freed memory.
+
+Then the same with one rule of the contract switched off, which must be found out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torture
+from actors import HERE, PATIENCE
+from mounts import Mounted, cleared
+
+from kvmsim.emulator import prepare_process
+from kvmsim.hostmem import HostMemory
+from kvmsim.running import RunningVm, Vcpu
+
+pytest_plugins = ["guest_fixtures"]
+pytestmark = pytest.mark.fuse
+
+RAM = 16 << 20
+FOUND = "freed memory was touched"  # what watchful.py logs
+MUTANT_PUNCHES = 1000
+
+
+class NoFlush(RunningVm):
+    """A vCPU enters guest code with whatever its TLB holds."""
+
+    def _flush(self, vcpu: Vcpu) -> None:
+        return
+
+
+class NoDrain(RunningVm):
+    """Acknowledges while a vCPU is still in guest code."""
+
+    def drain(self, epoch: int) -> None:
+        return
+
+
+Watchful = Callable[..., Mounted]
+
+
+@pytest.fixture
+def watchful(tmp_path: Path) -> Iterator[Watchful]:
+    """Return a function that mounts with tests/integration/watchful.py."""
+    made: list[Mounted] = []
+
+    def make(*arguments: str) -> Mounted:
+        path = tmp_path / "watched"
+        path.mkdir()
+        log_path = tmp_path / "watched.log"
+        ready, theirs = os.pipe()
+        with open(log_path, "wb") as log, open(ready, "rb") as stream:
+            process = subprocess.Popen(
+                [sys.executable, HERE / "watchful.py", *arguments, "mount",
+                 f"--ready-fd={theirs}", "--", path],
+                pass_fds=[theirs], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            )  # fmt: skip
+            os.close(theirs)
+            made.append(mounted := Mounted(path, process, log_path))
+            assert select.select([stream], [], [], PATIENCE)[0], mounted.log()
+            mounted.facts = json.loads(stream.readline())
+        return mounted
+
+    yield make
+    for mounted in made:
+        try:
+            mounted.end()
+        finally:
+            left = cleared(mounted)
+        assert not left
+
+
+@pytest.fixture
+def host() -> Iterator[HostMemory]:
+    interval = sys.getswitchinterval()
+    prepare_process()
+    host = HostMemory()
+    yield host
+    host.close()
+    sys.setswitchinterval(interval)
+
+
+def run(
+    mounted: Mounted,
+    host: HostMemory,
+    image: bytes,
+    seed: int,
+    punches: int,
+    *,
+    running: type[RunningVm] = RunningVm,
+    bad: Callable[[], bool] | None = None,
+) -> torture.Result:
+    """Boot a guest, punch its stamped pages, audit at the end; the file stays."""
+    path = mounted.path / "ram"
+    path.touch()
+    os.truncate(path, RAM)
+    guest = torture.boot(host, image, path, running=running)
+    try:
+        tortured = torture.Torture(guest, path, seed)
+        tortured.start()
+        tortured.punch(punches, bad)
+        return tortured.stop()
+    finally:
+        guest.close()
+
+
+def findings(mounted: Mounted) -> bool:
+    """Whether the mount has seen a touch of freed memory."""
+    return bool(mounted.ask("audit")["findings"]) or FOUND in mounted.log()
+
+
+def check(result: torture.Result, punches: int) -> None:
+    print(result)
+    assert (result.punches, result.bad) == (punches, 0)
+    assert result.hot * 2 >= punches, "most punches must hit what a vCPU is reading"
+    assert result.decisive > 0, "no read would have shown a stale page"
+    assert result.reads > punches
+
+
+def test_punches_of_a_private_file(
+    mount: Callable[..., Mounted], host: HostMemory, image: bytes
+) -> None:
+    mounted = mount()
+    audits = []
+
+    def bad() -> bool:
+        if mounted.ask("status")["invalidations"]["total"] // 200 > len(audits):
+            audits.append(mounted.ask("audit"))
+        return False
+
+    check(run(mounted, host, image, 1, 2000, bad=bad), 2000)
+    assert len(audits) > 3
+    assert all(audit == {"findings": [], "skipped": 0} for audit in audits)
+    mounted.audit()
+    status = mounted.ask("status")
+    assert (status["kills"], status["failures"]) == (0, 0)
+
+
+def test_freed_memory_stays_untouched(watchful: Watchful, host: HostMemory, image: bytes) -> None:
+    mounted = watchful()
+    check(run(mounted, host, image, 2, 2000), 2000)
+    mounted.audit()
+    assert mounted.log() == ""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seed", [3, 4])
+def test_ten_thousand_punches(
+    watchful: Watchful, host: HostMemory, image: bytes, seed: int
+) -> None:
+    mounted = watchful()
+    check(run(mounted, host, image, seed, 10_000, bad=lambda: findings(mounted)), 10_000)
+    mounted.audit()
+    assert mounted.log() == ""
+
+
+@pytest.mark.parametrize("running", [NoFlush, NoDrain])
+def test_a_forgetful_emulator_is_caught(
+    watchful: Watchful, host: HostMemory, image: bytes, running: type[RunningVm], seed: int = 5
+) -> None:
+    mounted = watchful()
+    result = run(
+        mounted, host, image, seed, MUTANT_PUNCHES, running=running,
+        bad=lambda: findings(mounted),
+    )  # fmt: skip
+    print(result)
+    assert result.bad or findings(mounted)
+
+
+def test_memory_freed_before_the_acknowledgement_is_caught(
+    watchful: Watchful, host: HostMemory, image: bytes, seed: int = 6
+) -> None:
+    mounted = watchful("--free-first")
+    result = run(mounted, host, image, seed, MUTANT_PUNCHES, bad=lambda: findings(mounted))
+    print(result)
+    assert result.bad or findings(mounted)
