@@ -165,6 +165,8 @@ class Owner:
 
     ``kills`` False is the mount option ``t_ack=0``: users are waited for without end.
     ``patience`` is how often CONDEMN is put off while a user is stopped (SIGSTOP).
+    ``max_parked`` bounds the parked faults of all sessions, ``max_calls`` the ALLOCATE and PUNCH
+    records of one session that are not answered: each is compared with all that come after it.
     """
 
     def __init__(
@@ -175,6 +177,7 @@ class Owner:
         kills: bool = True,
         patience: int = 14,
         max_parked: int = 4096,
+        max_calls: int = 256,
     ) -> None:
         self.personality = personality
         self.budget = Budget(budget_pages)
@@ -184,6 +187,7 @@ class Owner:
         self._kills = kills
         self._patience = patience
         self._max_parked = max_parked
+        self._max_calls = max_calls
         self._waits: dict[tuple[int, OpId], _Wait] = {}
         self._parked: list[_Get] = []
         self._faults: dict[OpId, _Get] = {}
@@ -398,6 +402,8 @@ class Owner:
             return self.broken(
                 session.sid, f"{Op(record.op).name}: request {record.req} is outstanding"
             )
+        if len(session.calling) >= self._max_calls:
+            return self.broken(session.sid, f"more than {self._max_calls} calls at a time")
         # Numbers of requests are used again, names of operations are not: a timer that was
         # armed for the last punch must not push the next one up the ladder.
         session.calls += 1
@@ -634,7 +640,7 @@ class Owner:
         twin.sessions = {sid: s.copy() for sid, s in self.sessions.items()}
         twin.users = {ino: u.copy() for ino, u in self.users.items()}
         twin._kills, twin._patience = self._kills, self._patience
-        twin._max_parked = self._max_parked
+        twin._max_parked, twin._max_calls = self._max_parked, self._max_calls
         twin._waits = {k: w.copy() for k, w in self._waits.items()}
         twin._parked = self._parked.copy()
         twin._faults = self._faults.copy()
