@@ -719,6 +719,17 @@ def test_a_flood_of_parked_faults_ends_the_session_that_made_it() -> None:
     assert bench.ack(2, seq) == []
 
 
+def test_a_flood_of_calls_ends_its_session() -> None:
+    bench = Bench()
+    bench.allocate(0, 1)
+    bench.user(1)
+    for req in range(10, 10 + 256):
+        assert not dropped(bench.send(1, Record(Op.PUNCH, req=req, obj=INO, start=0, end=1)))
+    assert dropped(bench.send(1, Record(Op.PUNCH, req=9, obj=INO, start=0, end=1))) == [1]
+    effects = bench.perform(bench.owner.gone(1))  # one frees, the others find nothing to do
+    assert (work(effects), bench.owner.files[INO].idle) == ([Step.FREE], True)
+
+
 def test_a_parked_request_number_may_not_be_used_twice() -> None:
     bench = Bench()
     bench.allocate(0, 1)
