@@ -13,7 +13,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from typing import Any, Final
 
 from privfs.cli.exitcodes import Exit
 from privfs.cli.failure import Failure
+from privfs.program import program
 
 #: Seconds that a mount may take to answer: more than the FUSE INIT exchange may.
 _READY_TIMEOUT: Final = 30.0
@@ -61,11 +61,9 @@ def start(arguments: Sequence[str], *, tied: bool) -> MountProcess:
     life_theirs, life = os.pipe() if tied else (-1, -1)
     fds = [ready_theirs] + ([life_theirs] if tied else [])
     hidden = [f"--ready-fd={ready_theirs}"] + ([f"--life-fd={life_theirs}"] if tied else [])
-    # As a script's, the current directory is not on the path of what we start.
-    unsafe = [] if sys.argv[0].endswith("__main__.py") else ["-P"]
     try:
         process = subprocess.Popen(
-            [sys.executable, *unsafe, "-m", "privfs", "mount", *hidden, *arguments],
+            [*program(), "mount", *hidden, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=fds,

@@ -11,6 +11,7 @@ from privfs import doctor as checks
 from privfs.cli.exitcodes import Exit
 from privfs.cli.failure import Failure
 from privfs.cli.verbosity import Verbosity, verbose_options
+from privfs.probes import Result
 
 
 @click.command(short_help="Check what this machine can do, and how to mend it.")
@@ -20,14 +21,13 @@ def doctor(as_json: bool, verbosity: Verbosity) -> None:
     """Check what this machine can do; ends with 0 only if mounting will work."""
     verbosity.log_to(None)
     found = []
-    for check in checks.CHECKS:
-        result = check()
-        found.append(result)
+    for check in checks.run_all():
+        found.append(check)
         if not as_json:
-            click.echo(f"[{result.result.value}] {result.name}: {result.text}")
-            if result.remedy and result.result is not checks.Result.PASS:
-                click.echo(f"       mend: {result.remedy}")
-    failed = [check.name for check in found if check.result is checks.Result.FAIL]
+            click.echo(f"[{check.result.value}] {check.name}: {check.text}")
+            if check.remedy:
+                click.echo(f"       mend: {check.remedy}")
+    failed = [check.name for check in found if check.result is Result.FAIL]
     if as_json:
         rows = [
             {"check": c.name, "result": c.result.value, "text": c.text, "remedy": c.remedy}

@@ -94,11 +94,11 @@ def _leave(number: int, frame: object) -> None:
 
 
 def _serve(directory: str, wishes: options.Wishes, ready: Any) -> None:
-    from privfs import doctor
+    from privfs import doctor, probes
 
     device = doctor.fuse_device()
-    if device.result is doctor.Result.FAIL:
-        raise Failure(Exit.FUSE, f"{device.text}; {device.remedy}")
+    if device.result is probes.Result.FAIL:
+        raise Failure(Exit.FUSE, f"{device.name} {device.text}; {device.remedy}")
     try:
         from privfs.fuse.mount import serve
     except ImportError as error:
