@@ -129,6 +129,8 @@ def _live(
             raise SystemExit(Exit.SIGNAL + signal.SIGPIPE) from None
         finally:
             outlet.give_up()
+            if isinstance(place, streams.Standard):
+                place.end_line()
             vm.close()
     finally:
         host.close()

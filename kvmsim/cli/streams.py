@@ -121,6 +121,7 @@ class Standard:
 
     def __init__(self) -> None:
         self._reading = True
+        self._last = b"\n"
 
     def polled(self, *, has_output: bool) -> dict[int, int]:
         """Return poll events by descriptor."""
@@ -130,7 +131,10 @@ class Standard:
     def ready(self, fd: int, vm: ConsoleVm, outlet: Outlet) -> None:
         """Move what can be moved; BrokenPipeError if nobody reads any more."""
         if fd == 1:
-            outlet.written(os.write(1, outlet.peek()))
+            data = outlet.peek()
+            count = os.write(1, data)
+            self._last = data[:count][-1:]
+            outlet.written(count)
             return
         try:
             data = os.read(0, _CHUNK)
@@ -147,6 +151,11 @@ class Standard:
     def idle(self, outlet: Outlet) -> bool:
         """Whether nothing more needs to be written."""
         return not outlet.peek()
+
+    def end_line(self) -> None:
+        """Let what a terminal shows next begin a line."""
+        if self._last != b"\n" and os.isatty(1):
+            os.write(1, b"\n")
 
 
 class Socket:
