@@ -10,10 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -27,7 +25,7 @@ class Actor:
     def __init__(self, program: str, *arguments: str | os.PathLike[str]) -> None:
         paths = os.pathsep.join([str(ROOT), str(HERE)])
         self.process = subprocess.Popen(
-            [sys.executable, HERE / f"{program}.py", *map(os.fspath, arguments)],
+            [sys.executable, HERE / f"{program}.py", *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONPATH": paths},
         )  # fmt: skip
@@ -105,31 +103,7 @@ class Actor:
                 continue  # lines that nobody will read
 
 
-@pytest.fixture(scope="session")
-def kernel(image: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the guest kernel as a file, for vm_process.py."""
-    path = tmp_path_factory.mktemp("kernel") / "kernel.elf"
-    path.write_bytes(image)
-    return path
-
-
 Cast = Callable[..., Actor]
-
-
-@pytest.fixture
-def actor(mount: object) -> Iterator[Cast]:
-    """Return a function that starts an :class:`Actor`; they end before the mounts do."""
-    cast: list[Actor] = []
-
-    def start(program: str, *arguments: str | os.PathLike[str]) -> Actor:
-        cast.append(Actor(program, *arguments))
-        return cast[-1]
-
-    try:
-        yield start
-    finally:
-        for one in cast:
-            one.close()
 
 
 def until(condition: Callable[[], bool], what: str, timeout: float = PATIENCE) -> None:

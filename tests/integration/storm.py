@@ -2,7 +2,8 @@
 """Punch random ranges of a file: ``storm.py PATH FIRST END COUNT SEED``, pages [FIRST, END).
 
 Prints ``punched N`` now and then, ``errno N`` for each punch that fails, and at the end
-``done PUNCHES FAILURES``.  It goes on after an EIO and stops at any other error.
+``done PUNCHES FAILURES``.  It goes on after an EIO and stops at any other error.  SIGUSR1 makes
+it say ``signalled`` when no system call is under way.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import ctypes
 import errno
 import os
 import random
+import signal
 import sys
 
 PAGE = 4096
@@ -26,6 +28,7 @@ def main() -> int:
     dice = random.Random(seed)
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     failures = done = 0
+    signal.signal(signal.SIGUSR1, lambda number, frame: print("signalled", flush=True))
     print("ready", flush=True)
     while done < count:
         start = dice.randrange(first, end)

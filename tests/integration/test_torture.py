@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torture
@@ -130,7 +131,7 @@ def test_punches_of_a_private_file(
     mount: Callable[..., Mounted], host: HostMemory, image: bytes
 ) -> None:
     mounted = mount()
-    audits = []
+    audits: list[dict[str, Any]] = []
 
     def bad() -> bool:
         if mounted.ask("status")["invalidations"]["total"] // 200 > len(audits):
@@ -164,23 +165,25 @@ def test_ten_thousand_punches(
     assert mounted.log() == ""
 
 
-@pytest.mark.parametrize("running", [NoFlush, NoDrain])
-def test_a_forgetful_emulator_is_caught(
-    watchful: Watchful, host: HostMemory, image: bytes, running: type[RunningVm], seed: int = 5
+@pytest.mark.parametrize("seed", [5, 6])
+@pytest.mark.parametrize(
+    ("arguments", "running"),
+    [((), NoFlush), ((), NoDrain), (("--free-first",), RunningVm)],
+    ids=["no flush", "no drain", "free first"],
+)
+def test_a_rule_switched_off_is_found_out(
+    watchful: Watchful,
+    host: HostMemory,
+    image: bytes,
+    arguments: tuple[str, ...],
+    running: type[RunningVm],
+    seed: int,
 ) -> None:
-    mounted = watchful()
-    result = run(
-        mounted, host, image, seed, MUTANT_PUNCHES, running=running,
-        bad=lambda: findings(mounted),
-    )  # fmt: skip
-    print(result)
-    assert result.bad or findings(mounted)
+    mounted = watchful(*arguments)
 
+    def bad() -> bool:
+        return findings(mounted)
 
-def test_memory_freed_before_the_acknowledgement_is_caught(
-    watchful: Watchful, host: HostMemory, image: bytes, seed: int = 6
-) -> None:
-    mounted = watchful("--free-first")
-    result = run(mounted, host, image, seed, MUTANT_PUNCHES, bad=lambda: findings(mounted))
+    result = run(mounted, host, image, seed, MUTANT_PUNCHES, running=running, bad=bad)
     print(result)
     assert result.bad or findings(mounted)

@@ -132,7 +132,9 @@ class Torture:
         self.random = random.Random(seed)
         self.fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         info = guest.console.command("info")
-        kernel_end = int(re.search(r"free=(0x[0-9a-f]+)", info)[1], 16)
+        free = re.search(r"free=(0x[0-9a-f]+)", info)
+        assert free is not None, info
+        kernel_end = int(free[1], 16)
         self.first_gfn = kernel_end // PAGE_SIZE + 16
         self.result = Result()
         self._heads = [0] * len(guest.emulator.running.vcpus)
