@@ -50,9 +50,10 @@ class Ladder:
 
     def delay(self, rung: Rung) -> float:
         """Return the seconds from the rung before (or from the beginning) to ``rung``."""
+        log = min(self.log, self.ack / 2) if self.ack else self.log
         return {
-            Rung.LOG: self.log,
-            Rung.CONDEMN: max(self.ack - self.log, 0.0),
+            Rung.LOG: log,
+            Rung.CONDEMN: max(self.ack - log, 0.0),  # never 0: it is the patience with SIGSTOP too
             Rung.GIVE_UP: self.kill,
         }[rung]
 
