@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from typing import Any
 
 from children import KVMSIM, PRIVFS, Child, Guest, fields, traces_of
 from stage import Differs, Stage
