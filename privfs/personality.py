@@ -6,8 +6,13 @@ and :func:`resize_rule`, which raise :class:`Refused` and change nothing; the FU
 :data:`METADATA` the same way.  All offsets and lengths are bytes.
 
 Sources: *gmem* is ``virt/kvm/guest_memfd.c`` measured on Linux 6.18; *vfs* is ``vfs_fallocate()``
-in ``fs/open.c``; *ours* marks the choices of the resizable personality, which has no counterpart
-in a kernel and follows shmem (``mm/shmem.c``) wherever shmem has an answer.
+in ``fs/open.c``; *v7* is MFD_INACCESSIBLE of "KVM: mm: fd-based approach for supporting KVM guest
+private memory" v7 (July 2022) on shmem of Linux 5.19; *shim* is the ``mm/inaccessible`` file that
+followed in September 2022; *ours* marks the choices of the resizable personality, which has no
+counterpart in a kernel and follows shmem (``mm/shmem.c``) wherever shmem has an answer.
+
+Two holes of v7 and the shim are closed: a plain fallocate past the end grew a file whose size was
+fixed, and a guest fault past the end allocated.
 """
 
 from __future__ import annotations
@@ -53,6 +58,7 @@ class BeyondEof(enum.Enum):
     GROW = "the file grows to the end of the range"
     REFUSE = "EINVAL"
     CLIP = "only pages inside the file are touched"
+    KEEP = "pages past the end are allocated, the size stays"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,9 @@ class Personality:
     resize_errno: int  #: where ``resizing`` refuses
     fallocate: dict[int, FallocateRow]
     metadata: dict[str, int]  #: operation → errno, 0 for allowed
+    read_errno: int
+    write_errno: int
+    eof_reads_empty: bool  #: a read past the last page returns 0 instead of ``read_errno``
     pinned_by_users: bool  #: an unlinked file lives on while a user is registered
     source: str
 
@@ -101,8 +110,51 @@ RESIZABLE: Final = Personality(
         _ZERO | _KEEP: FallocateRow(Action.ZERO, True, BeyondEof.REFUSE, "ours"),
     },
     metadata={"chmod": 0, "chown": 0, "utimens": 0, "fsync": 0, "lseek": 0},
+    read_errno=errno.EINVAL,
+    write_errno=errno.EINVAL,
+    eof_reads_empty=False,
     pinned_by_users=True,
     source="ours; sizes are whole pages, everything else as shmem",
+)
+
+V7: Final = Personality(
+    name="v7",
+    resizing=Resizing.ONCE,
+    resize_errno=errno.EPERM,  # shmem_setattr: asked before the alignment
+    fallocate={
+        0: FallocateRow(Action.ALLOCATE, False, BeyondEof.GROW, "shmem_fallocate"),
+        _KEEP: FallocateRow(Action.ALLOCATE, False, BeyondEof.KEEP, "shmem_fallocate"),
+        _PUNCH: FallocateRow(Action.PUNCH, True, BeyondEof.CLIP, "v7 shmem_fallocate"),
+    },
+    metadata={"chmod": 0, "chown": 0, "utimens": 0, "fsync": 0, "lseek": 0},
+    read_errno=errno.EPERM,
+    write_errno=errno.EPERM,
+    eof_reads_empty=True,  # shmem_file_read_iter looks at i_size first
+    pinned_by_users=True,  # the memslot holds a reference to the file
+    source="memfd_create(MFD_INACCESSIBLE), v7",
+)
+
+SHIM: Final = Personality(
+    name="shim",
+    resizing=Resizing.ONCE,
+    resize_errno=errno.EPERM,  # inaccessible_setattr
+    fallocate={
+        0: FallocateRow(Action.ALLOCATE, False, BeyondEof.GROW, "inaccessible_fallocate"),
+        _KEEP: FallocateRow(Action.ALLOCATE, False, BeyondEof.KEEP, "inaccessible_fallocate"),
+        _PUNCH: FallocateRow(Action.PUNCH, True, BeyondEof.CLIP, "inaccessible_fallocate"),
+    },
+    metadata={
+        "chmod": 0,
+        "chown": 0,
+        "utimens": 0,
+        "fsync": errno.EINVAL,  # its file_operations are release and fallocate
+        "lseek": errno.ESPIPE,
+    },
+    read_errno=errno.EINVAL,
+    write_errno=errno.EINVAL,
+    eof_reads_empty=False,
+    pinned_by_users=True,
+    source="memfd_mkinaccessible, September 2022",
 )
 
 GUEST_MEMFD: Final = Personality(
@@ -120,11 +172,14 @@ GUEST_MEMFD: Final = Personality(
         "fsync": errno.EINVAL,  # no ->fsync: vfs_fsync_range
         "lseek": errno.ESPIPE,  # no ->llseek: vfs_llseek
     },
+    read_errno=errno.EINVAL,  # no ->read_iter: vfs_read
+    write_errno=errno.EINVAL,
+    eof_reads_empty=False,
     pinned_by_users=False,
     source="KVM_CREATE_GUEST_MEMFD, Linux 6.18; the size is given by the first truncate",
 )
 
-PERSONALITIES: Final = {p.name: p for p in (RESIZABLE, GUEST_MEMFD)}
+PERSONALITIES: Final = {p.name: p for p in (RESIZABLE, SHIM, V7, GUEST_MEMFD)}
 
 
 def fallocate_rule(
@@ -146,9 +201,12 @@ def fallocate_rule(
         raise Refused(errno.EFBIG, f"{what}: the range ends past {MAX_LFS_FILESIZE}")
     if row.aligned and (offset % PAGE_SIZE or length % PAGE_SIZE):
         raise Refused(errno.EINVAL, f"{what}: offset and length must be multiples of {PAGE_SIZE}")
+    grows = end > size and row.beyond_eof is BeyondEof.GROW
+    if grows and who.resizing is Resizing.ONCE and size:
+        raise Refused(who.resize_errno, f"{what}: the size of a {who.name} file is set once")
     if end > size and row.beyond_eof is BeyondEof.REFUSE:
         raise Refused(errno.EINVAL, f"{what}: the range ends past the end of the file")
-    if end > size and row.beyond_eof is BeyondEof.GROW and end % PAGE_SIZE:
+    if grows and end % PAGE_SIZE:
         raise Refused(errno.EINVAL, f"{what}: the new size would not be a multiple of {PAGE_SIZE}")
     if end > MAX_BYTES and row.beyond_eof is BeyondEof.GROW:
         raise Refused(errno.EFBIG, f"{what}: the largest file is {MAX_BYTES} bytes")

@@ -31,7 +31,7 @@ from privfs.fuse.lowlevel import pyfuse3
 from privfs.fuse.operations import Files
 from privfs.namespace import Namespace
 from privfs.notifier.lane import SOCKET
-from privfs.personality import PAGE_SIZE, PERSONALITIES
+from privfs.personality import PAGE_SIZE, PERSONALITIES, Personality
 from privfs.service import Ladder, Service
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ def serve(mountpoint: str, options: MountOptions, ready: Callable[[], None]) -> 
     fuse_options = {*lowlevel.DEFAULT_OPTIONS, f"fsname={options.fsname}", "subtype=privfs"}
     if options.allow_other:
         fuse_options.add("allow_other")
-    mode = lowlevel.Mode.PASSTHROUGH if options.passthrough else lowlevel.Mode.DIRECT_IO
+    mode = _mode(personality, options)
     try:
         status = lowlevel.init(files, mountpoint, fuse_options, mode=mode)
     except RuntimeError as error:
@@ -107,7 +107,18 @@ def serve(mountpoint: str, options: MountOptions, ready: Callable[[], None]) -> 
         lowlevel.install_fastwait()
         trio.run(_main, service, info, ready)
     finally:
-        lowlevel.close()
+        # What was unmounted lazily still has open files; another mount may be in its place.
+        found = ground.newest(mountpoint)
+        lowlevel.close(unmount=found is not None and service.dev in (0, found.dev))
+
+
+def _mode(personality: Personality, options: MountOptions) -> lowlevel.Mode:
+    """In passthrough the kernel refuses reads with EINVAL; another errno must come from us."""
+    if not options.passthrough:
+        return lowlevel.Mode.DIRECT_IO
+    if personality.read_errno == personality.write_errno == errno.EINVAL:
+        return lowlevel.Mode.PASSTHROUGH
+    return lowlevel.Mode.PASSTHROUGH_DIRECT_IO
 
 
 def versions(status: lowlevel.Status | None = None) -> dict[str, str]:

@@ -241,12 +241,14 @@ class Files(lowlevel.Operations):
         text = self._live.read(fh, off, size)
         if text is not None:
             return text
+        if self._personality.eof_reads_empty and off >= self._service.owner.files[fh].size:
+            return b""
         await self._throttle.wait()
-        raise FUSEError(errno.EINVAL)
+        raise FUSEError(self._personality.read_errno)
 
     @_translated
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        raise FUSEError(errno.EINVAL)
+        raise FUSEError(self._personality.write_errno)
 
     @_translated
     async def fsync(self, fh: int, datasync: bool) -> None:
