@@ -27,12 +27,13 @@ import unicorn as unicorn_package
 from unicorn import unicorn_const, x86_const
 
 from hwemu.arena import Arena
-from hwemu.cpu import msr, vmcb
 from hwemu.cpu import rawcontext as raw_layout
+from hwemu.cpu import vmcb
 from hwemu.cpu.api import Regs, Sregs
 from hwemu.cpu.device import MAX_PAGES, PrivateTables
-from hwemu.cpu.rawcontext import EngineMismatchError, RawState
+from hwemu.cpu.rawcontext import EngineMismatchError
 from hwemu.cpu.registers import ORDER
+from hwemu.cpu.selfcheck import find_engine_state, host_state
 
 # the binding is not typed
 unicorn: Any = unicorn_package
@@ -45,10 +46,6 @@ _MAX_STEP_HOOKS = 1024  # instructions that talk to devices
 QUANTUM = 20_000
 """Instructions per slice with precise="quanta"."""
 
-_CR4_HOST = 0x220
-_EFER_HOST = 0x1D01
-_MSR_EFER, _MSR_HSAVE = 0xC0000080, 0xC0010117
-_EFER_WORD = 592 // 8
 _IDLE, _RUNNING, _STEPPING, _HOOKED = range(4)
 _KICK_PAUSE_S = 20e-6
 
@@ -134,7 +131,10 @@ class Engine:
         self.tables = PrivateTables(
             words[first:], AREA_HPA + vmcb.PRIVATE_TABLES, pool_view.cast("Q"), pool_hpa, root_hpa
         )
-        self._find_state(version)
+        self.raw, self.msrs = find_engine_state(
+            uc, AREA_HPA + vmcb.HOST_SAVE, version, stops_between_blocks=self._precise != "quanta"
+        )
+        self._host_state = host_state(self.raw)
         uc.hook_add(unicorn_const.UC_HOOK_INTR, self._interrupt)
         for instruction, hook in (
             (x86_const.UC_X86_INS_SYSCALL, self._syscall),
@@ -142,37 +142,6 @@ class Engine:
             (x86_const.UC_X86_INS_OUT, self._port_write),
         ):
             uc.hook_add(unicorn_const.UC_HOOK_INSN, hook, None, 1, 0, instruction)
-
-    def _find_state(self, version: str) -> None:
-        """Locate the CPU state and everything in it, and prove each find."""
-        uc = self._uc
-        magic = tuple(0x5EED_0000_1234_0000 + 0x1_0001 * index for index in range(16))
-        names = [name.upper() for name in ORDER]
-        registers = [getattr(x86_const, f"UC_X86_REG_{name}") for name in names]
-        for register, value in zip(registers, magic, strict=True):
-            uc.reg_write(register, value)
-        handle = uc._uch.value
-        cpu, state = raw_layout.find_state(handle, magic, version)
-        self.raw = RawState(cpu, state)
-        uc.reg_write(x86_const.UC_X86_REG_CR4, _CR4_HOST)
-        uc.msr_write(_MSR_EFER, _EFER_HOST)
-        hsave = AREA_HPA + vmcb.HOST_SAVE
-        uc.msr_write(_MSR_HSAVE, hsave)
-        probes = {msr.STAR: 0x5EED_57A2, msr.LSTAR: 0x5EED_157A, msr.SFMASK: 0x5EED_FA5C}
-        for index, value in probes.items():
-            uc.msr_write(index, value)
-        star = msr.locate(self.raw.q, probes, hsave, version)
-        for index in probes:
-            uc.msr_write(index, 0)
-        if self.raw.q[_EFER_WORD] != _EFER_HOST:
-            raise EngineMismatchError(version, "EFER is not where it should be")
-        self.msrs = msr.MsrFile(self.raw, star, _EFER_WORD)
-        if self._precise == "exit-request":
-            byte = raw_layout.find_no_exit_request(handle, version)
-            ctypes.c_uint8.from_address(byte).value = 1
-        for register in registers:
-            uc.reg_write(register, 0)
-        self._host_state = bytes(self.raw.bytes[: (_EFER_WORD + 1) * 8])
 
     # -- hooks ----------------------------------------------------------------------------------
 

@@ -100,7 +100,7 @@ class GuestMemory:
 
     def offset(self, gpa: int, access: Access, is_table_walk: bool = False) -> int:
         """Byte offset in the arena of ``gpa``; raises `Stage2Miss`."""
-        write = bool(access & Access.WRITE)
+        write = access is Access.WRITE
         hpa = lookup(self._pool, self._pool_hpa, self._root, gpa, write)
         attempts = 0
         while hpa < 0:
@@ -129,9 +129,9 @@ class GuestMemory:
             raise Unsupported("guest paging outside long mode")
         if (address >> 47) not in (0, 0x1FFFF):
             raise GuestFault(13, 0)
-        error = _ERROR_WRITE if access & Access.WRITE else 0
+        error = _ERROR_WRITE if access is Access.WRITE else 0
         error |= _ERROR_USER if user else 0
-        if access & Access.EXEC and self._efer & EFER_NXE:
+        if access is Access.EXEC and self._efer & EFER_NXE:
             error |= _ERROR_FETCH
         reserved = RESERVED_MASK if self._efer & EFER_NXE else RESERVED_MASK | NX
         words = self._arena
@@ -157,11 +157,11 @@ class GuestMemory:
         if level > 1 and entry & ADDRESS_MASK & (size - 1) & ~0x1000:
             raise GuestFault(14, error | _ERROR_PRESENT | _ERROR_RESERVED, address)
         denied = user and not rights & USER
-        if access & Access.WRITE and not rights & WRITABLE:
+        if access is Access.WRITE and not rights & WRITABLE:
             denied = denied or user or bool(self._cr0 & CR0_WP)
-        if denied or (access & Access.EXEC and no_exec):
+        if denied or (access is Access.EXEC and no_exec):
             raise GuestFault(14, error | _ERROR_PRESENT, address)
-        touched = entry | ACCESSED | (DIRTY if access & Access.WRITE else 0)
+        touched = entry | ACCESSED | (DIRTY if access is Access.WRITE else 0)
         if touched != entry:
             words[at] = touched
         return int((entry & ADDRESS_MASK & ~(size - 1)) | (address & (size - 1)))
