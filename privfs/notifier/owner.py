@@ -193,6 +193,7 @@ class Owner:
         self._faults: dict[OpId, _Get] = {}
         self._callers: dict[OpId, tuple[int, int]] = {}
         self._doomed: set[int] = set()
+        self._closing = False
 
     # --- files --------------------------------------------------------------------------------
 
@@ -236,7 +237,8 @@ class Owner:
         return self._run(ino, self.files[ino].submit(("destroy", ino), Destroy()))
 
     def shutdown(self) -> list[Effect]:
-        """Revoke every file from its users; each has ended when it no longer has any."""
+        """Revoke every file from its users, for good; it has ended when none has any left."""
+        self._closing = True
         out: list[Effect] = []
         for ino in [ino for ino, users in self.users.items() if users]:
             if ino not in self._doomed or self.personality.pinned_by_users:
@@ -338,7 +340,7 @@ class Owner:
         else:
             ino, writable = found
             file = self.files.get(ino)
-            if file is None or file.dead or ino in self._doomed:
+            if file is None or file.dead or ino in self._doomed or self._closing:
                 code = errno.ENOENT
             elif ino in session.files:
                 code = errno.EEXIST
@@ -628,7 +630,7 @@ class Owner:
             tuple([(k, tuple(sorted(w.sids)), w.rung.value, w.patience)
                    for k, w in self._waits.items()]),
             tuple(self._parked), tuple(self._faults), tuple(self._callers.items()),
-            frozenset(self._doomed), self.budget.used,
+            frozenset(self._doomed), self._closing, self.budget.used,
         )  # fmt: skip
 
     def copy(self) -> Owner:
@@ -645,7 +647,7 @@ class Owner:
         twin._parked = self._parked.copy()
         twin._faults = self._faults.copy()
         twin._callers = self._callers.copy()
-        twin._doomed = self._doomed.copy()
+        twin._doomed, twin._closing = self._doomed.copy(), self._closing
         return twin
 
 
