@@ -13,6 +13,7 @@ are interned, since hashing an owner costs more than stepping it.
 from __future__ import annotations
 
 import errno
+from collections import deque
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Self, TypeVar
@@ -61,7 +62,11 @@ class Release(NamedTuple):
     """The last name and the last descriptor of the file go."""
 
 
-def freed_by(request: Request | Release) -> range:
+class Shutdown(NamedTuple):
+    """The mount goes: every file is taken from its users."""
+
+
+def freed_by(request: Request | Release | Shutdown) -> range:
     """Return the pages that a successful request has freed."""
     if isinstance(request, Resize):
         return range(request.size // PAGE_SIZE, 1 << 32)
@@ -79,7 +84,7 @@ class Call:
     PUNCH record of that user.  ``cancel``: the caller may be interrupted.
     """
 
-    request: Request | Release
+    request: Request | Release | Shutdown
     caller: int = -1
     record: bool = False
     cancel: bool = False
@@ -92,7 +97,8 @@ class Setup:
     ``late`` users register by themselves, ``reregister`` is how often each may unregister and
     come back.  ``hang``, ``close``, ``kill`` name the users that may meet that fate, ``immortal``
     those whose exit is never seen.  ``stale`` timers of ended invalidations still fire.
-    ``fails``: memory may run out, before or after the first page of an allocation.
+    ``fails``: memory may run out, before or after the first page of an allocation.  ``inline``:
+    steps end before the event that began them, and their effects come before what is left of its.
     """
 
     pages: int = 1
@@ -112,6 +118,7 @@ class Setup:
     room: int = 2  #: records that fit into a user's socket
     stale: bool = False
     fails: bool = False
+    inline: bool = False
 
 
 class Vcpu(NamedTuple):
@@ -210,7 +217,8 @@ class ContractWorld:
         self.owner.request(INO, "size", resize(setup.pages if setup.size < 0 else setup.size))
         for page in setup.populated:
             self._do(self.owner.request(INO, "fill", allocate(page, page + 1)))
-            self._perform(0)
+            while self.ghost.works:
+                self._do(self._perform(0))
         self.procs: tuple[Proc, ...] = ()
         for p in range(setup.users):
             self._begin(p)
@@ -282,19 +290,22 @@ class ContractWorld:
     def quiet(self) -> bool:
         """Every call has ended, every healthy fault is served, every healthy FIFO is empty.
 
-        A file that is released and has no users is gone.
+        A file that is released and has no users is gone; one that was revoked has no users,
+        unless the exit of one is never seen.
         """
         ghost = self.ghost
         if ghost.works or any(self._unanswered(i) for i in range(len(ghost.calls))):
             return False
         if any(not f.idle for f in self.owner.files.values()) or self.owner._parked:
             return False
-        released = any(
-            state.started and isinstance(call.request, Release)
-            for call, state in zip(self.setup.calls, ghost.calls, strict=True)
-        )
-        if released and INO in self.owner.files and not self.owner.users[INO]:
-            return False
+        for call, state in zip(self.setup.calls, ghost.calls, strict=True):
+            if not state.started or INO not in self.owner.files:
+                continue
+            users = self.owner.users[INO]
+            if isinstance(call.request, Release) and not users:
+                return False
+            if isinstance(call.request, Shutdown) and users and not self.setup.immortal:
+                return False
         return all(
             not p.healthy
             or (
@@ -405,9 +416,11 @@ class ContractWorld:
             self._post(call.caller, record)
             return
         self._call(i, CallState(True, None, before))
-        if isinstance(call.request, Release):
+        if isinstance(call.request, Release | Shutdown):
             self._call(i, CallState(True, 0))
-            self._do(self._owner().release(INO))
+            owner = self._owner()
+            goes = isinstance(call.request, Shutdown)
+            self._do(owner.shutdown() if goes else owner.release(INO))
         else:
             caller = 100 + call.caller if call.caller >= 0 else 0
             self._do(self._owner().request(INO, i, call.request, caller))
@@ -417,13 +430,13 @@ class ContractWorld:
 
     def _on_perform(self, i: int, *_: Hashable) -> None:
         self._owner()
-        self._perform(i)
+        self._do(self._perform(i))
 
     def _on_fail(self, i: int, pages: int, _: Hashable) -> None:
         self._owner()
-        self._perform(i, errno.ENOSPC, self.ghost.works[i].start + pages)
+        self._do(self._perform(i, errno.ENOSPC, self.ghost.works[i].start + pages))
 
-    def _perform(self, i: int, failed: int = 0, upto: int | None = None) -> None:
+    def _perform(self, i: int, failed: int = 0, upto: int | None = None) -> list[Effect]:
         ghost = self.ghost
         perform = ghost.works[i]
         end = perform.end if upto is None else upto
@@ -440,7 +453,7 @@ class ContractWorld:
                 self._wrong(f"call {perform.op} frees after it was answered")
         works = ghost.works[:i] + ghost.works[i + 1 :]
         self.ghost = ghost._replace(held=frozenset(held), generation=generation, works=works)
-        self._do(self.owner.performed(INO, perform.op, failed, upto))
+        return self.owner.performed(INO, perform.op, failed, upto)
 
     def _on_timer(self, i: int, *_: Hashable) -> None:
         timers = self.ghost.timers
@@ -467,10 +480,12 @@ class ContractWorld:
 
     def _do(self, effects: list[Effect], number: int = 0) -> None:
         """Perform the owner's effects as its shell does, in their order."""
-        for effect in effects:
+        todo = deque(self._decided(effects))
+        while todo:
+            effect, made_for = todo.popleft()
             match effect:
                 case Send(sid, record, _):
-                    self._deliver(sid, record)
+                    self._deliver(sid, record, made_for)
                 case Drop(sid, _):
                     proc = self.procs[sid]
                     if proc.healthy:
@@ -482,6 +497,9 @@ class ContractWorld:
                     self._arm(op, rung, number)
                 case Work(_, perform):
                     self.ghost = self.ghost._replace(works=(*self.ghost.works, perform))
+                    if self.setup.inline:
+                        more = self._decided(self._perform(len(self.ghost.works) - 1))
+                        todo.extendleft(reversed(more))
                 case Answer(op, code, _):
                     if isinstance(op, int):
                         self._answered(op, code)
@@ -492,18 +510,25 @@ class ContractWorld:
             if len(live) != len(self.ghost.timers):
                 self.ghost = self.ghost._replace(timers=tuple(live))
 
-    def _deliver(self, p: int, record: Record) -> None:
+    def _decided(self, effects: list[Effect]) -> list[tuple[Effect, tuple[int, ...]]]:
+        """Judge every grant at the moment at which the owner decided it."""
+        out: list[tuple[Effect, tuple[int, ...]]] = []
+        for effect in effects:
+            made_for: tuple[int, ...] = ()
+            if isinstance(effect, Send) and effect.record.op == Op.PAGE and effect.record.end:
+                record = effect.record
+                made_for = self.ghost.generation[record.start : record.end]
+                for _, step, start, end in self.owner.files[INO].operations():
+                    hits = start < record.end and record.start < end and step != "allocate"
+                    if hits and self.audits_grants:
+                        self._wrong(f"pages [{start}, {end}) are granted while they go away")
+            out.append((effect, made_for))
+        return out
+
+    def _deliver(self, p: int, record: Record, made_for: tuple[int, ...]) -> None:
         proc = self.procs[p]
-        if proc.dead or proc.closed:
-            return
-        made_for: tuple[int, ...] = ()
-        if record.op == Op.PAGE and not record.status:
-            made_for = self.ghost.generation[record.start : record.end]
-            for _, step, start, end in self.owner.files[INO].operations():
-                hits = start < record.end and record.start < end and step != "allocate"
-                if hits and self.audits_grants:
-                    self._wrong(f"pages [{start}, {end}) are granted while they go away")
-        self._proc(p, inbox=(*proc.inbox, (record, made_for)))
+        if not proc.dead and not proc.closed:
+            self._proc(p, inbox=(*proc.inbox, (record, made_for)))
 
     def _arm(self, op: OpId, rung: Rung, number: int) -> None:
         chains = dict(self.ghost.chains)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from contract_mutations import MUTATIONS, Mutation
 from contract_world import (
@@ -10,6 +12,7 @@ from contract_world import (
     ContractWorld,
     Release,
     Setup,
+    Shutdown,
     allocate,
     fair,
     grow,
@@ -92,6 +95,12 @@ WORLDS = {
     "a file that its users keep alive": Setup(
         calls=(Call(Release()), own(0, 1)), populated=(0,), kill=ONE, reregister=1
     ),
+    "a shutdown with a user that comes and goes": Setup(
+        calls=(P, Call(Shutdown()), P), populated=(0,), hang=ONE, reregister=1
+    ),
+    "a shutdown with a user whose exit is never seen": Setup(
+        users=2, calls=(Call(Shutdown()), P), populated=(0,), hang=ONE, immortal=ONE
+    ),
     "a user that punches on the mount itself": Setup(
         users=2, calls=(own(0, 1, record=False), own(0, 1, record=False)), populated=(0,), hang=ONE
     ),
@@ -126,6 +135,24 @@ def test_every_interleaving_keeps_the_contract(name: str) -> None:
     assert report.problem is None, report.script()
     assert report.complete
     assert report.goals > 0
+
+
+INLINE = [
+    "one user that hangs, closes its socket or is killed",
+    "one user that comes and goes",
+    "two pages, three overlapping invalidations",
+    "a file that shrinks, grows and is zeroed",
+    "a file that its users keep alive",
+    "a guest_memfd whose last descriptor is closed",
+    "a user that punches by record, with slow timers",
+]
+
+
+@pytest.mark.parametrize("name", INLINE)
+def test_steps_that_end_at_once_keep_the_contract(name: str) -> None:
+    report = check(ContractWorld(replace(WORLDS[name], inline=True)), f"inline: {name}")
+    assert report.problem is None, report.script()
+    assert report.complete
 
 
 @pytest.mark.slow

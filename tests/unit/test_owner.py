@@ -822,19 +822,21 @@ def test_shutdown_revokes_every_file_that_has_users() -> None:
     effects = bench.perform(bench.ack(1, bench.invalidated(effects, 1)))
     assert [e for e in effects if isinstance(e, Expire)] == [Expire(INO)]
     assert list(bench.owner.files) == [INO + 1]
-    # Descriptors may still be open.
+    # Descriptors may still be open, but nobody becomes a user any more.
+    (late,) = records(bench.send(1, Record(Op.REGISTER, Flag.FD, req=2), (INO + 1, True)))
+    assert (late.op, late.status) == (Op.REGISTERED, errno.ENOENT)
     assert answers(bench.call("late", punch(0, 1))) == [("late", errno.ENOENT)]
     assert bench.owner.release(INO) == []
 
 
 def test_an_inode_number_can_be_used_again() -> None:
-    bench = Bench()
+    bench = Bench(GUEST_MEMFD)
     bench.allocate(0, 1)
     bench.user(1)
     bench.get(1, 0)
     with pytest.raises(ValueError, match="in use"):
         bench.owner.create(INO)
-    effects = bench.owner.shutdown()
+    effects = bench.owner.release(INO)
     bench.perform(bench.ack(1, bench.invalidated(effects, 1)))
     bench.owner.create(INO)
     bench.call("size", Resize(64 * PAGE_SIZE))
