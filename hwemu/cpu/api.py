@@ -57,6 +57,9 @@ class IoExit:
 class MmioExit:
     """Memory-mapped I/O. A write has been executed; a read needs `Cpu.complete` and nothing of
     its instruction has been executed.
+
+    A misaligned read appears as reads of the aligned words it lies in; a load of 16 bytes as two
+    of 8.
     """
 
     gpa: int

@@ -31,7 +31,7 @@ MAX_PAGES = 2
 """Device pages one instruction may touch: one access that crosses a page boundary."""
 
 _LEAF = PRESENT | WRITABLE | USER | ACCESSED | DIRTY
-_BYTES_PER_READ = 8
+_WIDEST = 8
 
 
 class PrivateTables:
@@ -114,7 +114,7 @@ class DeviceAccess:
         self._writes: deque[DeviceExit] = deque()
         self._next = 0
         self._offset = 0
-        self.touched = False
+        self._piece = 0
 
     def add_page(self, gpa: int) -> bool:
         """Take the page of ``gpa`` as a device; False if the instruction has too many."""
@@ -143,7 +143,7 @@ class DeviceAccess:
         self._writes.clear()
         self._next = 0
         self._offset = 0
-        self.touched = False
+        self._piece = 0
 
     def writes(self) -> deque[DeviceExit]:
         """The writes of the completed attempt, in order."""
@@ -166,7 +166,6 @@ class DeviceAccess:
 
         The engine splits an aligned access of 8 bytes into two of 4: they are one access.
         """
-        self.touched = True
         asked = self.unanswered
         if asked is not None:
             if isinstance(asked, MmioExit) and self._joins(asked, gpa, size):
@@ -179,28 +178,28 @@ class DeviceAccess:
 
     def write_memory(self, gpa: int, size: int, value: int) -> None:
         """The guest writes; void after an unanswered read."""
-        self.touched = True
         if self.unanswered is not None:
             return
         data = value.to_bytes(8, "little")[:size]
         last = self._writes[-1] if self._writes else None
-        if isinstance(last, MmioExit) and self._joins(last, gpa, size):
+        if isinstance(last, MmioExit) and (
+            self._joins(last, gpa, size)
+            # a misaligned store comes as single bytes
+            or (size == self._piece == 1 and gpa == last.gpa + last.size and last.size < _WIDEST)
+        ):
             self._writes[-1] = MmioExit(last.gpa, last.size + size, True, last.data + data)
         else:
             self._writes.append(MmioExit(gpa, size, True, data))
+        self._piece = size
 
     @staticmethod
     def _joins(last: MmioExit, gpa: int, size: int) -> bool:
         return (
-            size == 4
-            and last.size == 4
-            and last.gpa % _BYTES_PER_READ == 0
-            and gpa == last.gpa + last.size
+            size == 4 and last.size == 4 and last.gpa % _WIDEST == 0 and gpa == last.gpa + last.size
         )
 
     def read_port(self, port: int, size: int) -> int | None:
         """IN or INS; None: not known yet."""
-        self.touched = True
         if self.unanswered is not None:
             return None
         value = self._known(size)
@@ -210,6 +209,5 @@ class DeviceAccess:
 
     def write_port(self, port: int, size: int, value: int) -> None:
         """OUT or OUTS."""
-        self.touched = True
         if self.unanswered is None:
             self._writes.append(IoExit(port, size, True, value.to_bytes(4, "little")[:size]))

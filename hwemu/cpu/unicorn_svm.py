@@ -11,7 +11,6 @@ One engine per vCPU; `lock` is atomic only because the vCPUs of a VM run one at 
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping
 
 from hwemu.arena import Arena
@@ -30,15 +29,15 @@ from hwemu.cpu.api import (
     Stage2Fault,
 )
 from hwemu.cpu.delivery import ERROR_CODE_VECTORS, Event
-from hwemu.cpu.device import DeviceAccess, DeviceExit
-from hwemu.cpu.engine import DEVICE_HPA, Engine, Precise
-from hwemu.cpu.guestmemory import GuestFault, GuestMemory, Stage2Miss
+from hwemu.cpu.devicebay import DeviceBay
+from hwemu.cpu.engine import Engine, Precise
+from hwemu.cpu.guestmemory import GuestFault, GuestMemory
 from hwemu.cpu.intercept import Intercepts
 from hwemu.cpu.registers import read_regs, read_sregs, write_regs
-from hwemu.cpu.syscall import enter_kernel, port_allowed
+from hwemu.cpu.syscall import enter_kernel
 
 _NPF = vmcb.VMEXIT + vmcb.EXIT_NPF
-_NMI, _GP = 2, 13
+_NMI = 2
 _IF = 1 << 9
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 
@@ -69,13 +68,7 @@ class SvmCpu:
         # registers that wait for the next entry; None: the engine holds them
         self._regs: Regs | None = Regs()
         self._sregs: Sregs | None = Sregs()
-        # the device instruction in progress, and its writes that were not reported yet
-        self._device: DeviceAccess | None = None
-        self._outbox: deque[DeviceExit] = deque()
         self._last_fault: Stage2Fault | None = None
-        self._stepping = self._again = self._blocked = False
-        self._port: tuple[int, int] | None = None
-        self._saved = b""
 
         self._engine = Engine(self, arena, pool, pool_hpa, root_hpa, precise)
         self._raw = self._engine.raw
@@ -89,18 +82,19 @@ class SvmCpu:
             on_fault,
         )
         self._intercepts = Intercepts(self._engine, self._memory, index, cpuid_table)
+        self._bay = DeviceBay(self._engine, self._memory, self._intercepts, root_hpa)
         self._engine.prove_entry()
 
     # -- inside the engine ----------------------------------------------------------------------
 
     def on_interrupt(self, number: int) -> None:
         """Hook: an exit or exception of the guest."""
-        if self._blocked:
+        if self._bay.void:
             self._engine.stop()
             return
         if number != _NPF:
-            if self._stepping:
-                self._device = None
+            if self._bay.stepping:
+                self._bay.device = None
             self._intercepts.handle(number)
             return
         gpa = self._area.exit_info_2
@@ -110,13 +104,13 @@ class SvmCpu:
         else:
             access = Access.WRITE if code & vmcb.NPF_WRITE else Access.READ
         if self._on_fault is not None and self._on_fault(gpa, access):
-            self._again = self._stepping
+            self._bay.again = self._bay.stepping
             return
         self._intercepts.leave_fault(gpa, access)
 
     def on_syscall(self) -> None:
         """Hook: SYSCALL. The engine adds the instruction's length to RIP when this returns."""
-        if self._blocked:
+        if self._bay.void:
             return
         raw = self._raw
         rip = raw.q[raw_layout.RIP]
@@ -131,51 +125,19 @@ class SvmCpu:
 
     def on_port_read(self, port: int, size: int) -> int:
         """Hook: IN or INS."""
-        if self._stepping and self._device is not None:
-            return self._known(self._device.read_port(port, size))
-        self._void_rest((port, size))
-        return 0
+        return self._bay.port_read(port, size)
 
     def on_port_write(self, port: int, size: int, value: int) -> None:
         """Hook: OUT or OUTS."""
-        if self._stepping and self._device is not None:
-            self._device.write_port(port, size, value)
-        else:
-            self._void_rest((port, size))
+        self._bay.port_write(port, size, value)
 
     def on_device_read(self, offset: int, size: int) -> int:
         """Hook: a load from the device window."""
-        device = self._device
-        if device is None:
-            return 0
-        gpa = device.pages[offset >> 12] | offset & 0xFFF
-        return self._known(device.read_memory(gpa, size))
+        return self._bay.memory_read(offset, size)
 
     def on_device_write(self, offset: int, size: int, value: int) -> None:
         """Hook: a store to the device window."""
-        if self._device is not None:
-            gpa = self._device.pages[offset >> 12] | offset & 0xFFF
-            self._device.write_memory(gpa, size, value)
-
-    def _known(self, value: int | None) -> int:
-        if value is None:
-            self._void_rest(None)
-            return 0
-        return value
-
-    def _void_rest(self, port: tuple[int, int] | None) -> None:
-        """Nothing from here to the end of the block may count: it will be rolled back.
-
-        The engine cannot stop in the middle of a block, but it can be made to reach no memory.
-        """
-        if self._blocked:
-            return
-        self._blocked = True
-        self._port = port
-        if port is not None:
-            self._saved = self._raw.snapshot()
-        self._engine.use_root(self._engine.tables.empty_root_hpa)
-        self._engine.stop()
+        self._bay.memory_write(offset, size, value)
 
     # -- running --------------------------------------------------------------------------------
 
@@ -186,8 +148,8 @@ class SvmCpu:
             if self._engine.kicked:
                 self._engine.take_kick()
                 return KickExit()
-            if self._outbox:
-                return self._outbox.popleft()
+            if self._bay.outbox:
+                return self._bay.outbox.popleft()
             exit_ = self._advance()
             if exit_ is not None:
                 self._last_fault = exit_ if isinstance(exit_, Stage2Fault) else None
@@ -196,7 +158,7 @@ class SvmCpu:
     def _require_answer(self) -> None:
         if self._closed:
             raise CpuStateError("run: the vCPU is closed")
-        asked = self._device.unanswered if self._device else self._intercepts.unanswered
+        asked = self._bay.device.unanswered if self._bay.device else self._intercepts.unanswered
         if asked is not None:
             raise CpuStateError(f"run: complete() must answer {asked} first")
 
@@ -210,65 +172,16 @@ class SvmCpu:
         if intercepts.shutdown:
             return ShutdownExit("triple fault")
         intercepts.finish_instruction()
-        if self._device is not None:
-            return self._run_device(self._device)
+        if self._bay.device is not None:
+            return self._bay.attempt()
         if intercepts.event is not None:
             exit_ = intercepts.deliver()
             if exit_ is not None:
                 return exit_
         intercepts.exit = None
         text = self._engine.start()
-        if self._blocked:
-            return self._begin_port_access()
-        return intercepts.exit if text is None else CpuError(text)
-
-    def _begin_port_access(self) -> CpuExit | None:
-        """The block met IN or OUT: back to that instruction, to run it alone."""
-        raw = self._raw
-        self._blocked = False
-        raw.restore(self._saved)
-        assert self._port is not None
-        self._intercepts.look()
-        try:
-            if port_allowed(raw, self._memory, self._engine.rflags(), *self._port):
-                self._device = DeviceAccess(raw.q[raw_layout.RIP])
-            else:
-                self._intercepts.event = Event(_GP, 0, raw.q[raw_layout.RIP])
-        except GuestFault as fault:
-            self._intercepts.event = Event(
-                fault.vector, fault.error_code, raw.q[raw_layout.RIP], fault.cr2
-            )
-        except Stage2Miss as miss:
-            return Stage2Fault(miss.gpa, miss.access, miss.is_table_walk)
-        return None
-
-    def _run_device(self, device: DeviceAccess) -> CpuExit | None:
-        """One attempt at the device instruction; None: done or to be tried again."""
-        raw, engine, intercepts = self._raw, self._engine, self._intercepts
-        if raw.q[raw_layout.RIP] != device.rip:
-            self._device = None
-            return None
-        saved = raw.snapshot()
-        if device.pages:
-            window = {page: DEVICE_HPA + (at << 12) for at, page in enumerate(device.pages)}
-            engine.use_root(engine.tables.build(window))
-        device.begin_attempt()
-        intercepts.exit = None
-        self._stepping, self._again = True, False
-        try:
-            text = engine.step()
-        finally:
-            self._stepping = self._blocked = False
-            if device.pages:
-                engine.use_root(self._root_hpa)
-        failed = device.unanswered or self._again or isinstance(intercepts.exit, Stage2Fault)
-        if failed and self._device is not None:
-            raw.restore(saved)
-            engine.flush_tlb()
-            return device.unanswered or intercepts.exit
-        if self._device is not None:
-            self._outbox.extend(device.writes())
-            self._device = None
+        if self._bay.void:
+            return self._bay.begin_port_access()
         return intercepts.exit if text is None else CpuError(text)
 
     def run_mmio(self, gpa: int) -> CpuExit:
@@ -281,12 +194,8 @@ class SvmCpu:
             return CpuError(f"gpa {gpa:#x} is a device: no code and no page table can be there")
         if self._intercepts.event is not None:
             return CpuError(f"gpa {gpa:#x} is a device: no event can be delivered to it")
-        rip = self._raw.q[raw_layout.RIP]
-        if self._device is None or self._device.rip != rip:
-            self._device = DeviceAccess(rip)
-        if not self._device.add_page(gpa):
-            self._device = None
-            return CpuError(f"one instruction at {rip:#x} touches three device pages")
+        if not self._bay.add_page(gpa):
+            return CpuError(f"one instruction touches three device pages, gpa {gpa:#x} the last")
         return self.run()
 
     def kick(self) -> None:
@@ -329,7 +238,7 @@ class SvmCpu:
     def interruptible(self) -> bool:
         """True when an external interrupt may be injected now."""
         intercepts = self._intercepts
-        if intercepts.event or intercepts.waiting or self._device or intercepts.shutdown:
+        if intercepts.event or intercepts.waiting or self._bay.device or intercepts.shutdown:
             return False
         if self._regs is not None:
             return bool(self._regs.rflags & _IF)
@@ -353,7 +262,7 @@ class SvmCpu:
 
     def complete(self, data: bytes | int | None = None) -> None:
         """Answer the last exit (see `Cpu.complete`)."""
-        device = self._device
+        device = self._bay.device
         if device is None or device.unanswered is None:
             self._intercepts.complete(data)
             return
