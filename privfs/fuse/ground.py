@@ -119,9 +119,16 @@ def _plain(field: bytes) -> str:
 
 
 def newest(mountpoint: str) -> Mount | None:
-    """Return the mount that is seen at ``mountpoint``, None if nothing is mounted there."""
-    wanted = os.path.realpath(mountpoint)
-    here = [mount for mount in mounts() if mount.place == wanted]
+    """Return the mount that is seen at ``mountpoint``, None if nothing is mounted there.
+
+    Asks the mount itself only where ``mountpoint`` is not written as in the mount table.
+    """
+    return seen_at(os.path.abspath(mountpoint)) or seen_at(os.path.realpath(mountpoint))
+
+
+def seen_at(place: str) -> Mount | None:
+    """Return the mount at ``place``, an absolute path without symlinks; makes no request."""
+    here = [mount for mount in mounts() if mount.place == place]
     return here[-1] if here else None
 
 

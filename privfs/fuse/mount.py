@@ -108,7 +108,8 @@ def serve(mountpoint: str, options: MountOptions, ready: Callable[[], None]) -> 
         trio.run(_main, service, info, ready)
     finally:
         # What was unmounted lazily still has open files; another mount may be in its place.
-        found = ground.newest(mountpoint)
+        # Nobody serves us any more: this must not ask our own mount.
+        found = ground.seen_at(mountpoint)
         lowlevel.close(unmount=found is not None and service.dev in (0, found.dev))
 
 
