@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 from children import KVMSIM, PRIVFS, Child, Guest, fields, traces_of
+from interrupts import Interrupted, Signals
 from stage import Differs, Stage
 
 MIB = 1 << 20
@@ -52,7 +53,8 @@ def mib(size: int) -> str:
 class Demo:
     """One run.  ``close`` leaves nothing behind, whatever happened before."""
 
-    def __init__(self) -> None:
+    def __init__(self, signals: Signals) -> None:
+        self.signals = signals
         self.base = tempfile.mkdtemp(prefix="privfs-demo.")
         self.stage = Stage(self.base)
         self.dir = os.path.join(self.base, "mnt")
@@ -67,8 +69,9 @@ class Demo:
         command = [KVMSIM, "boot", "--memory", self.ram, "--vcpus", str(VCPUS), "--name", name]
         self.stage.typed("kvmsim " + shlex.join(command[1:]))
         began = time.monotonic()
-        guest = Guest(name, self.ram, VCPUS)
-        self.guests.append(guest)
+        with self.signals.held():
+            guest = Guest(name, self.ram, VCPUS)
+            self.guests.append(guest)
         guest.until("in private memory", 20)
         took = time.monotonic() - began
         self.stage.shown("\n".join(guest.seen))
@@ -105,7 +108,8 @@ class Demo:
         stage.title("Memory that you can mount")
         os.mkdir(self.dir)
         stage.typed(f"privfs mount -o size=1G {self.dir}")
-        self.mount = Child("privfs", [PRIVFS, "mount", "-o", "size=1G", "--", self.dir])
+        with self.signals.held():
+            self.mount = Child("privfs", [PRIVFS, "mount", "-o", "size=1G", "--", self.dir])
         stage.shown(self.mount.until("^privfs on "))
         stage.must(["truncate", "-s", "1G", self.ram])
         stage.must(["ls", "-lsh", self.ram])
@@ -329,32 +333,18 @@ class Demo:
         return traces_of(self.base)
 
 
-class Interrupted(BaseException):
-    """A signal asks us to end."""
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise Interrupted(number)
-
-
-def _deaf(handled: tuple[int, ...]) -> None:
-    for number in handled:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def main() -> int:
     """Play; 0 if all was as claimed, 1 if not, 128 + n after signal n."""
-    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for number in handled:
-        signal.signal(number, _interrupt)
     began = time.monotonic()
-    demo = Demo()
+    signals = Signals()
+    demo = Demo(signals)
     stage, status = demo.stage, 0
     try:
+        signals.heed()
         demo.play()
     except Interrupted as interrupted:
-        status = 128 + int(interrupted.args[0])
-        stage.failed(f"ended by {signal.Signals(interrupted.args[0]).name}")
+        status = 128 + interrupted.number
+        stage.failed(f"ended by {signal.Signals(interrupted.number).name}")
     except Differs as differs:
         status = 1
         stage.failed(str(differs))
@@ -362,7 +352,7 @@ def main() -> int:
         status = 128 + signal.SIGPIPE
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # nobody reads; clean up in silence
     finally:
-        _deaf(handled)
+        signals.ignore()
         left = demo.close()
     if left:
         stage.failed("left behind: " + "; ".join(left))

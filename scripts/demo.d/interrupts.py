@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Signals that ask the demonstration to end: an exception, but never between a birth and its entry.
+
+Whoever makes something that must be removed later makes it under :meth:`Signals.held`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterator
+
+_HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(BaseException):
+    """A signal asks us to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class Signals:
+    """Held from the beginning, until :meth:`heed`."""
+
+    def __init__(self) -> None:
+        self._held = True
+        self._waiting = 0
+        for number in _HANDLED:
+            signal.signal(number, self._arrive)
+
+    def _arrive(self, number: int, frame: object) -> None:
+        if self._held:
+            self._waiting = number
+        else:
+            raise Interrupted(number)
+
+    def heed(self) -> None:
+        """Raise Interrupted from now on, and now if a signal has come already."""
+        self._held = False
+        if self._waiting:
+            raise Interrupted(self._waiting)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Let signals wait until the end of the block."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self.heed()
+
+    def ignore(self) -> None:
+        """Hear no more signals."""
+        for number in _HANDLED:
+            signal.signal(number, signal.SIG_IGN)
