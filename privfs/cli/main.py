@@ -70,6 +70,8 @@ def call(arguments: list[str]) -> int:
         if settings.debug:
             traceback.print_exception(error)
         return code
+    finally:
+        settings.close()
 
 
 def _explain(error: BaseException) -> tuple[int, str]:

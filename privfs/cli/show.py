@@ -30,7 +30,7 @@ def _asked(path: str, question: str, **arguments: Any) -> dict[str, Any]:
     try:
         return control.ask_file(path, question, **arguments)
     except OSError as error:
-        if isinstance(error, control.ControlError) and str(path) not in str(error.strerror):
+        if isinstance(error, control.ControlError) and not str(error.strerror).startswith(path):
             error.strerror = f"{path}: {error.strerror}"
         raise no_answer(error) from error
 

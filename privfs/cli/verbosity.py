@@ -22,6 +22,7 @@ class Verbosity:
 
     verbose: bool = False
     debug: bool = False
+    handler: logging.Handler | None = None
 
     def arguments(self) -> list[str]:
         """Return the arguments that pass it on."""
@@ -46,6 +47,13 @@ class Verbosity:
         root = logging.getLogger()
         root.addHandler(handler)
         root.setLevel(level)
+        self.handler = handler
+
+    def close(self) -> None:
+        """Stop logging."""
+        if self.handler is not None:
+            logging.getLogger().removeHandler(self.handler)
+            self.handler.close()
 
 
 def verbose_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -150,9 +150,10 @@ def test_run_mounts_where_it_is_told(temporary: Path) -> None:
 class Running:
     """A ``privfs run`` whose command tells its pid and then waits."""
 
-    SCRIPT = 'echo "$$ $PRIVFS"; trap "echo got INT; exit 7" INT; ' \
-             'trap "echo got TERM; exit 8" TERM; trap "echo got HUP; exit 9" HUP; ' \
-             "while :; do sleep 0.05; done"  # fmt: skip
+    SCRIPT = (
+        'trap "echo got INT; exit 7" INT; trap "echo got TERM; exit 8" TERM; '
+        'trap "echo got HUP; exit 9" HUP; echo "$$ $PRIVFS"; while :; do sleep 0.05; done'
+    )
 
     def __init__(self, script: str = SCRIPT) -> None:
         self.process = subprocess.Popen(
