@@ -80,6 +80,10 @@ def explained() -> Iterator[None]:
         raise Failure(Exit.IMAGE, str(error)) from error
     except ImageError as error:
         raise Failure(Exit.IMAGE, f"guest kernel: {error}; build it with scripts/setup") from error
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise Failure(Exit.MEMORY, f"{os.fsdecode(error.filename)}: {error.strerror}") from error
     except ValueError as error:  # sizes and slots that cannot be
         raise Failure(Exit.MEMORY, str(error)) from error
 

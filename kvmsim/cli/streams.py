@@ -246,7 +246,9 @@ def attend(vm: ConsoleVm, place: Place, outlet: Outlet, deadline: float) -> bool
         poll = select.poll()
         poll.register(outlet.wake, select.POLLIN)
         for fd, events in place.polled(has_output=not done).items():
-            poll.register(fd, events & ~select.POLLIN if full or ended else events)
+            wanted = events & ~select.POLLIN if full or ended else events
+            if wanted:  # even without any, poll would report a hang-up again and again
+                poll.register(fd, wanted)
         wait = min(left, _RETRY) if full else left
         for fd, _ in poll.poll(None if wait == float("inf") else wait * 1000):
             if fd == outlet.wake:

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import select
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -14,12 +17,15 @@ import pytest
 
 from kvmsim.cli.exitcodes import MEANING, Exit, exit_code
 from kvmsim.cli.exitcodes import table as codes
+from kvmsim.cli.failure import Failure, explained
 from kvmsim.cli.main import call
 from kvmsim.cli.session import Console
 from kvmsim.cli.streams import JsonLines, Outlet
 from kvmsim.console import End, Ending, Lines
 from kvmsim.images import NoImage, find_kernel, read_kernel
 from kvmsim.script import table as grammar
+from kvmsim.vmm.elf import ImageError
+from privfs.notifier.lane import LinkError
 
 MANUAL = Path(__file__).parents[2] / "docs" / "kvmsim.md"
 
@@ -129,6 +135,39 @@ def test_what_a_host_command_leaves_is_killed(tmp_path: Path) -> None:
     ended = select.select([pidfd], [], [], 10)[0]
     os.close(pidfd)
     assert ended
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "why"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", "m/ram"), Exit.MEMORY,
+         "m/ram: Permission denied"),
+        (LinkError(errno.ECONNREFUSED, "cannot reach the owner"), Exit.MEMORY,
+         "cannot reach the owner; is the mount alive? See: privfs status"),
+        (LinkError(errno.EBUSY, "the owner refused"), Exit.MEMORY,
+         "the owner refused; see: privfs status"),
+        (ValueError("too many slots"), Exit.MEMORY, "too many slots"),
+        (ImageError("no ELF"), Exit.IMAGE, "guest kernel: no ELF; build it with scripts/setup"),
+        (NoImage("none; run scripts/setup"), Exit.IMAGE, "none; run scripts/setup"),
+    ],
+)  # fmt: skip
+def test_why_a_vm_cannot_be_made(error: Exception, code: int, why: str) -> None:
+    with pytest.raises(Failure) as caught, explained():
+        raise error
+    assert (caught.value.code, str(caught.value)) == (code, why)
+
+
+def test_an_error_that_is_not_about_the_memory_is_not_said_to_be() -> None:
+    with pytest.raises(OSError, match="Cannot allocate"), explained():
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+
+def test_closed_standard_streams_are_not_taken_by_others() -> None:
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$0" -m kvmsim boot --memory /nonexistent/ram <&- >&- 2>&-',
+         sys.executable], timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == Exit.MEMORY
 
 
 # --- exit codes and the manual -----------------------------------------------------------------
