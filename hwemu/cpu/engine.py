@@ -12,6 +12,10 @@ stopped from outside.
 emu_stop is lost while emu_start is still starting. So a kick is a flag, and `kick` repeats
 emu_stop until the engine thread is known to have left generated code or to be in a hook, which
 looks at the flag before it returns.
+
+Limit: the translator leaks a temporary for some instructions (PUSHF, MOV from CR, x87, SGDT) and
+does not check its table of 512, so some two hundred of them in a row without a branch end the
+process. Guests are ours; a hostile one needs a process of its own.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ from hwemu.npt import (
 _ERROR_PRESENT, _ERROR_WRITE, _ERROR_USER, _ERROR_RESERVED, _ERROR_FETCH = 1, 2, 4, 8, 16
 _FAULT_RETRIES = 4
 _WALK_SEARCH_TABLES = 16
+_TABLE_BITS = np.uint64(PRESENT | LARGE)
+_TABLE_ENTRY = np.uint64(ADDRESS_MASK | PRESENT | LARGE)
 
 
 class Stage2Miss(Exception):
@@ -218,28 +220,24 @@ class GuestMemory:
         if not self._cr0 & CR0_PG or not self._efer & EFER_LMA or gpa & 7:
             return False
         page = gpa & ADDRESS_MASK
-        queue = deque([(self._cr3 & ADDRESS_MASK, 4)])
+        root = self._cr3 & ADDRESS_MASK
+        if page == root:
+            return True
+        queue = deque([(root, 4)])
         for _ in range(_WALK_SEARCH_TABLES):
             if not queue:
                 return False
             table, level = queue.popleft()
-            if table == page:
-                return True
-            if level == 1:
-                continue
-            try:
-                leaf = walk(self._pool, self._pool_hpa, self._root, table, True)
-            except WalkError:
-                continue
-            at = (leaf.hpa - self._arena_hpa) >> 3
-            if not 0 <= at < len(self._arena):
+            hpa = lookup(self._pool, self._pool_hpa, self._root, table, True)
+            at = (hpa - self._arena_hpa) >> 3
+            if hpa < 0 or not 0 <= at < len(self._arena):
                 continue
             row = np.frombuffer(self._arena[at : at + ENTRIES], dtype=np.uint64)
-            tables = (row & np.uint64(PRESENT)) != 0
-            if level < 4:
-                tables &= (row & np.uint64(LARGE)) == 0
-            below = row[tables] & np.uint64(ADDRESS_MASK)
-            if np.any(below == np.uint64(page)):
+            # an entry that leads to a table: present, and not a large leaf
+            below = row & _TABLE_ENTRY
+            if (below == page | PRESENT).any():
                 return True
-            queue.extend((entry, level - 1) for entry in below[:_WALK_SEARCH_TABLES].tolist())
+            if level > 2:
+                below = below[(below & _TABLE_BITS) == PRESENT]
+                queue.extend((entry & ADDRESS_MASK, level - 1) for entry in below[:16].tolist())
         return None

@@ -10,6 +10,7 @@ import pytest
 
 from hwemu.cpu import cpuid
 from hwemu.cpu.api import (
+    Cpu,
     CpuError,
     CpuStateError,
     HltExit,
@@ -35,6 +36,11 @@ def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
 
 def code(*instructions: str) -> bytes:
     return bytes.fromhex(" ".join(instructions))
+
+
+def test_the_engine_is_a_cpu(machine: Machine) -> None:
+    cpu: Cpu = machine.boot(HLT)  # the type checker compares every signature
+    assert cpu.run() == HltExit()
 
 
 def test_registers_survive_the_way_in_and_out(machine: Machine) -> None:
