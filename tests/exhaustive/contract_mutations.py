@@ -10,7 +10,8 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Self
 
-from contract_world import INO, Call, ContractWorld, Proc, Release, Setup, grow, punch
+from contract_values import INO, Call, Proc, Release, Setup, grow, punch
+from contract_world import ContractWorld
 
 from privfs.memfile import Effect as FileEffect
 from privfs.memfile import Kind, Look, MemFile, OpId, Perform, Step

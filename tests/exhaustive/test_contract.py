@@ -7,19 +7,8 @@ from dataclasses import replace
 
 import pytest
 from contract_mutations import MUTATIONS, Mutation
-from contract_world import (
-    Call,
-    ContractWorld,
-    Release,
-    Setup,
-    Shutdown,
-    allocate,
-    fair,
-    grow,
-    punch,
-    resize,
-    zero,
-)
+from contract_values import Call, Release, Setup, Shutdown, allocate, grow, punch, resize, zero
+from contract_world import ContractWorld, fair
 
 from privfs.personality import GUEST_MEMFD
 from privfs.testing import Report, explore, replay
