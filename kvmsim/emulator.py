@@ -129,15 +129,15 @@ class VmMemory:
         with self._vm.lock:
             zapped = vm.set_memory_attributes(gpa, size, value)
         if zapped.ranges:
-            self._vm.flush_all()
+            self._vm.flush_zapped(zapped)
         return bool(zapped.ranges)
 
     def discard_shared(self, gpa: int, size: int) -> None:
         """Zap and free the shared side of a range."""
         start, end = gpa >> PAGE_SHIFT, (gpa + size) >> PAGE_SHIFT
         with self._vm.lock:
-            self._vm.vm.invalidate_shared(self._shared, start, end)
-        self._vm.flush_all()
+            zapped = self._vm.vm.invalidate_shared(self._shared, start, end)
+        self._vm.flush_zapped(zapped)
         self._shared.discard(gpa, size)
 
     def discard_private(self, gpa: int, size: int) -> None:

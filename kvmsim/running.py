@@ -18,7 +18,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hwemu.arena import new_table_pool
 from hwemu.cpu import api as cpu_api
@@ -40,7 +40,7 @@ from kvmsim.fault import (
 from kvmsim.hostmem import HostMemory
 from kvmsim.private import PrivateMemory, Session
 from kvmsim.uapi import KVM_INTERNAL_ERROR_EMULATION
-from kvmsim.vm import Vm
+from kvmsim.vm import Vm, Zapped
 from privfs.notifier.lane import LinkError
 from privfs.notifier.user import Granted
 
@@ -77,6 +77,7 @@ class Vcpu:
     stopped_at: tuple[Fault, Effect] | None = None
     again: bool = False  #: the next request asks for the extent's memfd too
     faults: int = 0
+    zapped: deque[tuple[int, int]] = field(default_factory=deque)  #: since its last flush
 
 
 @dataclass(slots=True)
@@ -201,7 +202,13 @@ class RunningVm:
         """
         zapped = self.vm.invalidate_file(file, start, end)
         self.statistics.shootdowns += 1
-        return self.shootdown.request() if zapped.leaves else self.shootdown.epoch
+        return self._request_flush(zapped) if zapped.leaves else self.shootdown.epoch
+
+    def _request_flush(self, zapped: Zapped) -> int:
+        """Tell every vCPU what it must forget before its next entry, then take the epoch."""
+        for vcpu in self.vcpus:
+            vcpu.zapped.extend(zapped.ranges)
+        return self.shootdown.request()
 
     def drain(self, epoch: int) -> None:
         """Wait until no vCPU runs with a translation from before ``epoch`` (no lock held)."""
@@ -211,9 +218,9 @@ class RunningVm:
                     self.vcpus[index].cpu.kick()
                 self._gate.wait()
 
-    def flush_all(self) -> None:
-        """Request and prove a flush of every vCPU."""
-        self.drain(self.shootdown.request())
+    def flush_zapped(self, zapped: Zapped) -> None:
+        """Request and prove a flush of every vCPU (no lock held)."""
+        self.drain(self._request_flush(zapped))
 
     # --- grants -------------------------------------------------------------------------------
 
@@ -308,7 +315,15 @@ class RunningVm:
                 self._gate.notify_all()
 
     def _flush(self, vcpu: Vcpu) -> None:
-        vcpu.cpu.flush()
+        """Forget translations, and code of what was zapped.
+
+        What is appended meanwhile was zapped before the TLB goes: no stale translation of it is
+        left, and its own epoch asks for another flush.
+        """
+        zapped = []
+        while vcpu.zapped:
+            zapped.append(vcpu.zapped.popleft())
+        vcpu.cpu.flush(zapped)
 
     def _left(self, vcpu: Vcpu, left: cpu_api.CpuExit) -> None:
         """Go on after the engine's exit."""

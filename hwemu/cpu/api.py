@@ -9,7 +9,7 @@ later `Cpu.run` executes it again.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -284,8 +284,12 @@ class Cpu(Protocol):
         """
         ...
 
-    def flush(self) -> None:
-        """Forget every cached translation and all translated code."""
+    def flush(self, zapped: Iterable[tuple[int, int]] | None = None) -> None:
+        """Forget every cached translation, and translated code.
+
+        ``zapped`` names every (gpa, npages) range that was zapped since the last flush: only if
+        code of these pages was translated is the translated code dropped. None: drop it.
+        """
         ...
 
     def get_regs(self) -> Regs:

@@ -11,7 +11,7 @@ One engine per vCPU; `lock` is atomic only because the vCPUs of a VM run one at 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from hwemu.arena import Arena
 from hwemu.cpu import cpuid, vmcb
@@ -28,10 +28,11 @@ from hwemu.cpu.api import (
     Sregs,
     Stage2Fault,
 )
+from hwemu.cpu.codepages import CodePages
 from hwemu.cpu.delivery import ERROR_CODE_VECTORS, Event
 from hwemu.cpu.devicebay import DeviceBay
 from hwemu.cpu.engine import Engine, Precise
-from hwemu.cpu.guestmemory import GuestFault, GuestMemory
+from hwemu.cpu.guestmemory import GuestFault, GuestMemory, Stage2Miss, Unsupported
 from hwemu.cpu.intercept import Intercepts
 from hwemu.cpu.registers import read_regs, read_sregs, write_regs
 from hwemu.cpu.syscall import enter_kernel
@@ -82,6 +83,7 @@ class SvmCpu:
             on_fault,
         )
         self._intercepts = Intercepts(self._engine, self._memory, index, cpuid_table)
+        self._code = CodePages()
         self._bay = DeviceBay(self._engine, self._memory, self._intercepts, root_hpa)
         self._engine.prove_entry()
 
@@ -107,6 +109,17 @@ class SvmCpu:
             self._bay.again = self._bay.stepping
             return
         self._intercepts.leave_fault(gpa, access)
+
+    def on_translation(self, address: int, size: int) -> None:
+        """Hook: code of the guest is translated."""
+        self._intercepts.look()
+        self._code.note(self._code_gpa, address, size)
+
+    def _code_gpa(self, address: int) -> int | None:
+        try:
+            return self._memory.translate(address, Access.EXEC, self._raw.cpl == 3)
+        except (GuestFault, Stage2Miss, Unsupported):
+            return None
 
     def on_syscall(self) -> None:
         """Hook: SYSCALL. The engine adds the instruction's length to RIP when this returns."""
@@ -202,9 +215,13 @@ class SvmCpu:
         """Make `run` return soon, from any thread (see `Cpu.kick`)."""
         self._engine.kick()
 
-    def flush(self) -> None:
-        """Forget every cached translation and all translated code."""
-        self._engine.flush()
+    def flush(self, zapped: Iterable[tuple[int, int]] | None = None) -> None:
+        """Forget cached translations, and translated code that a zap took (see `Cpu.flush`)."""
+        if zapped is None or self._code.touched_by(zapped):
+            self._engine.flush()
+            self._code.clear()
+        else:
+            self._engine.flush_tlb()
 
     # -- state ----------------------------------------------------------------------------------
 

@@ -25,9 +25,10 @@ SANS_IO = {
     "privfs.memfile", "privfs.personality", "privfs.extents", "privfs.namespace", "privfs.inode",
     "privfs.inodes", "privfs.naming", "privfs.views", "privfs.notifier.wire",
     "privfs.notifier.session", "privfs.notifier.owner", "privfs.notifier.user",
-    "kvmsim.uapi", "kvmsim.mmu", "kvmsim.memslot", "kvmsim.region", "kvmsim.attributes", "kvmsim.invalidate",
-    "kvmsim.fault", "kvmsim.exits", "kvmsim.vm",
-    "hwemu.stage2", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
+    "kvmsim.uapi", "kvmsim.mmu", "kvmsim.memslot", "kvmsim.region", "kvmsim.attributes",
+    "kvmsim.invalidate", "kvmsim.fault", "kvmsim.exits", "kvmsim.vm",
+    "hwemu.stage2",
+    "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
 }  # fmt: skip
 IMPURE = {"os", "socket", "time", "threading", "random", "trio", "pyfuse3"}
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from hwemu.cpu.api import Access, CpuExit, HltExit, KickExit, Stage2Fault
+from hwemu.cpu.api import Access, CpuExit, HltExit, KickExit, Regs, Stage2Fault
 from hwemu.stage2 import PAGE_SIZE
-from hwemu.testing import HEAP, IDT, TEXT, Machine
+from hwemu.testing import HEAP, IDT, STACK, TEXT, Machine
 
 LOAD = bytes.fromhex("48 8b 06 f4")  # mov rax,[rsi]; hlt
 
@@ -198,3 +198,50 @@ def test_guest_tables_that_change_need_the_guests_own_flush(machine: Machine) ->
     machine.write((4 << 20) + HEAP, b"\x44")
     assert cpu.run() == HltExit()
     assert (cpu.get_regs().rax, cpu.get_regs().rcx) == (0x44, 0x22)
+
+
+MOV_EAX_HLT = "b8 %02x000000 f4"  # mov eax, N; hlt
+
+
+def _code(value: int) -> bytes:
+    return bytes.fromhex(MOV_EAX_HLT % value)
+
+
+def test_a_zap_of_a_code_page_drops_its_code() -> None:
+    with Machine() as machine:
+        cpu = machine.boot(_code(1))
+        cpu.run()
+        machine.stage2.zap(TEXT, 1)
+        machine.write(TEXT, _code(2))
+        cpu.flush([(HEAP, 4), (TEXT, 1)])
+        cpu.set_regs(Regs(rip=TEXT, rsp=STACK))
+        cpu.run()
+        assert cpu.get_regs().rax == 2
+
+
+def test_a_zap_of_data_keeps_the_code() -> None:
+    with Machine() as machine:
+        cpu = machine.boot(_code(1))
+        cpu.run()
+        before = cpu._engine._translations
+        machine.stage2.zap(HEAP, 4)
+        cpu.flush([(HEAP, 4)])
+        cpu.set_regs(Regs(rip=TEXT, rsp=STACK))
+        cpu.run()
+        assert cpu.get_regs().rax == 1
+        assert cpu._engine._translations == before
+
+
+def test_both_pages_of_a_block_count() -> None:
+    """A block that begins in one page and ends in the next belongs to both."""
+    with Machine() as machine:
+        start = TEXT + PAGE_SIZE - 3  # mov's immediate lies in the next page
+        cpu = machine.boot(_code(1), at=start)
+        cpu.run()
+        machine.stage2.zap(TEXT + PAGE_SIZE, 1)
+        machine.write(start, _code(7))
+        cpu.flush([(TEXT + PAGE_SIZE, 1)])
+        assert not cpu._code.touched_by([(TEXT, 2)])  # all of it was dropped
+        cpu.set_regs(Regs(rip=start, rsp=STACK))
+        cpu.run()
+        assert cpu.get_regs().rax == 7
