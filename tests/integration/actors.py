@@ -20,7 +20,7 @@ PATIENCE = 60.0
 
 
 class Actor:
-    """``PROGRAM.py ARGUMENTS`` of this directory, its output collected line by line."""
+    """``PROGRAM.py ARGUMENTS`` of this directory, its output collected as it comes."""
 
     def __init__(self, program: str, *arguments: str | os.PathLike[str]) -> None:
         paths = os.pathsep.join([str(ROOT), str(HERE)])
@@ -42,9 +42,9 @@ class Actor:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
+        while data := os.read(self.process.stdout.fileno(), 65536):
             with self._more:
-                self.text += line.decode(errors="replace")
+                self.text += data.decode(errors="replace")
                 self._more.notify_all()
         with self._more:
             self._ended = True
