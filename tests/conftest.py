@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis  # noqa: F401 - before gc.freeze(): it looks for what refers to its PRNGs
 import psutil
 import pytest
 from mounts import Mounted, Mounter, cleared, start
