@@ -25,7 +25,7 @@ from privfs import extents
 from privfs.backing import Backing, BackingError
 from privfs.memfile import Kind, OpId, Request, Step
 from privfs.notifier import owner as core
-from privfs.notifier.fds import Peer, check_private_file, identify
+from privfs.notifier.fds import Peer, check_private_file, identify, thread_group
 from privfs.notifier.link import Hub
 from privfs.notifier.owner import Owner, Rung
 from privfs.notifier.wire import Op, Record
@@ -64,6 +64,7 @@ class Call:
 
     op: OpId
     request: Request
+    tid: int = 0  #: the thread that made it
     event: trio.Event | None = None
     outcome: core.Answer | None = None
     interrupted: bool = False
@@ -136,10 +137,14 @@ class Service:
 
     # --- system calls -------------------------------------------------------------------------
 
-    def begin(self, ino: int, request: Request, caller: int = 0) -> Call:
-        """Begin a system call on a file; ``caller`` is the process that made it."""
-        call = Call(next(self._ops), request)
+    def begin(self, ino: int, request: Request, tid: int = 0) -> Call:
+        """Begin a system call on a file, made by thread ``tid``.
+
+        Which process that is costs a look into /proc: it is taken only when a user is condemned.
+        """
+        call = Call(next(self._ops), request, tid)
         self._calls[call.op] = call
+        caller = thread_group(tid) if tid and self.owner.condemning else 0
         self._apply(self.owner.request(ino, call.op, request, caller))
         return call
 
@@ -156,10 +161,6 @@ class Service:
         assert call.outcome is not None
         if call.outcome.errno:
             raise Refused(call.outcome.errno, call.outcome.why or str(call.request))
-
-    async def call(self, ino: int, request: Request, caller: int = 0) -> None:
-        """Make a system call on a file, uninterruptible."""
-        await self.wait(self.begin(ino, request, caller))
 
     def interrupt(self, call: Call) -> None:
         """Answer EINTR if that is still safe: while queued, between chunks, before freeing.
@@ -241,7 +242,7 @@ class Service:
                 case core.Work():
                     more = self._work(effect)
                     if more is not None:
-                        todo.extendleft(reversed(more))
+                        todo.extend(more)
                 case core.Answer(op):
                     self._answer(op, effect)
                 case core.Arm(ino, op, rung):
@@ -335,13 +336,19 @@ class Service:
             with trio.move_on_after(max(pause, 0.0)):
                 await self._timer_wake.wait()
             now = time.monotonic()
-            while self._timers and self._timers[0][0] <= now:
-                _, _, ino, op, _ = heapq.heappop(self._timers)
+            while self._timers:
+                due, _, ino, op, rung = self._timers[0]
                 waiting = self.owner.waiting_for(ino, op)
-                if waiting:
-                    self._apply(self.owner.timer(ino, op, self._stopped(waiting)))
-                else:
+                if waiting and due > now:
+                    break
+                heapq.heappop(self._timers)
+                if not waiting:  # proven long ago: do not wake up for it
                     self._began.pop((ino, op), None)
+                    continue
+                if rung is Rung.CONDEMN:
+                    calls = self._calls.values()
+                    self.owner.identify({c.op: thread_group(c.tid) for c in calls if c.tid})
+                self._apply(self.owner.timer(ino, op, self._stopped(waiting)))
 
     def _stopped(self, sids: frozenset[int]) -> frozenset[int]:
         return frozenset(

@@ -33,14 +33,11 @@ OnFault: TypeAlias = Callable[[int, Access], bool]
 class Stage2Fault:
     """No second-stage leaf for ``gpa`` that allows ``access``; RIP is at the instruction.
 
-    ``is_table_walk``: the access was the guest's own page-table walk. Such an access is always a
-    WRITE to the second stage (AMD APM vol. 2, 15.25.6). The engine does not report it; it is found
-    by a bounded search through the guest's tables, and None when that gave no answer.
+    The guest's own page-table walks are WRITEs to the second stage (AMD APM vol. 2, 15.25.6).
     """
 
     gpa: int
     access: Access
-    is_table_walk: bool | None = False
 
 
 @dataclass(frozen=True, slots=True)

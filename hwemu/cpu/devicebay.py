@@ -110,7 +110,7 @@ class DeviceBay:
         except GuestFault as fault:
             self._intercepts.event = Event(fault.vector, fault.error_code, rip, fault.cr2)
         except Stage2Miss as miss:
-            return Stage2Fault(miss.gpa, miss.access, miss.is_table_walk)
+            return Stage2Fault(miss.gpa, miss.access)
         return None
 
     def add_page(self, gpa: int) -> bool:

@@ -41,11 +41,10 @@ _TABLE_ENTRY = np.uint64(ADDRESS_MASK | PRESENT | LARGE)
 class Stage2Miss(Exception):
     """The second stage does not allow ``access`` to ``gpa``."""
 
-    def __init__(self, gpa: int, access: Access, is_table_walk: bool) -> None:
+    def __init__(self, gpa: int, access: Access) -> None:
         super().__init__(f"no second-stage leaf for gpa {gpa:#x} ({access!r})")
         self.gpa = gpa
         self.access = access
-        self.is_table_walk = is_table_walk
 
 
 class GuestFault(Exception):
@@ -100,7 +99,7 @@ class GuestMemory:
 
     # -- second stage ---------------------------------------------------------------------------
 
-    def offset(self, gpa: int, access: Access, is_table_walk: bool = False) -> int:
+    def offset(self, gpa: int, access: Access) -> int:
         """Byte offset in the arena of ``gpa``; raises `Stage2Miss`."""
         write = access is Access.WRITE
         hpa = lookup(self._pool, self._pool_hpa, self._root, gpa, write)
@@ -115,7 +114,7 @@ class GuestMemory:
                     or self._on_fault is None
                     or not self._on_fault(gpa, access)
                 ):
-                    raise Stage2Miss(gpa, access, is_table_walk) from None
+                    raise Stage2Miss(gpa, access) from None
         offset = hpa - self._arena_hpa
         if not 0 <= offset < self._arena_size:
             raise Unsupported(f"gpa {gpa:#x} maps to hpa {hpa:#x} outside the arena")
@@ -142,7 +141,7 @@ class GuestMemory:
         for level in (4, 3, 2, 1):
             shift = 12 + 9 * (level - 1)
             gpa = table + (((address >> shift) & 511) << 3)
-            at = self.offset(gpa, Access.WRITE, is_table_walk=True) >> 3
+            at = self.offset(gpa, Access.WRITE) >> 3  # AMD APM vol. 2, 15.25.6
             entry = words[at]
             if not entry & PRESENT:
                 raise GuestFault(14, error, address)

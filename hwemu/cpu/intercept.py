@@ -61,11 +61,7 @@ class Intercepts:
 
     def leave_fault(self, gpa: int, access: Access) -> None:
         """From a hook: `run` returns a second-stage fault."""
-        walk: bool | None = False
-        if access == Access.WRITE:
-            self.look()
-            walk = self._memory.is_guest_table(gpa)
-        self.leave(Stage2Fault(gpa, access, walk))
+        self.leave(Stage2Fault(gpa, access))
 
     def look(self) -> None:
         """Let guest memory use the control registers of now."""
@@ -87,7 +83,7 @@ class Intercepts:
         try:
             alive = resolve(self._raw, self._memory, self._engine.rflags(), event)
         except Stage2Miss as miss:
-            return Stage2Fault(miss.gpa, miss.access, miss.is_table_walk)
+            return Stage2Fault(miss.gpa, miss.access)
         except Unsupported as why:
             self.event = None
             return CpuError(str(why))

@@ -203,7 +203,8 @@ class SvmCpu:
         fault = self._last_fault
         if fault is None or fault.gpa >> 12 != gpa >> 12:
             raise CpuStateError(f"run_mmio of gpa {gpa:#x}: the last exit was no fault there")
-        if fault.access & Access.EXEC or fault.is_table_walk:
+        self._intercepts.look()
+        if fault.access & Access.EXEC or self._memory.is_guest_table(gpa):
             return CpuError(f"gpa {gpa:#x} is a device: no code and no page table can be there")
         if self._intercepts.event is not None:
             return CpuError(f"gpa {gpa:#x} is a device: no event can be delivered to it")

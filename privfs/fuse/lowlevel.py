@@ -57,7 +57,7 @@ import pyfuse3 as pyfuse3  # noqa: E402 - only now its references bind to ours
 import trio  # noqa: E402
 from pyfuse3 import FUSEError, RequestContext  # noqa: E402
 
-from privfs.fuse.fastwait import FastTrio  # noqa: E402
+from privfs.fuse.fastwait import LOAD, FastTrio  # noqa: E402
 
 _libfuse_version = _lowlevel.bind_libfuse(str(pyfuse3.__file__))
 
@@ -268,6 +268,7 @@ _RESULTS: dict[str, tuple[type, ...]] = {
 
 async def _answer(name: str, handler: Callable[..., Awaitable[Any]], *args: Any) -> Any:
     """Call a handler; whatever goes wrong becomes a FUSEError."""
+    LOAD.handlers += 1
     try:
         result = await handler(*args)
         expected = _RESULTS[name]
@@ -279,6 +280,8 @@ async def _answer(name: str, handler: Callable[..., Awaitable[Any]], *args: Any)
     except Exception:
         log.exception("handler %s failed: the caller gets EIO, the mount goes on", name)
         raise FUSEError(errno.EIO) from None
+    finally:
+        LOAD.handlers -= 1
     return result
 
 

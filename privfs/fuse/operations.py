@@ -284,7 +284,7 @@ class Files(lowlevel.Operations):
         if ino not in self._service.owner.files:
             raise FUSEError(errno.EINVAL)
         tid = lowlevel.current_request().pid if self._service.owner.sessions else 0
-        call = self._service.begin(ino, request, thread_group(tid) if tid else 0)
+        call = self._service.begin(ino, request, tid)
         if call.outcome is None:
             with lowlevel.interruptible() as scope:
                 await self._service.settled(call)

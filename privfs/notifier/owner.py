@@ -14,7 +14,7 @@ from __future__ import annotations
 import enum
 import errno
 from collections import Counter, deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Final, NamedTuple
 
 from pyroaring import BitMap
@@ -205,7 +205,10 @@ class Owner:
         self.users[ino] = set()
 
     def request(self, ino: int, op: OpId, request: Request, caller: int = 0) -> list[Effect]:
-        """Take a system call on a file; :class:`Answer` ends it.  ``caller`` is its process."""
+        """Take a system call on a file; :class:`Answer` ends it.
+
+        ``caller`` is its process, 0 if that is not known yet (:meth:`identify`).
+        """
         if caller and any(
             s.pid == caller and s.state in (State.KILLED, State.UNPROVEN)
             for s in self.sessions.values()
@@ -215,6 +218,17 @@ class Owner:
             return [Answer(op, errno.ENOENT, f"{request}: inode {ino} has been revoked")]
         self._callers[op] = (ino, caller)
         return self._run(ino, self.files[ino].submit(op, request))
+
+    def identify(self, callers: Mapping[OpId, int]) -> None:
+        """Say which processes made calls that are under way; before a rung that may condemn."""
+        for op, caller in callers.items():
+            if op in self._callers:
+                self._callers[op] = (self._callers[op][0], caller)
+
+    @property
+    def condemning(self) -> bool:
+        """True while a user has been killed and its exit not seen: its calls must be refused."""
+        return any(s.state in (State.KILLED, State.UNPROVEN) for s in self.sessions.values())
 
     def cancel(self, op: OpId, code: int) -> list[Effect]:
         """The caller of ``op`` wants to leave; it is answered with ``code`` if still possible."""

@@ -166,7 +166,7 @@ class Walker:
         cpu.set_regs(type(regs)(rip=at, rsi=LINEAR, rdi=0x5EED, rsp=regs.rsp))
         exit_ = cpu.run()
         if isinstance(exit_, Stage2Fault):
-            assert exit_ == Stage2Fault(exit_.gpa, access, False)
+            assert exit_ == Stage2Fault(exit_.gpa, access)
             assert exit_.gpa & ~0xFFF == TARGET
             assert cpu.get_regs().rip == (LINEAR if access == Access.EXEC else at)
             code = cpu._raw.d[rawcontext.ERROR_CODE]

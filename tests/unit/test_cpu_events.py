@@ -225,7 +225,7 @@ def test_missing_stage_2_pages_suspend_a_delivery_and_do_not_lose_it(machine: Ma
     ]
     for gpa, access in expected:
         for _ in range(2):
-            assert cpu.run() == Stage2Fault(gpa, access, False)
+            assert cpu.run() == Stage2Fault(gpa, access)
             assert cpu.get_regs().rip == TEXT
         machine.holes.discard(gpa >> 12)
     assert cpu.run() == HltExit()
@@ -237,7 +237,7 @@ def test_an_exception_waits_for_its_pages_too(machine: Machine) -> None:
     machine.write(HANDLER, code("48 8b 1c 24", "f4"))
     machine.holes.add(IDT >> 12)
     cpu = machine.boot(code("0f 0b"))
-    assert cpu.run() == Stage2Fault(IDT + 6 * 16, Access.READ, False)
+    assert cpu.run() == Stage2Fault(IDT + 6 * 16, Access.READ)
     machine.holes.clear()
     assert cpu.run() == HltExit()
     assert cpu.get_regs().rbx == TEXT

@@ -53,10 +53,10 @@ def test_faults_on_page_tables_are_marked(machine: Machine) -> None:
     machine.holes.update((PML4 >> 12, PDPT >> 12, PD >> 12, HEAP >> 12))
     cpu = machine.boot(code("48 89 04 25 00 00 04 00", "f4"))  # mov [HEAP],rax
     for table in (PML4, PDPT, PD):
-        assert cpu.run() == Stage2Fault(table, Access.WRITE, True)
+        assert cpu.run() == Stage2Fault(table, Access.WRITE)
         assert cpu.get_regs().rip == TEXT
         allow(machine, table)
-    assert cpu.run() == Stage2Fault(HEAP, Access.WRITE, False)
+    assert cpu.run() == Stage2Fault(HEAP, Access.WRITE)
     allow(machine, HEAP)
     assert cpu.run() == HltExit()
 
@@ -78,7 +78,7 @@ def test_fault_exits_before_the_instruction_and_retries_it(
     machine.write(HEAP + 8, struct.pack("<Q", TEXT + len(bytes.fromhex(bytes_)) + 4))
     cpu = machine.boot(code("48 ff c3", bytes_, "90", "f4"))  # inc rbx; …; nop; hlt
     for _ in range(3):  # nothing changes: the same fault again and again
-        assert cpu.run() == Stage2Fault(gpa, access, False)
+        assert cpu.run() == Stage2Fault(gpa, access)
         regs = cpu.get_regs()
         assert (regs.rip, regs.rbx) == (TEXT + 3, 1)
     allow(machine, HEAP)
@@ -111,8 +111,8 @@ def test_string_copy_over_a_missing_page_resumes_where_it_was(machine: Machine) 
         assert cpu.get_regs().rcx == len(pattern) - done, "registers show what is done"
         allow(machine, exit_.gpa)
     assert exits == [
-        Stage2Fault(HEAP + PAGE_SIZE, Access.READ, False),
-        Stage2Fault(HEAP + 0x11000, Access.WRITE, False),
+        Stage2Fault(HEAP + PAGE_SIZE, Access.READ),
+        Stage2Fault(HEAP + 0x11000, Access.WRITE),
     ]
     assert machine.read(HEAP + 0x10000, len(pattern)) == pattern
 
@@ -138,7 +138,7 @@ def test_read_only_leaf_faults_on_the_first_write(machine: Machine) -> None:
     machine.holes.add(HEAP >> 12)
     machine.write(HEAP, b"\x05")
     cpu = machine.boot(code("48 8b 06", "48 ff 06", "f4"), rsi=HEAP)  # mov rax,[rsi]; inc [rsi]
-    assert cpu.run() == Stage2Fault(HEAP, Access.WRITE, False)
+    assert cpu.run() == Stage2Fault(HEAP, Access.WRITE)
     assert cpu.get_regs().rax == 5
     assert cpu.get_regs().rip == TEXT + 3
     allow(machine, HEAP)
@@ -150,7 +150,7 @@ def test_read_only_page_table_faults_as_a_write(machine: Machine) -> None:
     """Nested walks are user writes: AMD APM vol. 2, 15.25.5."""
     allow(machine, PML4, writable=False)
     machine.holes.add(PML4 >> 12)
-    assert machine.boot(HLT).run() == Stage2Fault(PML4, Access.WRITE, True)
+    assert machine.boot(HLT).run() == Stage2Fault(PML4, Access.WRITE)
 
 
 def test_large_leaves_work_and_split(machine: Machine) -> None:
@@ -161,19 +161,19 @@ def test_large_leaves_work_and_split(machine: Machine) -> None:
     assert machine.faults == []
     machine.holes.add(HEAP >> 12)
     machine.boot(code("48 89 06", "f4"), rsi=HEAP)
-    assert cpu.run() == Stage2Fault(HEAP, Access.WRITE, False)
+    assert cpu.run() == Stage2Fault(HEAP, Access.WRITE)
 
 
 def test_jump_into_a_hole_is_a_fetch_fault(machine: Machine) -> None:
     machine.holes.add(HEAP >> 12)
     machine.write(HEAP, HLT)
     cpu = machine.boot(code("ff e0"), rax=HEAP)  # jmp rax
-    assert cpu.run() == Stage2Fault(HEAP, Access.EXEC, False)
+    assert cpu.run() == Stage2Fault(HEAP, Access.EXEC)
     assert cpu.get_regs().rip == HEAP
     assert cpu.run_mmio(HEAP) == CpuError(
         f"gpa {HEAP:#x} is a device: no code and no page table can be there"
     )
-    assert cpu.run() == Stage2Fault(HEAP, Access.EXEC, False)
+    assert cpu.run() == Stage2Fault(HEAP, Access.EXEC)
     allow(machine, HEAP)
     assert cpu.run() == HltExit()
 
@@ -182,7 +182,7 @@ def test_instruction_over_a_page_boundary_into_a_hole(machine: Machine) -> None:
     end = HEAP + PAGE_SIZE
     machine.holes.add(end >> 12)
     cpu = machine.boot(code("48 b8 88 77 66 55 44 33 22 11", "f4"), at=end - 4)  # mov rax,imm64
-    assert cpu.run() == Stage2Fault(end, Access.EXEC, False)
+    assert cpu.run() == Stage2Fault(end, Access.EXEC)
     assert cpu.get_regs().rip == end - 4
     allow(machine, end)
     assert cpu.run() == HltExit()
@@ -202,7 +202,7 @@ def test_shared_bit_reaches_the_other_half(machine: Machine) -> None:
     machine.stage2.zap(shared | HEAP, 1)
     cpu.flush()
     machine.boot(code("48 89 07", "f4"), rdi=(2 << 20) | HEAP)
-    assert cpu.run() == Stage2Fault(shared | HEAP, Access.WRITE, False)
+    assert cpu.run() == Stage2Fault(shared | HEAP, Access.WRITE)
 
 
 def test_another_process_may_write_the_pages(machine: Machine) -> None:

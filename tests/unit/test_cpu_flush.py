@@ -72,7 +72,7 @@ def test_zapped_page_faults_after_a_flush(machine: Machine) -> None:
     machine.holes.add(HEAP >> 12)
     assert again(machine, 0, rsi=HEAP) == HltExit()
     cpu.flush()
-    assert again(machine, 0, rsi=HEAP) == Stage2Fault(HEAP, Access.READ, False)
+    assert again(machine, 0, rsi=HEAP) == Stage2Fault(HEAP, Access.READ)
 
 
 def test_each_vcpu_has_its_own_translations(machine: Machine) -> None:
@@ -82,7 +82,7 @@ def test_each_vcpu_has_its_own_translations(machine: Machine) -> None:
     machine.stage2.zap(HEAP, 1)
     machine.holes.add(HEAP >> 12)
     machine.cpus[0].flush()
-    assert again(machine, 0, rsi=HEAP) == Stage2Fault(HEAP, Access.READ, False)
+    assert again(machine, 0, rsi=HEAP) == Stage2Fault(HEAP, Access.READ)
     assert again(machine, 1, rsi=HEAP) == HltExit()
 
 

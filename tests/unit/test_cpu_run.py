@@ -314,7 +314,7 @@ def test_a_state_the_processor_cannot_use_is_an_error_or_a_fault() -> None:
         cpu = machine.boot(HLT)
         cpu.set_sregs(replace(machine.sregs(), cr3=machine.size))
         fault = cpu.run()
-        assert fault == Stage2Fault(machine.size, fault.access, True)  # type: ignore[union-attr]
+        assert fault == Stage2Fault(machine.size, fault.access)  # type: ignore[union-attr]
 
 
 def test_calls_that_do_not_fit_the_state_are_named(machine: Machine) -> None:

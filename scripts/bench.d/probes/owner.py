@@ -41,15 +41,14 @@ async def main(path: str, file: str, count: int) -> None:
             with trio.fail_after(_USER_SECONDS):
                 while not service.owner.users[ino]:
                     await trio.sleep(0.005)
-            await service.call(ino, Resize(16 * PAGE_SIZE))
+            await service.wait(service.begin(ino, Resize(16 * PAGE_SIZE)))
             for index in range(_WARM_UP + count):
                 if index == _WARM_UP:
                     service.latencies.recent.clear()
                 page = 5 * PAGE_SIZE, PAGE_SIZE
-                await service.call(ino, Fallocate(FALLOC_FL_KEEP_SIZE, *page))
-                await service.call(
-                    ino, Fallocate(FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, *page)
-                )
+                await service.wait(service.begin(ino, Fallocate(FALLOC_FL_KEEP_SIZE, *page)))
+                punch = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+                await service.wait(service.begin(ino, Fallocate(punch, *page)))
             latencies = service.latencies
             found = {
                 "p50_ns": latencies.percentile(0.5) * 1e9,
