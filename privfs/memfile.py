@@ -7,7 +7,7 @@ each step comes back in (:meth:`MemFile.step_done`).  A rule that is broken rais
 :class:`~privfs.personality.Refused` or answers :class:`Done` with an errno and changes nothing.
 
 The order of a destructive operation is the contract of this project: *invalidate, prove, free,
-answer*.  :data:`STEPS` states it once; no other code decides it.  Compare
+answer*.  :data:`~privfs.operation.STEPS` states it; no other code decides it.  Compare
 ``kvm_gmem_punch_hole()`` in ``virt/kvm/guest_memfd.c``: begin, truncate, end under one lock.
 
 Operations whose ranges overlap wait for each other in order of arrival (:data:`COMPATIBLE`), as
@@ -22,120 +22,39 @@ from __future__ import annotations
 import enum
 import errno
 from collections.abc import Hashable
-from dataclasses import dataclass
-from typing import Final, NamedTuple
 
 from pyroaring import BitMap
 
 from privfs import extents
+from privfs.budget import Budget
+from privfs.operation import (
+    COMPATIBLE,
+    KINDS,
+    MAX_PAGES,
+    STEPS,
+    Claim,
+    Destroy,
+    Done,
+    Effect,
+    Fallocate,
+    FaultIn,
+    Kind,
+    Operation,
+    OpId,
+    Perform,
+    Request,
+    Resize,
+    Settled,
+    Step,
+)
 from privfs.personality import (
-    MAX_BYTES,
     PAGE_SIZE,
-    Action,
     BeyondEof,
     Personality,
     Refused,
     fallocate_rule,
     resize_rule,
 )
-
-MAX_PAGES: Final = MAX_BYTES // PAGE_SIZE
-OpId = Hashable
-
-
-class Step(enum.Enum):
-    """What the shell performs for an operation."""
-
-    INVALIDATE = "invalidate"  #: every user proves that it cannot reach the range
-    FREE = "free"
-    ALLOCATE = "allocate"
-
-
-class Kind(enum.Enum):
-    """Kinds of operation."""
-
-    ALLOCATE = "allocate"
-    FAULT = "fault"
-    PUNCH = "punch"
-    ZERO = "zero"
-    RESIZE = "resize"
-    DESTROY = "destroy"
-
-
-STEPS: Final[dict[Kind, tuple[Step, ...]]] = {
-    Kind.ALLOCATE: (Step.ALLOCATE,),
-    Kind.FAULT: (Step.ALLOCATE,),
-    Kind.PUNCH: (Step.INVALIDATE, Step.FREE),
-    Kind.ZERO: (Step.INVALIDATE, Step.FREE, Step.ALLOCATE),
-    Kind.RESIZE: (Step.INVALIDATE, Step.FREE),
-    Kind.DESTROY: (Step.INVALIDATE, Step.FREE),
-}
-
-#: Kinds that may overlap each other in time; every other overlapping pair queues, and so do
-#: any two operations that change the size.
-COMPATIBLE: Final = frozenset({Kind.ALLOCATE, Kind.FAULT})
-
-_KINDS: Final = {
-    Action.ALLOCATE: Kind.ALLOCATE,
-    Action.PUNCH: Kind.PUNCH,
-    Action.ZERO: Kind.ZERO,
-}
-
-
-class Fallocate(NamedTuple):
-    """``fallocate(mode, offset, length)``; bytes."""
-
-    mode: int
-    offset: int
-    length: int
-
-
-class Resize(NamedTuple):
-    """``ftruncate(size)``; bytes."""
-
-    size: int
-
-
-class FaultIn(NamedTuple):
-    """A guest touched a hole: allocate exactly this page."""
-
-    page: int
-
-
-class Destroy(NamedTuple):
-    """The file goes: invalidate and free everything."""
-
-
-Request = Fallocate | Resize | FaultIn | Destroy
-
-
-class Perform(NamedTuple):
-    """Effect: perform ``step`` on ``[start, end)`` and report :meth:`MemFile.step_done`.
-
-    ``dead`` names the extents, as ``(index, instance)``, that FREE ends for good.
-    """
-
-    op: OpId
-    step: Step
-    kind: Kind
-    start: int
-    end: int
-    dead: tuple[tuple[int, int], ...] = ()
-
-
-class Done(NamedTuple):
-    """Effect: answer the caller of ``op``; errno 0 is success."""
-
-    op: OpId
-    errno: int
-    why: str = ""
-
-
-class Settled(NamedTuple):
-    """Effect: an operation has left; parked faults of this file may run again."""
-
-
-Effect = Perform | Done | Settled
 
 
 class Look(enum.Enum):
@@ -144,76 +63,6 @@ class Look(enum.Enum):
     PRESENT = "present"
     HOLE = "hole"
     PARK = "park"
-
-
-class Budget:
-    """Pages that a mount may hold: ``used`` counts allocated pages and reservations."""
-
-    __slots__ = ("total", "used")
-
-    def __init__(self, total: int, used: int = 0) -> None:
-        self.total = total
-        self.used = used
-
-    def reserve(self, pages: int) -> None:
-        """Reserve or raise ``ENOSPC`` and change nothing."""
-        if self.used + pages > self.total:
-            raise Refused(
-                errno.ENOSPC,
-                f"{pages} pages wanted, {self.total - self.used} of {self.total} left: "
-                "punch holes, or mount with a larger -o size=",
-            )
-        self.used += pages
-
-    def copy(self) -> Budget:
-        """Return an independent copy."""
-        return Budget(self.total, self.used)
-
-
-@dataclass(slots=True)
-class _Active:
-    """An operation that has begun.  ``left`` are its steps to come, the first one under way."""
-
-    op: OpId
-    kind: Kind
-    start: int
-    end: int
-    size: int | None  #: bytes, set when the operation succeeds
-    left: tuple[Step, ...]
-    reserved: int
-    answered: bool = False  #: the caller is gone: acks are collected, nothing is freed
-    failed: int = 0  #: errno of an allocation that is being undone
-
-    def copy(self) -> _Active:
-        return _Active(
-            self.op, self.kind, self.start, self.end,
-            self.size, self.left, self.reserved, self.answered, self.failed,
-        )  # fmt: skip
-
-    def key(self) -> Hashable:
-        return (
-            self.op, self.kind.value, self.start, self.end,
-            self.size, len(self.left), self.answered, self.failed,
-        )  # fmt: skip
-
-
-class _Claim(NamedTuple):
-    kind: Kind
-    start: int
-    end: int
-    sizes: bool = False  #: may change the size of the file, or undo that
-
-    def excludes(self, other: _Claim) -> bool:
-        """Say whether two operations must not run at the same time.
-
-        Those that change the size never do, as behind ``inode_lock()``: the later one computes
-        its size from the earlier one's, and a growth that is undone frees up to its old size.
-        """
-        if self.sizes and other.sizes:
-            return True
-        if self.kind in COMPATIBLE and other.kind in COMPATIBLE:
-            return False
-        return self.start < other.end and other.start < self.end
 
 
 class MemFile:
@@ -234,7 +83,7 @@ class MemFile:
         self.dead = False
         self._budget = budget
         self._next_instance = 1
-        self._active: list[_Active] = []
+        self._active: list[Operation] = []
         self._admitting = False
         self._waiting: list[tuple[OpId, Request]] = []
 
@@ -396,7 +245,7 @@ class MemFile:
 
     # --- the machine --------------------------------------------------------------------------
 
-    def _claim(self, request: Request) -> _Claim:
+    def _claim(self, request: Request) -> Claim:
         """Name the pages that a request concerns; raise what it is refused with today."""
         if self.dead:
             raise Refused(errno.ENOENT, f"{request}: the file is gone")
@@ -406,22 +255,21 @@ class MemFile:
                 end = min(-(-(offset + length) // PAGE_SIZE), MAX_PAGES)
                 start = min(offset // PAGE_SIZE, end)
                 sizes = self._new_size(request) is not None
-                return _Claim(_KINDS[row.action], start, end, sizes)
+                return Claim(KINDS[row.action], start, end, sizes)
             case Resize(size):
                 resize_rule(self.personality, size, self.size)
-                return _Claim(Kind.RESIZE, min(size, self.size) // PAGE_SIZE, MAX_PAGES, True)
+                return Claim(Kind.RESIZE, min(size, self.size) // PAGE_SIZE, MAX_PAGES, True)
             case FaultIn(page):
-                return _Claim(Kind.FAULT, page, page + 1)
+                return Claim(Kind.FAULT, page, page + 1)
             case Destroy():
-                return _Claim(Kind.DESTROY, 0, MAX_PAGES)
+                return Claim(Kind.DESTROY, 0, MAX_PAGES)
 
-    def _must_wait(self, claim: _Claim, ahead: list[tuple[OpId, Request]]) -> bool:
+    def _must_wait(self, claim: Claim, ahead: list[tuple[OpId, Request]]) -> bool:
         return any(claim.excludes(other) for other in self._claims(ahead))
 
-    def _claims(self, waiting: list[tuple[OpId, Request]] | None = None) -> list[_Claim]:
+    def _claims(self, waiting: list[tuple[OpId, Request]] | None = None) -> list[Claim]:
         claims = [
-            _Claim(a.kind, a.start, a.end, a.size is not None or a.failed != 0)
-            for a in self._active
+            Claim(a.kind, a.start, a.end, a.size is not None or a.failed != 0) for a in self._active
         ]
         for _, request in self._waiting if waiting is None else waiting:
             try:
@@ -454,7 +302,9 @@ class MemFile:
                 reserved -= held
         except Refused as refused:
             return [Done(op, refused.errno, str(refused))]
-        active = _Active(op, claim.kind, claim.start, claim.end, size, STEPS[claim.kind], reserved)
+        active = Operation(
+            op, claim.kind, claim.start, claim.end, size, STEPS[claim.kind], reserved
+        )
         self._active.append(active)
         return self._advance(active)
 
@@ -468,7 +318,7 @@ class MemFile:
                     return offset + length
         return None
 
-    def _advance(self, active: _Active) -> list[Effect]:
+    def _advance(self, active: Operation) -> list[Effect]:
         """Emit the next step that has something to do, or finish."""
         while active.left:
             step = active.left[0]
@@ -478,7 +328,7 @@ class MemFile:
             active.left = active.left[1:]
         return self._leave(active, Done(active.op, active.failed))
 
-    def _needless(self, active: _Active, step: Step) -> bool:
+    def _needless(self, active: Operation, step: Step) -> bool:
         """A page that is not allocated is mapped by nobody: nothing to invalidate or free."""
         if active.kind is Kind.DESTROY:
             return False  # users must learn that the file is gone
@@ -487,7 +337,7 @@ class MemFile:
             return held == active.end - active.start
         return not held and not self._doomed(active)
 
-    def _doomed(self, active: _Active) -> tuple[tuple[int, int], ...]:
+    def _doomed(self, active: Operation) -> tuple[tuple[int, int], ...]:
         """Extents that lie wholly in a range that leaves the file."""
         if active.kind not in (Kind.RESIZE, Kind.DESTROY):
             return ()
@@ -498,7 +348,7 @@ class MemFile:
             if extents.extent_range(index)[0] * PAGE_SIZE >= floor
         )
 
-    def _allocated(self, active: _Active, upto: int | None) -> None:
+    def _allocated(self, active: Operation, upto: int | None) -> None:
         start, end = active.start, active.start if upto is None else upto
         added = 0
         if end > start:
@@ -511,7 +361,7 @@ class MemFile:
         self._budget.used += added - active.reserved
         active.reserved = 0
 
-    def _freed(self, active: _Active) -> None:
+    def _freed(self, active: Operation) -> None:
         gone = self.pages.range_cardinality(active.start, active.end)
         self.pages.remove_range(active.start, active.end)
         for index, _ in self._doomed(active):
@@ -523,7 +373,7 @@ class MemFile:
         if active.kind is Kind.DESTROY:
             self.dead = True
 
-    def _leave(self, active: _Active, done: Done | None) -> list[Effect]:
+    def _leave(self, active: Operation, done: Done | None) -> list[Effect]:
         """Remove an operation and let the next ones begin.
 
         The caller is answered before what queued behind it begins; parked faults come last.
@@ -563,7 +413,7 @@ class MemFile:
         self._admitting = False
         return effects
 
-    def _find(self, op: OpId) -> _Active:
+    def _find(self, op: OpId) -> Operation:
         for active in self._active:
             if active.op == op:
                 return active

@@ -23,12 +23,13 @@ import trio
 
 from privfs import extents
 from privfs.backing import Backing, BackingError
-from privfs.memfile import Kind, OpId, Request, Step
-from privfs.notifier import owner as core
+from privfs.notifier import effects as core
+from privfs.notifier.effects import Rung
 from privfs.notifier.fds import Peer, check_private_file, identify, thread_group
 from privfs.notifier.link import Hub
-from privfs.notifier.owner import Owner, Rung
+from privfs.notifier.owner import Owner
 from privfs.notifier.wire import Op, Record
+from privfs.operation import Kind, OpId, Request, Step
 from privfs.personality import Personality, Refused
 
 log = logging.getLogger(__name__)

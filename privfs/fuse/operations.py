@@ -22,9 +22,9 @@ from privfs.fuse import lowlevel
 from privfs.fuse.live import LiveFiles
 from privfs.fuse.lowlevel import pyfuse3
 from privfs.inode import Attributes, Kind, NamespaceError
-from privfs.memfile import Fallocate, Request, Resize
 from privfs.namespace import Namespace
 from privfs.notifier.fds import thread_group
+from privfs.operation import Fallocate, Request, Resize
 from privfs.personality import (
     FALLOC_FL_KEEP_SIZE,
     PAGE_SIZE,

@@ -13,12 +13,14 @@ from typing import Any, Self
 from contract_values import INO, Call, Proc, Release, Setup, grow, punch
 from contract_world import ContractWorld
 
-from privfs.memfile import Effect as FileEffect
-from privfs.memfile import Kind, Look, MemFile, OpId, Perform, Step
-from privfs.notifier.owner import Effect, Owner, Send
+from privfs.memfile import Look, MemFile
+from privfs.notifier.effects import Effect, Send
+from privfs.notifier.owner import Owner
 from privfs.notifier.session import Event, Session
 from privfs.notifier.user import Happening, User, Zap
 from privfs.notifier.wire import Op, Record
+from privfs.operation import Effect as FileEffect
+from privfs.operation import Kind, OpId, Perform, Step
 
 Found = tuple[int, bool] | int | None
 

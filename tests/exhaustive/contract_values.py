@@ -6,10 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from privfs.memfile import Fallocate, OpId, Perform, Request, Resize
-from privfs.notifier.owner import Rung
+from privfs.notifier.effects import Rung
 from privfs.notifier.user import Granted, User
 from privfs.notifier.wire import Record
+from privfs.operation import Fallocate, OpId, Perform, Request, Resize
 from privfs.personality import PAGE_SIZE, RESIZABLE, Personality
 
 INO = 1

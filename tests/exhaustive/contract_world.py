@@ -32,21 +32,12 @@ from contract_values import (
     resize,
 )
 
-from privfs.memfile import Fallocate, MemFile, OpId, Step
-from privfs.notifier.owner import (
-    Answer,
-    Arm,
-    Drop,
-    Effect,
-    Forget,
-    Kill,
-    Owner,
-    Rung,
-    Send,
-    Work,
-)
+from privfs.memfile import MemFile
+from privfs.notifier.effects import Answer, Arm, Drop, Effect, Forget, Kill, Rung, Send, Work
+from privfs.notifier.owner import Owner
 from privfs.notifier.user import Denied, Granted, Registered, User, Zap
 from privfs.notifier.wire import Op, Record
+from privfs.operation import Fallocate, OpId, Step
 from privfs.personality import PAGE_SIZE
 
 UNFAIR = frozenset({"call", "cancel", "hang", "close", "kill", "unregister", "register", "sample"})

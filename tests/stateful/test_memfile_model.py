@@ -21,15 +21,14 @@ from hypothesis.stateful import (
     rule,
 )
 
-from privfs.memfile import (
+from privfs.budget import Budget
+from privfs.memfile import Look, MemFile
+from privfs.operation import (
     COMPATIBLE,
-    Budget,
     Done,
     Effect,
     Fallocate,
     FaultIn,
-    Look,
-    MemFile,
     Perform,
     Request,
     Resize,

@@ -24,10 +24,11 @@ ARROWS = {
 SANS_IO = {
     "privfs.memfile", "privfs.personality", "privfs.extents", "privfs.namespace", "privfs.inode",
     "privfs.inodes", "privfs.naming", "privfs.views", "privfs.notifier.wire",
-    "privfs.notifier.session", "privfs.notifier.owner", "privfs.notifier.user",
+    "privfs.notifier.session", "privfs.notifier.owner", "privfs.notifier.ownerstate",
+    "privfs.notifier.effects", "privfs.notifier.user", "privfs.operation", "privfs.budget",
     "kvmsim.uapi", "kvmsim.mmu", "kvmsim.memslot", "kvmsim.region", "kvmsim.attributes",
     "kvmsim.invalidate", "kvmsim.fault", "kvmsim.exits", "kvmsim.vm",
-    "hwemu.stage2",
+    "kvmsim.script", "hwemu.stage2",
     "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
 }  # fmt: skip
 IMPURE = {"os", "socket", "time", "threading", "random", "trio", "pyfuse3"}

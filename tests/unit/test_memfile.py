@@ -9,19 +9,18 @@ from dataclasses import dataclass, field
 import pytest
 
 from privfs import extents
-from privfs.memfile import (
+from privfs.budget import Budget
+from privfs.memfile import Look, MemFile
+from privfs.operation import (
     COMPATIBLE,
     MAX_PAGES,
     STEPS,
-    Budget,
     Destroy,
     Done,
     Effect,
     Fallocate,
     FaultIn,
     Kind,
-    Look,
-    MemFile,
     Perform,
     Request,
     Resize,

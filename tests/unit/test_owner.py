@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from privfs.memfile import Fallocate, Request, Resize, Step
-from privfs.notifier.owner import (
+from privfs.notifier.effects import (
     Answer,
     Arm,
     Drop,
@@ -18,13 +17,14 @@ from privfs.notifier.owner import (
     Forget,
     Kill,
     Note,
-    Owner,
     Rung,
     Send,
     Work,
 )
+from privfs.notifier.owner import Owner
 from privfs.notifier.session import State
 from privfs.notifier.wire import MAX_GRANT, VERSION, Flag, Op, Reason, Record, label_words
+from privfs.operation import Fallocate, Request, Resize, Step
 from privfs.personality import GUEST_MEMFD, PAGE_SIZE, RESIZABLE, Personality
 
 INO = 5

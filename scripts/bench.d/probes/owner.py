@@ -17,7 +17,7 @@ import sys
 
 import trio
 
-from privfs.memfile import Fallocate, Resize
+from privfs.operation import Fallocate, Resize
 from privfs.personality import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE, PERSONALITIES
 from privfs.service import Service
 
