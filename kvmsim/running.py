@@ -119,6 +119,7 @@ class RunningVm:
         self._stopping = False
         self._last = 0
         self._slice_over = False
+        self._reclaimed = 0
         self._runner: threading.Thread | None = None
         self._ticker: threading.Thread | None = None
         self._ended = threading.Event()
@@ -275,6 +276,9 @@ class RunningVm:
         """Do what was posted, then take the next runnable vCPU in turn; None at the end."""
         while True:
             with self._work:
+                if self._reclaimed != self.shootdown.epoch:
+                    self._reclaimed = self.shootdown.epoch
+                    self.stage2.reclaim()  # no engine of this VM is in the middle of a walk here
                 while not self._inbox and not self._stopping:
                     if self._slice_over:
                         self._slice_over = False

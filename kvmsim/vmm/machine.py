@@ -326,7 +326,7 @@ class Machine:
             return Stop(
                 StopReason.MEMORY,
                 1,
-                f"{what}: still refused after {state.repeated} tries, and it is {side} already: "
-                f"{exit.reason or 'no reason given'}",
+                f"{what}: {exit.reason or 'refused for no given reason'} "
+                f"(refused {state.repeated} times, and it is {side} already)",
             )
         return Resume()

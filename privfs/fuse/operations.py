@@ -21,6 +21,7 @@ import trio
 from privfs.fuse import lowlevel
 from privfs.fuse.live import LiveFiles
 from privfs.fuse.lowlevel import pyfuse3
+from privfs.fuse.scans import Scans
 from privfs.inode import Attributes, Kind, NamespaceError
 from privfs.namespace import Namespace
 from privfs.notifier.fds import thread_group
@@ -59,7 +60,7 @@ def _translated(
 
 
 class Files(lowlevel.Operations):
-    """The file system of one mount.  File handles are inode numbers."""
+    """The file system of one mount.  Handles of private files are their inode numbers."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False
@@ -69,6 +70,7 @@ class Files(lowlevel.Operations):
         self._names = names
         self._service = service
         self._live = live
+        self._scans = Scans(names)
         self._throttle = lowlevel.ReadThrottle()
         self._personality = service.owner.personality
 
@@ -133,26 +135,20 @@ class Files(lowlevel.Operations):
 
     @_translated
     async def opendir(self, ino: int, ctx: RequestContext) -> int:
-        self._names.open(ino)
-        return ino
+        return self._scans.open(ino)
 
     @_translated
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
-        while True:
-            batch = self._names.readdir(fh, start_id, 64)
-            for entry in batch:
-                attributes = self._attributes(self._names.attributes(entry.ino))
-                if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie):
-                    return
-                if entry.name not in (b".", b".."):
-                    self._names.remember(entry.ino)
-                start_id = entry.cookie
-            if not batch:
+        for entry in self._scans.read(fh, start_id):
+            attributes = self._attributes(self._names.attributes(entry.ino))
+            if not pyfuse3.readdir_reply(token, entry.name, attributes, entry.cookie):
                 return
+            if entry.name not in (b".", b".."):
+                self._names.remember(entry.ino)
 
     @_translated
     async def releasedir(self, fh: int) -> None:
-        self._bury(self._names.release(fh))
+        self._bury(self._scans.close(fh))
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for ino, lookups in inode_list:

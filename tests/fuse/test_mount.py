@@ -200,6 +200,12 @@ def test_open_with_trunc_frees(mount: Mounter) -> None:
     mounted.audit()
 
 
+def test_the_budget_is_half_of_the_memory_unless_told(tmp_path: Path) -> None:
+    done = privfs("run", "--", "sh", "-c", 'stat -f -c "%b %S" "$PRIVFS"')
+    blocks, unit = map(int, done.stdout.split())
+    assert (blocks, unit) == (os.sysconf("SC_PHYS_PAGES") // 2, PAGE)
+
+
 def test_enospc_changes_nothing(mount: Mounter) -> None:
     mounted = mount("size=2M")
     with opened(mounted.path / "f") as fd:
@@ -454,3 +460,15 @@ def test_two_mounts_know_nothing_of_each_other(mount: Mounter) -> None:
     with opened(second.path / "f") as fd:
         fallocate(fd, KEEP_SIZE, 0, MIB)
     assert used(second) == MIB
+
+
+def test_a_scan_ends_although_each_name_it_reads_makes_another(mount: Mounter) -> None:
+    place = mount().path
+    (place / "0").touch()
+    seen = 0
+    with os.scandir(place) as entries:
+        for entry in entries:
+            seen += 1
+            (place / f"{entry.name}+{seen}"[-200:]).touch()
+            assert seen < 10_000
+    assert seen <= 3
