@@ -19,6 +19,7 @@ import pytest
 
 READY_SECONDS = 20
 END_SECONDS = 15
+BUDGET = "1G"
 
 
 @dataclass(slots=True)
@@ -93,6 +94,8 @@ Mounter = Callable[..., Mounted]
 
 
 def start(path: Path, options: tuple[str, ...], log_path: Path) -> Mounted:
+    """Mount, with a budget that a test which allocates too much cannot harm the machine with."""
+    options = (f"size={BUDGET}", *options)
     ready, theirs = os.pipe()
     with open(log_path, "wb") as log:
         process = subprocess.Popen(

@@ -73,7 +73,7 @@ mv a/b/g a/b/c/h; chmod 640 a/f; mkdir gone; rmdir gone; : > gone2; rm gone2
 mv -T a/b/c a/moved; cp -a a/b/soft copied; touch -d '2001-02-03 04:05:06 UTC' a/f
 truncate -s 8192 a/moved/h
 shown -printf '%P %y %m %n %s %l\\n'
-stat -c '%n %F %a %h %s %Y' a/f a/b/hard a/moved/h
+stat -c '%n %F %a %h %s' a/f a/b/hard a/moved/h; stat -c %Y a/f
 ls -R a; readlink a/b/soft; test a/f -ef a/b/hard
 rm -r a/moved; rmdir a 2>&1 || echo refused; rm nothing 2>&1 || echo refused
 mkdir a 2>&1 || echo refused; ln a/b x 2>&1 || echo refused; mv a a/b/ 2>&1 || echo refused
