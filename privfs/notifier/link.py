@@ -176,6 +176,8 @@ class Hub:
                 await self._read(sid, line)
 
     async def _watch(self, sid: int, line: _Line) -> None:
+        if self._lines.get(sid) is not line:
+            return  # its first frame ended it: the pidfd is closed, its number perhaps another's
         try:
             await trio.lowlevel.wait_readable(line.peer.pidfd)
         except trio.ClosedResourceError:
