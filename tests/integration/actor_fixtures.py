@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from actors import Actor, Cast
+
+from kvmsim.emulator import prepare_process
+from kvmsim.hostmem import HostMemory
 
 
 @pytest.fixture(scope="session")
@@ -33,3 +37,14 @@ def actor(mount: object) -> Iterator[Cast]:
     finally:
         for one in cast:
             one.close()
+
+
+@pytest.fixture
+def host() -> Iterator[HostMemory]:
+    """Make this process fit to be an emulator."""
+    interval = sys.getswitchinterval()
+    prepare_process()
+    host = HostMemory()
+    yield host
+    host.close()
+    sys.setswitchinterval(interval)

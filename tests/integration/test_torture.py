@@ -20,11 +20,10 @@ import torture
 from actors import HERE, PATIENCE
 from mounts import Mounted, cleared
 
-from kvmsim.emulator import prepare_process
 from kvmsim.hostmem import HostMemory
 from kvmsim.running import RunningVm, Vcpu
 
-pytest_plugins = ["guest_fixtures"]
+pytest_plugins = ["guest_fixtures", "actor_fixtures"]
 pytestmark = pytest.mark.fuse
 
 RAM = 16 << 20
@@ -62,7 +61,7 @@ def watchful(tmp_path: Path) -> Iterator[Watchful]:
         with open(log_path, "wb") as log, open(ready, "rb") as stream:
             process = subprocess.Popen(
                 [sys.executable, HERE / "watchful.py", *arguments, "mount",
-                 f"--ready-fd={theirs}", "--", path],
+                 f"--ready-fd={theirs}", "-osize=1G", "--", path],
                 pass_fds=[theirs], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
             os.close(theirs)
@@ -78,16 +77,6 @@ def watchful(tmp_path: Path) -> Iterator[Watchful]:
         finally:
             left = cleared(mounted)
         assert not left
-
-
-@pytest.fixture
-def host() -> Iterator[HostMemory]:
-    interval = sys.getswitchinterval()
-    prepare_process()
-    host = HostMemory()
-    yield host
-    host.close()
-    sys.setswitchinterval(interval)
 
 
 def run(

@@ -16,8 +16,9 @@ from typing import Any
 
 from privfs import memfile
 from privfs.cli.main import main
-from privfs.memfile import Kind, MemFile, Step
-from privfs.notifier.owner import Work
+from privfs.memfile import MemFile
+from privfs.notifier.effects import Work
+from privfs.operation import Kind, Step
 from privfs.service import Call, Service
 
 log = logging.getLogger("watchful")
