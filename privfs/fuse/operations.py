@@ -187,6 +187,8 @@ class Files(lowlevel.Operations):
                 metadata_rule(self._personality, "chown")
             elif fields.update_atime or fields.update_mtime:
                 metadata_rule(self._personality, "utimens")
+            else:
+                metadata_rule(self._personality, "chown")  # chown(-1, -1): SETATTR of nothing
         elif fields.update_size:
             raise FUSEError(errno.EINVAL)
         changed = self._names.setattr(
