@@ -32,6 +32,13 @@ FALLOC_FL_KEEP_SIZE: Final = 0x01
 FALLOC_FL_PUNCH_HOLE: Final = 0x02
 FALLOC_FL_ZERO_RANGE: Final = 0x10
 
+#: The modes that ``vfs_fallocate()`` passes on to a file: it looks at the end of their ranges
+#: before any file may refuse the mode.  COLLAPSE 0x08, INSERT 0x20, UNSHARE 0x40 (with and without
+#: KEEP_SIZE) and WRITE_ZEROES 0x80 are known to it, not to any of our files.
+_VFS_MODES: Final = frozenset(
+    {0x00, 0x01, 0x03, 0x08, 0x10, 0x11, 0x20, 0x40, 0x41, 0x80}
+)  # fmt: skip
+
 
 class Refused(Exception):
     """A request that the personality refuses; nothing has changed.
@@ -187,18 +194,18 @@ def fallocate_rule(
 ) -> FallocateRow:
     """Look up one ``fallocate``; return its row or raise :class:`Refused`.
 
-    The order of the checks is the kernel's: vfs first (negative or empty range, then
-    overflow), then the mode, then alignment, then the end of the file.
+    The order of the checks is the kernel's: vfs first (negative or empty range, modes that no
+    file has, overflow), then the file's modes, then alignment, then the end of the file.
     """
     what = f"fallocate(mode={mode:#x}, offset={offset}, length={length}) on {size} bytes"
     if offset < 0 or length <= 0:
         raise Refused(errno.EINVAL, f"{what}: offset must be >= 0 and length > 0")
+    end = offset + length
+    if mode in _VFS_MODES and end > MAX_LFS_FILESIZE:
+        raise Refused(errno.EFBIG, f"{what}: the range ends past {MAX_LFS_FILESIZE}")
     row = who.fallocate.get(mode)
     if row is None:
         raise Refused(errno.EOPNOTSUPP, f"{what}: {who.name} files do not support this mode")
-    end = offset + length
-    if end > MAX_LFS_FILESIZE:
-        raise Refused(errno.EFBIG, f"{what}: the range ends past {MAX_LFS_FILESIZE}")
     if row.aligned and (offset % PAGE_SIZE or length % PAGE_SIZE):
         raise Refused(errno.EINVAL, f"{what}: offset and length must be multiples of {PAGE_SIZE}")
     grows = end > size and row.beyond_eof is BeyondEof.GROW
@@ -216,9 +223,11 @@ def fallocate_rule(
 def resize_rule(who: Personality, new_size: int, size: int) -> None:
     """Raise :class:`Refused` unless the file may change from ``size`` to ``new_size`` bytes."""
     what = f"truncate to {new_size} of a file of {size} bytes"
+    if new_size < 0:
+        raise Refused(errno.EINVAL, f"{what}: a size is never negative")  # do_truncate
     if who.resizing is Resizing.ONCE and size:
         raise Refused(who.resize_errno, f"{what}: the size of a {who.name} file is set once")
-    if new_size < 0 or new_size % PAGE_SIZE:
+    if new_size % PAGE_SIZE:
         raise Refused(errno.EINVAL, f"{what}: the size must be a multiple of {PAGE_SIZE}")
     if new_size > MAX_BYTES:
         raise Refused(errno.EFBIG, f"{what}: the largest file is {MAX_BYTES} bytes")
