@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Rows: reading, writing, splicing, copying, hints, io_uring, aio.
+
+A file without read_iter and write_iter lacks FMODE_CAN_READ and FMODE_CAN_WRITE: EINVAL from
+``vfs_read()``; one without llseek lacks FMODE_PREAD and FMODE_PWRITE: ESPIPE from
+``ksys_pread64()`` (``fs/read_write.c``).  v7 answered EPERM in ``shmem_file_read_iter()``.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Final
+
+from privfs.testing.conformance import probes_io as probe
+from privfs.testing.conformance.row import PAGE, SIZE, Outcome, Probe, Row, fuse, row
+
+_RW: Final = "vfs_read, vfs_write: FMODE_CAN_READ, FMODE_CAN_WRITE"
+_POSITIONED: Final = "ksys_pread64: FMODE_PREAD"
+_OTHERS: Final = ("guest_memfd", "shim", "resizable")
+
+
+def _moved(name: str, call: Probe, *arguments: Any, memfd: Outcome, gm: Outcome = "EINVAL",
+           v7: Outcome = "EPERM", **more: Any) -> Row:  # fmt: skip
+    more.setdefault("source", _RW)
+    return row(name, call, *arguments, gm=gm, memfd=memfd, v7=v7, **more)
+
+
+def _positioned(name: str, call: Probe, *arguments: Any, memfd: Outcome, v7: Outcome = "EPERM",
+                v7_too: Outcome = "", answer: Outcome = "EINVAL") -> Row:  # fmt: skip
+    """A call at an offset: a mount is seekable, so it reaches the refusal of reading."""
+    differs = fuse("seekable", answer, only=_OTHERS)
+    if v7_too:
+        differs += fuse("seekable", v7_too, only=("v7",))
+    return row(name, call, *arguments, gm="ESPIPE", memfd=memfd, v7=v7, source=_POSITIONED,
+               fuse=differs)  # fmt: skip
+
+
+_PLAIN: Final = [
+    _moved("read", probe.read, PAGE, memfd=str(PAGE)),
+    _moved("read.zero-bytes", probe.read, 0, memfd="0", fuse=fuse("zero-bytes", "0")),
+    _moved("read.kernel-pointer", probe.read_into, "kernel", memfd="EFAULT", v7="EFAULT",
+           fuse=fuse("read-iter", "EFAULT")),
+    _moved("read.bad-pointer", probe.read_into, "unmapped", memfd="EFAULT",
+           fuse=fuse("pins-first", "EFAULT", only=("v7",))
+           + fuse("pins-first", direct_io="EFAULT")),
+    _moved("write", probe.write, PAGE, memfd=str(PAGE)),
+    _moved("write.zero-bytes", probe.write, 0, memfd="0", v7="0", fuse=fuse("zero-bytes", "0")),
+    _moved("readv", probe.readv, 1, memfd=str(PAGE)),
+    _moved("readv.no-vectors", probe.readv, 0, memfd="0", v7="0",
+           fuse=fuse("zero-bytes", "0")),
+    _moved("writev", probe.writev, 1, memfd=str(PAGE)),
+    _moved("writev.no-vectors", probe.writev, 0, memfd="0", v7="0",
+           fuse=fuse("zero-bytes", "0")),
+    _positioned("pread", probe.pread, 0, PAGE, memfd=str(PAGE)),
+    _positioned("pread.past-eof", probe.pread, 2 * SIZE, PAGE, memfd="0", v7="0"),
+    row("pread.negative", probe.pread, -PAGE, PAGE, gm="EINVAL", memfd="EINVAL",
+        source=_POSITIONED),
+    _positioned("pread.zero-bytes", probe.pread, 0, 0, memfd="0", answer="0", v7_too="0"),
+    _positioned("pwrite", probe.pwrite, 0, PAGE, memfd=str(PAGE)),
+    _positioned("pwrite.past-eof", probe.pwrite, 2 * SIZE, PAGE, memfd=str(PAGE)),
+    _positioned("pwrite.zero-bytes", probe.pwrite, 0, 0, memfd="0", v7="0", answer="0"),
+    _positioned("preadv", probe.preadv, 0, memfd=str(PAGE)),
+    _positioned("pwritev", probe.pwritev, 0, memfd=str(PAGE)),
+    _positioned("preadv2", probe.preadv2, 0, 0, memfd=str(PAGE)),
+    _moved("preadv2.position", probe.preadv2, -1, 0, memfd=str(PAGE)),
+    _positioned("preadv2.nowait", probe.preadv2, 0, 8, memfd="EOPNOTSUPP",
+                v7="EOPNOTSUPP", answer="EOPNOTSUPP"),
+    _positioned("preadv2.high-priority", probe.preadv2, 0, 1, memfd=str(PAGE)),
+    _positioned("preadv2.unknown-flag", probe.preadv2, 0, 1 << 20, memfd="EOPNOTSUPP",
+                v7="EOPNOTSUPP", answer="EOPNOTSUPP"),
+    _positioned("pwritev2.append", probe.pwritev2, 0, 0x10, memfd=str(PAGE)),
+    _positioned("pwritev2.sync", probe.pwritev2, 0, 4, memfd=str(PAGE)),
+    _moved("pwritev2.position", probe.pwritev2, -1, 0, memfd=str(PAGE)),
+]  # fmt: skip
+
+_SPLICED: Final = [
+    _moved("splice.from", probe.splice_from, None, memfd=str(PAGE)),
+    _moved("splice.from-offset", probe.splice_from, 0, memfd=str(PAGE)),
+    _moved(
+        "splice.from-past-eof",
+        probe.splice_from,
+        2 * SIZE,
+        memfd="0",
+        v7="0",
+        fuse=fuse("page-cache-splice", direct_io="0"),
+    ),
+    _moved("splice.to", probe.splice_to, None, memfd=str(PAGE)),
+    _moved("splice.to-offset", probe.splice_to, 0, memfd=str(PAGE)),
+    _moved("tee", probe.tee, memfd="EINVAL", v7="EINVAL", source="do_tee: pipes only"),
+    _moved("sendfile.from", probe.sendfile_from, None, memfd=str(PAGE)),
+    _positioned("sendfile.from-offset", probe.sendfile_from, 0, memfd=str(PAGE)),
+    _moved("sendfile.to", probe.sendfile_to, memfd=str(PAGE)),
+]
+_XDEV: Final = "generic_copy_file_checks, vfs_copy_file_range"
+_COPIED: Final = [
+    row("copy_file_range.from", probe.copy_from, gm="EXDEV", memfd=str(PAGE), v7="EPERM",
+        source=_XDEV, fuse=fuse("other-mount", "EXDEV", only=("v7",))),
+    row("copy_file_range.from-zero-bytes", probe.copy_from, 0, gm="EXDEV", memfd="0",
+        source=_XDEV, fuse=fuse("other-mount", "EXDEV", only=("v7",))),
+    row("copy_file_range.flags", probe.copy_from, PAGE, 2, gm="EINVAL", memfd="EINVAL",
+        source=_XDEV),
+    row("copy_file_range.to", probe.copy_to, gm="EXDEV", memfd=str(PAGE), v7="EPERM",
+        source=_XDEV, fuse=fuse("other-mount", "EXDEV", only=("v7",))),
+    row("copy_file_range.self", probe.copy_self, 4 * PAGE, gm="EINVAL", memfd=str(PAGE),
+        v7="EPERM", source=_XDEV),
+    row("copy_file_range.self-overlapping", probe.copy_self, 16, gm="EINVAL", memfd="EINVAL",
+        source=_XDEV),
+]  # fmt: skip
+
+_ADVICE: Final = {
+    "normal": os.POSIX_FADV_NORMAL, "random": os.POSIX_FADV_RANDOM,
+    "sequential": os.POSIX_FADV_SEQUENTIAL, "willneed": os.POSIX_FADV_WILLNEED,
+    "dontneed": os.POSIX_FADV_DONTNEED, "noreuse": os.POSIX_FADV_NOREUSE,
+}  # fmt: skip
+_HINTS: Final = [
+    row("readahead", probe.readahead, gm="EINVAL", memfd="0",
+        source="ksys_readahead: a_ops and S_ISREG", fuse=fuse("readahead", "0")),
+    *(
+        row(f"fadvise.{name}", probe.fadvise, advice, gm="0", memfd="0",
+            source="generic_fadvise")
+        for name, advice in _ADVICE.items()
+    ),
+    row("fadvise.unknown", probe.fadvise, 99, gm="EINVAL", memfd="EINVAL",
+        source="generic_fadvise"),
+    row("fadvise.negative-length", probe.fadvise, 0, -1, gm="EINVAL", memfd="EINVAL",
+        source="generic_fadvise"),
+    row("sync_file_range", probe.sync_file_range, 0, PAGE, 7, gm="0", memfd="0",
+        source="sync_file_range"),
+    row("sync_file_range.bad-flags", probe.sync_file_range, 0, PAGE, 0x80, gm="EINVAL",
+        memfd="EINVAL", source="sync_file_range"),
+    row("sync_file_range.negative", probe.sync_file_range, -1, PAGE, 0, gm="EINVAL",
+        memfd="EINVAL", source="sync_file_range"),
+    row("cachestat", probe.cachestat, 0, gm="0", memfd="0", v7=None, shim="0",
+        source="cachestat", since=(6, 5)),
+    row("cachestat.bad-flags", probe.cachestat, 1, gm="EINVAL", memfd="EINVAL", v7=None,
+        shim="EINVAL", source="cachestat", since=(6, 5)),
+]  # fmt: skip
+
+_URING: Final = "io_uring: as the system call"
+_RINGS: Final = [
+    _moved("io_uring.read", probe.uring_read, 0, memfd=str(PAGE), source=_URING),
+    _moved("io_uring.read-position", probe.uring_read, -1, memfd=str(PAGE), source=_URING),
+    _moved("io_uring.write", probe.uring_write, 0, memfd=str(PAGE), source=_URING),
+    _moved("io_uring.splice", probe.uring_splice_from, memfd=str(PAGE), source=_URING),
+    row("io_uring.fallocate-allocate", probe.uring_fallocate, 0, 0, PAGE, gm="EOPNOTSUPP",
+        memfd="0", shim="0", source=_URING),
+    row("io_uring.fallocate-keep", probe.uring_fallocate, 1, 0, PAGE, gm="0", memfd="0",
+        source=_URING),
+    row("io_uring.fallocate-punch", probe.uring_fallocate, 3, 0, PAGE, gm="0", memfd="0",
+        source=_URING),
+    row("io_uring.fallocate-punch-unaligned", probe.uring_fallocate, 3, 1, PAGE, gm="EINVAL",
+        memfd="0", v7="EINVAL", source=_URING),
+    row("io_uring.fsync", probe.uring_fsync, False, gm="EINVAL", memfd="0", resizable="0",
+        source=_URING),
+    row("io_uring.fdatasync", probe.uring_fsync, True, gm="EINVAL", memfd="0", resizable="0",
+        source=_URING),
+    row("io_uring.ftruncate", probe.uring_ftruncate, 2 * SIZE, gm="EINVAL", memfd="0",
+        v7="EPERM", shim="EPERM", resizable="0", source=_URING, since=(6, 9)),
+    row("io_uring.sync_file_range", probe.uring_sync_file_range, gm="0", memfd="0",
+        source=_URING),
+    row("io_uring.fadvise", probe.uring_fadvise, os.POSIX_FADV_WILLNEED, gm="0", memfd="0",
+        source=_URING),
+    _moved("aio.pread", probe.aio, "PREAD", memfd=str(PAGE), source="aio_read"),
+    _moved("aio.pwrite", probe.aio, "PWRITE", memfd=str(PAGE), source="aio_write"),
+    row("aio.fsync", probe.aio, "FSYNC", gm="EINVAL", memfd="0", resizable="0",
+        source="aio_fsync"),
+    row("aio.fdsync", probe.aio, "FDSYNC", gm="EINVAL", memfd="0", resizable="0",
+        source="aio_fsync"),
+]  # fmt: skip
+
+ROWS: Final = [*_PLAIN, *_SPLICED, *_COPIED, *_HINTS, *_RINGS]
