@@ -9,7 +9,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Final, NoReturn
 
 import click
 
@@ -21,6 +21,9 @@ from privfs.cli.run import run
 from privfs.cli.show import map_, stat, status
 from privfs.cli.verbosity import Verbosity
 from privfs.doctor import versions
+
+#: Set by the shell when it wants completions (click).
+_COMPLETION: Final = "_PRIVFS_COMPLETE"
 
 
 def _print_versions(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
@@ -55,10 +58,16 @@ def call(arguments: list[str]) -> int:
     if is_helper_call(arguments, list(cli.commands)):
         command = helper
     try:
-        if not arguments:
+        if not arguments and _COMPLETION not in os.environ:
             click.echo(cli.get_help(click.Context(cli, info_name="privfs")), err=True)
             return Exit.USAGE
-        status = command.main(arguments, prog_name="privfs", obj=settings, standalone_mode=False)
+        status = command.main(
+            arguments,
+            prog_name="privfs",
+            complete_var=_COMPLETION,
+            obj=settings,
+            standalone_mode=False,
+        )
         return status if isinstance(status, int) else Exit.OK
     except BaseException as error:
         code, text = _explain(error)

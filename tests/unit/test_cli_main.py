@@ -36,6 +36,16 @@ def test_help_is_printed_without_arguments(capsys: pytest.CaptureFixture[str]) -
     assert "Usage: privfs" in capsys.readouterr().out
 
 
+def test_the_shell_gets_completions(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_PRIVFS_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "privfs st")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    assert call([]) == Exit.OK
+    assert capsys.readouterr().out.split() == ["plain,stat", "plain,status"]
+
+
 def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(["--version"]) == Exit.OK
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
