@@ -83,6 +83,21 @@ class Actor:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
+    def stop(self) -> None:
+        """SIGSTOP it; when this returns, no thread of it runs."""
+        self.process.send_signal(signal.SIGSTOP)
+        until(lambda: self.states() == {"T"}, "stopped")
+
+    def states(self) -> set[str]:
+        """Return the states of its threads, as in proc_pid_stat(5)."""
+        found = set()
+        for stat in Path(f"/proc/{self.pid}/task").glob("*/stat"):
+            try:
+                found.add(stat.read_text().rpartition(")")[2].split()[0])
+            except OSError:
+                continue  # it has just ended
+        return found
+
     def kill(self) -> None:
         """End it with SIGKILL, and see that it ends: a process in state D would not."""
         self.process.kill()

@@ -49,18 +49,7 @@ def storm(actor: Cast, path: Path, count: int, seed: int = 0) -> Actor:
 
 def no_sleepers(*actors: Actor) -> None:
     """Assert that no thread is in uninterruptible sleep for longer than a moment."""
-
-    def states() -> set[str]:
-        found = set()
-        for one in actors:
-            for stat in Path(f"/proc/{one.pid}/task").glob("*/stat"):
-                try:
-                    found.add(stat.read_text().rpartition(")")[2].split()[0])
-                except OSError:
-                    continue  # it has just ended
-        return found
-
-    until(lambda: "D" not in states(), "no process in state D")
+    until(lambda: all("D" not in one.states() for one in actors), "no thread in state D")
 
 
 def settled(mounted: Mounted) -> None:

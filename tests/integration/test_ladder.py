@@ -67,7 +67,7 @@ def test_a_stopped_user_gets_more_time(mount: Mounter, actor: Cast) -> None:
     mounted = mount(SHORT)
     path = private_file(mounted)
     stopped = user(actor, path, "ack")
-    stopped.signal(signal.SIGSTOP)
+    stopped.stop()
     caller = puncher(actor, path)
     until(lambda: mounted.ask("status")["sessions"][0]["unacknowledged"] == 1, "invalidation")
     asked = time.monotonic()
@@ -83,7 +83,7 @@ def test_but_not_for_ever(mount: Mounter, actor: Cast, t_ack: str) -> None:
     mounted = mount(f"t_ack={t_ack}", expected_log=KILLING)
     path = private_file(mounted)
     stopped = user(actor, path, "ack")
-    stopped.signal(signal.SIGSTOP)
+    stopped.stop()
     puncher(actor, path).expect("done 1 0")
     assert stopped.wait() == -signal.SIGKILL
 
@@ -195,7 +195,7 @@ def test_a_condemned_caller_gets_an_error_and_dies(
         hung.send(f"fallocate {path} 0 1")
     else:
         held = user(actor, other, "ack")
-        held.signal(signal.SIGSTOP)  # has more time than the one that hangs
+        held.stop()  # has more time than the one that hangs
         hung.send(f"fallocate {other} 0 1")
         until(lambda: bool(mounted.stat("other")["operations"]), "its call")
         puncher(actor, path).expect("done 1 0")

@@ -171,8 +171,7 @@ def test_a_vm_with_files_of_two_mounts(mount: Mounter, host: HostMemory, image: 
         for mounted in mounts:
             assert [s["user"].split("(")[0] for s in mounted.ask("status")["sessions"]] == ["vm0"]
             mounted.audit()
-    for mounted in mounts:
-        until(lambda mounted=mounted: mounted.ask("status")["sessions"] == [], "goodbye")
+    until(lambda: all(mounted.ask("status")["sessions"] == [] for mounted in mounts), "goodbye")
 
 
 def test_a_vm_ends_when_one_of_its_two_mounts_is_killed(

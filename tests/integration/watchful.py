@@ -14,11 +14,10 @@ import logging
 import sys
 from typing import Any
 
-from privfs import memfile
 from privfs.cli.main import main
 from privfs.memfile import MemFile
 from privfs.notifier.effects import Work
-from privfs.operation import Kind, Step
+from privfs.operation import STEPS, Kind, Step
 from privfs.service import Call, Service
 
 log = logging.getLogger("watchful")
@@ -50,7 +49,7 @@ def free_first() -> None:
             return False
         return _needless(self, active, step)
 
-    memfile.STEPS[Kind.PUNCH] = (Step.FREE, Step.INVALIDATE)
+    STEPS[Kind.PUNCH] = (Step.FREE, Step.INVALIDATE)
     MemFile._needless = needless  # type: ignore[method-assign]
 
 
