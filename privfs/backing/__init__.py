@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The memory of private files: extents, each one memfd, of what the machine offers."""
+"""The memory of private files: extents, each one memfd, of a store that the mount chose."""
 
+from privfs.backing.choice import STORES, choose
 from privfs.backing.memory import Backing, BackingError, Extent, Finding, Statistics
+from privfs.backing.store import Store, StoreError
 
-__all__ = ["Backing", "BackingError", "Extent", "Finding", "Statistics"]
+__all__ = [
+    "STORES", "Backing", "BackingError", "Extent", "Finding", "Statistics", "Store", "StoreError",
+    "choose",
+]  # fmt: skip

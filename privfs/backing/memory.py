@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The memory of private files: one memfd for each extent.
 
-An extent's memfd is created at its first allocation, with the size of the whole extent (sparse),
-sealed F_SEAL_GROW and F_SEAL_SEAL, belongs to one range of one file for all its life, and dies by
-ftruncate(0). Because of F_SEAL_GROW (memfd_create(2), fcntl(2)) nobody, not even a user that holds
+An extent's memfd comes from the mount's store at its first allocation, with the size of the whole
+extent (sparse), sealed F_SEAL_GROW and F_SEAL_SEAL, belongs to one range of one file for all its
+life, and dies by ftruncate(0). Because of F_SEAL_GROW (memfd_create(2), fcntl(2)) nobody, not even a user that holds
 a descriptor of it, can make the dead memfd hold memory again: every old mapping answers SIGBUS.
 F_SEAL_SEAL keeps users from adding F_SEAL_SHRINK or F_SEAL_WRITE, which would make our own
 ftruncate(0) or hole punch fail with EPERM (shmem_setattr, shmem_fallocate in mm/shmem.c).
@@ -18,35 +18,24 @@ Units: file pages of 4096 bytes, ranges half-open ``[start, end)``.
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import fcntl
 import os
 import resource
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from privfs.extents import PAGE_SIZE, extent_range, split
+from privfs.backing.shmem import Shmem
+from privfs.backing.store import Store
+from privfs.extents import PAGE_SIZE, chunks, extent_range, split
 
 BLOCK_SIZE = 512  # the unit of st_blocks, stat(2)
 FD_HEADROOM = 256  # descriptors left to sockets, pidfds, worker threads and the mount
 
-_FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
-_FALLOC_FL_PUNCH_HOLE = 2
-_MFD_NOEXEC_SEAL = 8  # linux/memfd.h, Linux 6.3; vm.memfd_noexec=2 refuses a memfd without it
-_SEALS = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _ADVICE = {
     errno.EMFILE: "raise the limit on open files (ulimit -n, LimitNOFILE=)",
     errno.ENFILE: "raise the system's limit on open files (fs.file-max)",
-    errno.ENOMEM: "free memory, or raise the memory limit of the daemon's cgroup",
-    errno.ENOSPC: "free memory, or allow more overcommit (vm.overcommit_memory)",
 }
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_fallocate = _libc.fallocate
-_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_fallocate.restype = ctypes.c_int
 
 
 class BackingError(Exception):
@@ -109,43 +98,19 @@ class Statistics:
     bytes_held: int
 
 
-def _call_fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """Call fallocate(2), again after EINTR; raise OSError. os.fallocate does not exist."""
-    while _fallocate(fd, mode, offset, length) != 0:
-        code = ctypes.get_errno()
-        if code != errno.EINTR:
-            raise OSError(code, os.strerror(code))
-
-
-def _create_memfd(name: str, pages: int) -> int:
-    """Return a new sealed memfd of *pages* pages, all holes. Raises OSError."""
-    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-    try:
-        fd = os.memfd_create(name, flags | _MFD_NOEXEC_SEAL)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        fd = os.memfd_create(name, flags)
-    try:
-        os.ftruncate(fd, pages * PAGE_SIZE)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
 class Backing:
     """All extents of all files of one mount.
 
     extent_limit is the number of memfds that may be alive at a time; without it, the soft
-    RLIMIT_NOFILE of now, less FD_HEADROOM.
+    RLIMIT_NOFILE of now, less FD_HEADROOM. ``store`` is the kind of memory, shmem by default:
+    ranges to allocate or punch must be multiples of its page size (ValueError).
     """
 
-    def __init__(self, extent_limit: int | None = None) -> None:
+    def __init__(self, extent_limit: int | None = None, store: Store | None = None) -> None:
         if extent_limit is None:
             soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             extent_limit = max(0, soft - FD_HEADROOM)
+        self.store: Store = store if store is not None else Shmem()
         self._extent_limit = extent_limit
         self._files: dict[int, dict[int, Extent]] = {}
         self._alive = 0
@@ -157,26 +122,39 @@ class Backing:
     def allocate(self, ino: int, start: int, end: int) -> None:
         """Allocate the file pages [start, end); pages already there keep their contents.
 
-        Raises BackingError: ENOSPC when memory or descriptors ran out. A fallocate that fails
-        undoes itself within its extent (shmem_fallocate), so [start, error.completed) is allocated
-        then, and beyond it what was allocated before.
+        Raises BackingError: ENOSPC when memory or descriptors ran out. What fails is undone as
+        far as the store undoes it, so [start, error.completed) is allocated then, and beyond it
+        what was allocated before.
         """
-        for index, first, last in split(start, end):
+        self._require_whole("allocate", ino, start, end)
+        advice = {**_ADVICE, **self.store.advice}
+        for index, low, high in split(start, end):
+            first = low
             try:
                 extent = self._files.get(ino, {}).get(index) or self._create(ino, index)
-                offset = (first - extent.start) * PAGE_SIZE
-                _call_fallocate(extent.fd, 0, offset, (last - first) * PAGE_SIZE)
+                for first, last in chunks(low, high, self.store.undoes // PAGE_SIZE):
+                    offset = (first - extent.start) * PAGE_SIZE
+                    self.store.allocate(extent.fd, offset, (last - first) * PAGE_SIZE)
             except OSError as error:
                 code = error.errno or errno.EIO
-                why = _ADVICE.get(code, os.strerror(code))
+                why = advice.get(code, "see the errors before it")
                 raise BackingError(
-                    errno.ENOSPC if code in _ADVICE else code,
+                    errno.ENOSPC if code in advice else code,
                     "allocate",
                     ino,
                     (start, end),
                     first,
                     f"extent {index}: {os.strerror(code)}; {why}",
                 ) from error
+
+    def _require_whole(self, operation: str, ino: int, start: int, end: int) -> None:
+        """Raise ValueError for a part of a page: a store would round it, or only zero it."""
+        unit = self.store.page_size // PAGE_SIZE
+        if start % unit or end % unit:
+            raise ValueError(
+                f"{operation}: file {ino}, pages [{start:#x}, {end:#x}): {self.store.name} pages "
+                f"have {self.store.page_size} bytes"
+            )
 
     def _create(self, ino: int, index: int) -> Extent:
         """Create extent *index* of a file. Raises OSError; EMFILE at the limit of this Backing."""
@@ -188,7 +166,8 @@ class Backing:
             generation = self._created
         start, end = extent_range(index)
         try:
-            fd = _create_memfd(f"privfs:{ino}:{index}:{generation}", end - start)
+            name = f"privfs:{ino}:{index}:{generation}"
+            fd = self.store.create(name, (end - start) * PAGE_SIZE)
         except BaseException:
             with self._lock:
                 self._alive -= 1
@@ -207,13 +186,12 @@ class Backing:
         pages; a later touch through such a mapping would allocate, which audit() finds. Raises
         OSError only if the kernel fails, which a memfd under our seals gives no cause for.
         """
+        self._require_whole("punch", ino, start, end)
         for index, first, last in split(start, end):
             extent = self._files.get(ino, {}).get(index)
-            if extent is None:
-                continue
-            mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-            offset = (first - extent.start) * PAGE_SIZE
-            _call_fallocate(extent.fd, mode, offset, (last - first) * PAGE_SIZE)
+            if extent is not None:
+                offset = (first - extent.start) * PAGE_SIZE
+                self.store.punch(extent.fd, offset, (last - first) * PAGE_SIZE)
 
     def kill(self, ino: int, index: int) -> None:
         """End one extent: its memory is freed and can never come back. Unknown: nothing to do."""
@@ -225,7 +203,7 @@ class Backing:
             if not extents:
                 del self._files[ino]
         try:
-            os.ftruncate(extent.fd, 0)
+            self.store.end(extent.fd)
         finally:
             os.close(extent.fd)
             with self._lock:
@@ -268,28 +246,17 @@ class Backing:
 
     def blocks(self, ino: int) -> int:
         """Return the memory that a file holds, in blocks of 512 bytes (sum of st_blocks)."""
-        return sum(os.fstat(extent.fd).st_blocks for extent in self.extents(ino))
+        return sum(self.store.held(extent.fd) for extent in self.extents(ino)) // BLOCK_SIZE
 
     def resident(self, ino: int) -> Iterator[tuple[int, int]]:
         """Yield the ranges of touched file pages, ascending, each as long as can be.
 
-        By SEEK_DATA and SEEK_HOLE (lseek(2)). A page that was allocated but never touched counts
-        as a hole there (mapping_seek_hole_data skips folios that are not uptodate, mm/filemap.c);
-        allocated a second time, it counts as touched (SGP_FALLOC clears it, shmem_get_folio_gfp).
+        What "touched" means, and whether it can be known, is the store's (:meth:`Store.touched`).
         """
         run: tuple[int, int] | None = None
         for extent in self.extents(ino):
-            offset = 0
-            while True:
-                try:
-                    offset = os.lseek(extent.fd, offset, os.SEEK_DATA)
-                except OSError as error:
-                    if error.errno != errno.ENXIO:
-                        raise
-                    break
-                first = extent.start + offset // PAGE_SIZE
-                offset = os.lseek(extent.fd, offset, os.SEEK_HOLE)
-                last = extent.start + offset // PAGE_SIZE
+            for low, high in self.store.touched(extent.fd):
+                first, last = extent.start + low // PAGE_SIZE, extent.start + high // PAGE_SIZE
                 if run is not None and run[1] == first:
                     run = run[0], last
                     continue
@@ -308,7 +275,8 @@ class Backing:
         ``reallocated``: touched pages that the bitmap does not have (a user touched memory after
         it had acknowledged its loss), from the first such page of a run to the run's end;
         ``held``: st_blocks does not add up to allocated_pages, which also sees pages that lie
-        allocated and untouched. To be called while no operation on the file is under way.
+        allocated and untouched, and on a store that does not locate it is all that is found. To be
+        called while no operation on the file is under way.
         """
         findings = []
         for start, end in self.resident(ino):

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which store a mount gets: what ``-o backing=`` and ``pagesize=`` may say."""
+
+from __future__ import annotations
+
+import errno
+from typing import Final
+
+from privfs.backing.hugetlb import DEFAULT_PAGE_SIZE, Hugetlb, text
+from privfs.backing.shmem import Shmem
+from privfs.backing.store import Store, StoreError
+
+#: Kinds of memory, and of which pages.
+STORES: Final = {
+    "shmem": "pages of 4K, the default",
+    "hugetlb": "huge pages that the administrator has reserved",
+}
+#: Kinds that are asked for and cannot be had, and why.
+REFUSED: Final = {
+    "secretmem": "a memfd_secret(2) takes no seals, cannot be punched, is given a size only once "
+    "and tells nobody what it holds: memory could not be taken from users that keep a descriptor, "
+    "nor audited; shmem is hidden from other processes too, see docs/backing.md",
+}
+
+
+def choose(name: str = "shmem", page_size: int = 0) -> Store:
+    """Return a store that works now; ``page_size`` in bytes, 0 for its default.
+
+    Raises StoreError: EOPNOTSUPP for a refused kind, EINVAL for an unknown kind or a page size
+    that it does not have, ENOSPC or ENOMEM where no page of it is to be had.
+    """
+    if name in REFUSED:
+        raise StoreError(errno.EOPNOTSUPP, f"backing={name} is not offered: {REFUSED[name]}")
+    if name == "hugetlb":
+        store = Hugetlb(page_size or DEFAULT_PAGE_SIZE)
+        store.require_pool()
+        return store
+    if name != "shmem":
+        raise StoreError(errno.EINVAL, f"backing={name}: choose {' or '.join(STORES)}")
+    if page_size not in (0, Shmem.page_size):
+        raise StoreError(
+            errno.EINVAL,
+            f"pagesize={text(page_size)}: shmem has pages of 4K; whether it uses transparent huge "
+            "pages is set in /sys/kernel/mm/transparent_hugepage/shmem_enabled; for others: "
+            "backing=hugetlb",
+        )
+    return Shmem()

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Huge pages from the pools of hugetlbfs(5): reserved by the administrator, never split.
+
+hugetlbfs_fallocate (fs/hugetlbfs/inode.c) rounds an allocation out to whole huge pages and only
+zeroes what a punch leaves of them; so everything that comes here is whole ones, and a file on this
+store refuses the rest.  Its seek is generic_file_llseek: nobody can ask which pages are there,
+only how many (st_blocks).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Final
+
+from privfs.backing.store import MemfdStore, StoreError
+from privfs.extents import PAGE_SIZE, SMALL_EXTENT_PAGES
+
+_MFD_HUGETLB: Final = 4  # linux/memfd.h
+_MFD_HUGE_SHIFT: Final = 26
+POOLS: Final = Path("/sys/kernel/mm/hugepages")
+DEFAULT_PAGE_SIZE: Final = 2 << 20
+
+
+class Hugetlb(MemfdStore):
+    """memfds of huge pages of ``page_size`` bytes."""
+
+    name: str = "hugetlb"
+    locates: bool = False
+
+    def __init__(self, page_size: int = DEFAULT_PAGE_SIZE) -> None:
+        check_page_size(page_size)
+        self.page_size = page_size
+        # A fallocate that fails part-way keeps what it got: one huge page at a time tells how many.
+        self.undoes = page_size
+        self._flags = _MFD_HUGETLB | (page_size.bit_length() - 1) << _MFD_HUGE_SHIFT
+        room = f"free huge pages, or enlarge the pool: {enlarge(page_size)}"
+        self.advice: Mapping[int, str] = {errno.ENOSPC: room, errno.ENOMEM: room}
+
+    def touched(self, fd: int) -> Iterator[tuple[int, int]]:
+        """Yield nothing: hugetlbfs does not say."""
+        return iter(())
+
+    def require_pool(self) -> None:
+        """Raise StoreError unless a huge page can be had now.  Tried, then given back."""
+        try:
+            fd = self.create("privfs:trial", self.page_size)
+            try:
+                self.allocate(fd, 0, self.page_size)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise StoreError(
+                error.errno,
+                f"no huge page of {text(self.page_size)} can be had ({error.strerror}); "
+                f"reserve some: {enlarge(self.page_size)}",
+            ) from error
+
+    def pool_bytes(self) -> int:
+        """Return what the pool may hold in all, in bytes, used or not."""
+        return sum(pool_counts(self.page_size)) * self.page_size
+
+
+def check_page_size(page_size: int) -> None:
+    """Raise StoreError unless extents can be made of pages of so many bytes here."""
+    most = SMALL_EXTENT_PAGES * PAGE_SIZE
+    if page_size > most:
+        raise StoreError(
+            errno.EINVAL,
+            f"pagesize={text(page_size)}: memory comes in extents from {text(most)} on, which no "
+            f"larger page fits into",
+        )
+    if not _pool(page_size).is_dir():
+        known = sorted(int(p.name.split("-")[1][:-2]) << 10 for p in POOLS.glob("hugepages-*kB"))
+        kinds = ", ".join(text(size) for size in known if size <= most) or "none"
+        raise StoreError(
+            errno.EINVAL, f"pagesize={text(page_size)}: this kernel has huge pages of: {kinds}"
+        )
+
+
+def pool_counts(page_size: int) -> tuple[int, int]:
+    """Return the pages of a pool and those that it may add when they are wanted."""
+    pool = _pool(page_size)
+    return (
+        int((pool / "nr_hugepages").read_text()),
+        int((pool / "nr_overcommit_hugepages").read_text()),
+    )
+
+
+def enlarge(page_size: int) -> str:
+    """Return the command that enlarges a pool."""
+    meminfo = Path("/proc/meminfo").read_text()
+    if f"Hugepagesize: {page_size >> 10:>10} kB" in meminfo:  # the one that the sysctl is about
+        return "sysctl -w vm.nr_hugepages=N"
+    return f"echo N > {_pool(page_size)}/nr_hugepages"
+
+
+def text(size: int) -> str:
+    """Write a page size as ``pagesize=`` reads it."""
+    return f"{size >> 20}M" if size >= 1 << 20 else f"{size >> 10}K"
+
+
+def _pool(page_size: int) -> Path:
+    return POOLS / f"hugepages-{page_size >> 10}kB"

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a store of memory must be able to do, whatever kind of pages it hands out.
+
+A store makes the memfds of extents and performs on one of them what the extents' keeper asks for;
+it remembers nothing about them.  Every store keeps two promises: a memfd that was ended can never
+hold memory again, whoever else has a descriptor of it (F_SEAL_GROW), and what memory a memfd
+holds can be counted to the page.  A kind of memory that cannot keep both has no store.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from typing import Final, Protocol
+
+_FALLOC_FL_KEEP_SIZE: Final = 1  # linux/falloc.h
+_FALLOC_FL_PUNCH_HOLE: Final = 2
+_MFD_NOEXEC_SEAL: Final = 8  # linux/memfd.h, Linux 6.3; vm.memfd_noexec=2 refuses one without it
+_SEALS: Final = fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_BLOCK: Final = 512  # the unit of st_blocks, stat(2)
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+_fallocate.restype = ctypes.c_int
+
+
+class Store(Protocol):
+    """One kind of memory.  All offsets and lengths are bytes, multiples of ``page_size``."""
+
+    name: str  #: as ``-o backing=`` writes it
+    page_size: int  #: bytes that come and go together
+    undoes: int  #: bytes: an allocation that fails within such a piece leaves nothing of it
+    locates: bool  #: whether :meth:`touched` knows; where not, an audit can only count
+    advice: Mapping[int, str]  #: errno of an allocation that ran out → what to do
+
+    def create(self, name: str, size: int) -> int:
+        """Return a new memfd of ``size`` bytes, all holes, that nobody can grow.  OSError."""
+
+    def allocate(self, fd: int, offset: int, length: int) -> None:
+        """Give a range memory; what has some keeps its contents.  OSError."""
+
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        """Give the memory of a range back; every mapping loses it.  OSError."""
+
+    def end(self, fd: int) -> None:
+        """Give all memory back, for good.  OSError."""
+
+    def held(self, fd: int) -> int:
+        """Return the bytes of memory that the memfd holds."""
+
+    def touched(self, fd: int) -> Iterator[tuple[int, int]]:
+        """Yield the ranges that users have touched, ascending; nothing unless ``locates``."""
+
+
+class MemfdStore:
+    """What all memfds have in common: seals, fallocate(2), the count of their blocks."""
+
+    _flags = 0
+
+    def create(self, name: str, size: int) -> int:
+        """Return a new memfd of ``size`` bytes, all holes, that nobody can grow.  OSError."""
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | self._flags
+        try:
+            fd = os.memfd_create(name, flags | _MFD_NOEXEC_SEAL)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            fd = os.memfd_create(name, flags)
+        try:
+            os.ftruncate(fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def allocate(self, fd: int, offset: int, length: int) -> None:
+        """Give a range memory; what has some keeps its contents.  OSError."""
+        _call_fallocate(fd, 0, offset, length)
+
+    def punch(self, fd: int, offset: int, length: int) -> None:
+        """Give the memory of a range back; every mapping loses it.  OSError."""
+        _call_fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length)
+
+    def end(self, fd: int) -> None:
+        """Give all memory back, for good.  OSError."""
+        os.ftruncate(fd, 0)
+
+    def held(self, fd: int) -> int:
+        """Return the bytes of memory that the memfd holds."""
+        return os.fstat(fd).st_blocks * _BLOCK
+
+
+def _call_fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """Call fallocate(2), again after EINTR; raise OSError.  os.fallocate does not exist."""
+    while _fallocate(fd, mode, offset, length) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+class StoreError(OSError):
+    """A store that this machine cannot offer; ``str()`` says what to do."""
