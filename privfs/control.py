@@ -42,6 +42,7 @@ class MountInfo:
     mode: str  #: how private files refuse: ``passthrough`` or ``direct_io``
     passthrough_errno: int
     versions: dict[str, str]
+    pinned: bool = False  #: its own sockets keep it busy: umount(8) needs --lazy
 
 
 class ControlError(OSError):
@@ -71,6 +72,7 @@ def _status(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str,
         "mode": info.mode,
         "passthrough_errno": info.passthrough_errno,
         "versions": info.versions,
+        "pinned": info.pinned,
         "memory": views.meminfo(service.owner),
         "files": len(service.owner.files),
         "extents": service.backing.statistics().extents,

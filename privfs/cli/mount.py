@@ -10,7 +10,7 @@ import os
 import select
 import signal
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
@@ -18,6 +18,9 @@ from privfs.cli import child, options, tables
 from privfs.cli.exitcodes import Exit
 from privfs.cli.failure import Failure, mount_failed
 from privfs.cli.verbosity import Verbosity, verbose_options
+
+if TYPE_CHECKING:
+    from privfs.fuse import ground
 
 log = logging.getLogger(__name__)
 
@@ -179,29 +182,49 @@ def umount(directory: str, lazy: bool, verbosity: Verbosity) -> None:
     found = ground.newest(directory)
     if found is None or found.type != ground.TYPE:
         raise Failure(Exit.NO_MOUNT, f"{directory}: no privfs is mounted there")
-    pidfd = _server(directory)
+    status, pidfd = _server(directory)
     try:
-        ground.unmount(found.place, lazy=lazy or pidfd is None)
-    except ground.MountError as error:
-        if error.errno == errno.EBUSY:
-            raise Failure(
-                Exit.FAILED,
-                f"{error.strerror}; end its users (fuser -vm {directory}) or add --lazy",
-            ) from error
-        raise Failure(Exit.FAILED, str(error.strerror)) from error
-    if pidfd is not None:
-        ended = select.select([pidfd], [], [], _UNMOUNT_PATIENCE)[0]
-        os.close(pidfd)
-        if not ended and not lazy:
-            raise Failure(Exit.FAILED, f"{directory}: unmounted, but its process has not ended")
+        try:
+            ground.unmount(found.place, lazy=lazy or pidfd is None)
+        except ground.MountError as error:
+            if error.errno != errno.EBUSY:
+                raise Failure(Exit.FAILED, str(error.strerror)) from error
+            users = _users(found, status)
+            if users or not status.get("pinned"):
+                who = f": in use by {', '.join(users)}" if users else ""
+                raise Failure(
+                    Exit.FAILED,
+                    f"{error.strerror}{who}; end its users (fuser -vm {directory}) or add --lazy",
+                ) from error
+            log.info("%s: busy with its own sockets alone: unmounting it lazily", directory)
+            ground.unmount(found.place, lazy=True)
+        if pidfd is not None:
+            ended = select.select([pidfd], [], [], _UNMOUNT_PATIENCE)[0]
+            if not ended and not lazy:
+                text = f"{directory}: unmounted, but its process has not ended"
+                raise Failure(Exit.FAILED, text)
+    finally:
+        if pidfd is not None:
+            os.close(pidfd)
 
 
-def _server(directory: str) -> int | None:
-    """Return a pidfd of the process that serves ``directory``, None if it is dead."""
+def _users(mount: ground.Mount, status: dict[str, Any]) -> list[str]:
+    """Return who uses a mount, as far as we may know, as texts for a person."""
+    from privfs.fuse import holders
+
+    found = {holder.pid: str(holder) for holder in holders.of(mount)}
+    for session in status.get("sessions", []):
+        found.setdefault(session["pid"], session["user"])
+    return [*found.values(), *holders.mounts_in(mount)]
+
+
+def _server(directory: str) -> tuple[dict[str, Any], int | None]:
+    """Return the status of the mount and a pidfd of its process; nothing and None if it is dead."""
     from privfs import control
 
     try:
-        return os.pidfd_open(control.ask(directory, "status")["pid"])
+        status = control.ask(directory, "status")
+        return status, os.pidfd_open(status["pid"])
     except (control.ControlError, OSError) as error:
         log.info("%s: %s", directory, error)
-        return None
+        return {}, None

@@ -2,14 +2,14 @@
 """The mount point around a mount: dead mounts before it, sockets in it, its end from outside.
 
 A socket that is bound in a mount keeps it busy, and umount(8) would always fail.  So ours are
-bound through a detached clone of the mount (open_tree(2)): they are found by inode
+bound through a detached clone of the mount (:mod:`privfs.fuse.clone`): they are found by inode
 (``unix_find_socket_byinode``) wherever the mount is seen, and keep only the clone busy.  The clone
-also keeps the superblock alive, so it is the mount table that tells us of an unmount.
+also keeps the superblock alive, so it is the mount table that tells us of an unmount.  Where no
+clone is to be had the mount is *pinned* by its own sockets, and says so.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import logging
 import os
@@ -24,16 +24,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
+from privfs.fuse.clone import clone
+
 log = logging.getLogger(__name__)
 
 TYPE: Final = "fuse.privfs"
-_SYS_OPEN_TREE: Final = 428
-_AT_FDCWD: Final = -100
-_OPEN_TREE_CLONE: Final = 1
 
 _ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class MountError(OSError):
@@ -134,10 +131,14 @@ def seen_at(place: str) -> Mount | None:
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """A living mount: its device and its id in the mount table."""
+    """A living mount: its device and its id in the mount table.
+
+    ``pinned``: our own sockets keep it busy, so that only a lazy unmount succeeds.
+    """
 
     dev: int
     mount_id: int
+    pinned: bool
 
 
 def settle(mountpoint: str, sockets: dict[str, socket.socket]) -> Ground:
@@ -148,8 +149,8 @@ def settle(mountpoint: str, sockets: dict[str, socket.socket]) -> Ground:
     found = newest(mountpoint)
     if found is None:
         raise MountError(errno.ENOENT, f"{mountpoint}: was unmounted while it was being set up")
-    ground = Ground(os.stat(mountpoint).st_dev, found.id)
-    with _way_in(mountpoint) as root:
+    dev = os.stat(mountpoint).st_dev
+    with _way_in(mountpoint) as (root, pinned):
         for path, sock in sockets.items():
             folder, name = os.path.split(path)
             fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
@@ -158,22 +159,27 @@ def settle(mountpoint: str, sockets: dict[str, socket.socket]) -> Ground:
             finally:
                 os.close(fd)
             sock.listen(64)
-    return ground
+    return Ground(dev, found.id, pinned)
 
 
 @contextmanager
-def _way_in(mountpoint: str) -> Iterator[int]:
-    """Open the root of the mount through a detached clone, or directly where that is refused."""
-    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC
-    fd = _libc.syscall(_SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(mountpoint), flags)
-    if fd < 0:
+def _way_in(mountpoint: str) -> Iterator[tuple[int, bool]]:
+    """Open the root of the mount through a detached clone, or directly where that is refused.
+
+    Yields the descriptor, and whether what is made through it keeps the mount busy.
+    """
+    pinned = False
+    try:
+        fd = clone(mountpoint)
+    except OSError as error:
         log.info(
-            "%s: open_tree: %s; umount will say 'busy', end the mount with SIGTERM",
-            mountpoint, os.strerror(ctypes.get_errno()),
+            "%s: no detached clone: %s; umount will say 'busy', end the mount with privfs umount",
+            mountpoint, error.strerror,
         )  # fmt: skip
+        pinned = True
         fd = os.open(mountpoint, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        yield fd
+        yield fd, pinned
     finally:
         os.close(fd)
 

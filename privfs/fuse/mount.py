@@ -18,7 +18,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import trio
@@ -144,6 +144,7 @@ async def _main(service: Service, info: control.MountInfo, ready: Callable[[], N
             sockets = {SOCKET: records, control.SOCKET: questions}
             place = await trio.to_thread.run_sync(ground.settle, info.mountpoint, sockets)
             service.dev = place.dev
+            info = replace(info, pinned=place.pinned)
             await nursery.start(service.run, records)
             nursery.start_soon(control.serve, service, info, questions)
             nursery.start_soon(_obey_signals, service, ended)
