@@ -23,6 +23,7 @@ from pyroaring import BitMap
 
 from privfs import views
 from privfs.notifier.lane import LinkError, connect, find_socket
+from privfs.personality import Refused
 from privfs.service import Service
 
 log = logging.getLogger(__name__)
@@ -108,12 +109,22 @@ def _holds(pages: BitMap, start: int, end: int) -> bool:
     return pages.range_cardinality(start, end) == end - start
 
 
+def _seal(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, Any]:
+    ino = _ino(service, ask)
+    try:
+        service.owner.seal(ino, int(ask["seals"]))
+    except Refused as refused:
+        raise ControlError(refused.errno, str(refused)) from refused
+    return {"seals": views.file_stat(service.owner, ino)["seals"]}
+
+
 #: Every question: its handler, and the arguments that it takes.
 QUESTIONS: Final[dict[str, Callable[[Service, MountInfo, dict[str, Any]], dict[str, Any]]]] = {
     "map": _map,  # ino, start (page)
     "stat": _stat,  # ino
     "status": _status,
     "audit": _audit,
+    "seal": _seal,  # ino, seals (bits)
 }
 
 
@@ -133,7 +144,7 @@ def answer(service: Service, info: MountInfo, line: bytes) -> bytes:
         reply: dict[str, Any] = {"ok": QUESTIONS[ask["ask"]](service, info, ask)}
     except ControlError as refused:
         reply = {"errno": refused.errno, "error": refused.strerror}
-    except (ValueError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         reply = {"errno": errno.EINVAL, "error": f"not a question: {error}"}
     return json.dumps(reply).encode() + b"\n"
 

@@ -25,7 +25,7 @@ from collections.abc import Hashable
 
 from pyroaring import BitMap
 
-from privfs import extents
+from privfs import extents, seals
 from privfs.budget import Budget
 from privfs.operation import (
     COMPATIBLE,
@@ -49,6 +49,7 @@ from privfs.operation import (
 )
 from privfs.personality import (
     PAGE_SIZE,
+    Action,
     BeyondEof,
     Personality,
     Refused,
@@ -69,14 +70,19 @@ class MemFile:
     """One private file.
 
     ``size`` is in bytes, ``pages`` the bitmap of allocated pages, ``instances`` maps the index of
-    a living extent to its instance number, which is never used again.
+    a living extent to its instance number, which is never used again.  ``quota`` bounds the pages
+    of this file, 0 is no bound of its own.  ``purpose`` is what its first user asked for.
     """
 
     __slots__ = ("_active", "_admitting", "_budget", "_next_instance", "_waiting", "dead",
-                 "instances", "pages", "personality", "size")  # fmt: skip
+                 "instances", "pages", "personality", "purpose", "quota", "seals",
+                 "size")  # fmt: skip
 
-    def __init__(self, personality: Personality, budget: Budget) -> None:
+    def __init__(self, personality: Personality, budget: Budget, quota: int = 0) -> None:
         self.personality = personality
+        self.quota = quota
+        self.seals = seals.Seal(personality.seals or 0)
+        self.purpose: seals.Purpose | None = None
         self.size = 0
         self.pages = BitMap()
         self.instances: dict[int, int] = {}
@@ -159,7 +165,10 @@ class MemFile:
             raise Refused(
                 errno.EFBIG, f"fault on page {page:#x}: beyond the end at {self.size} bytes"
             )
-        return Look.PRESENT if page in self.pages else Look.HOLE
+        if page in self.pages:
+            return Look.PRESENT
+        seals.check(self.seals, seals.Deed.FAULT_IN, f"fault on page {page:#x}")
+        return Look.HOLE
 
     def window(self, page: int, start: int, end: int) -> tuple[int, int]:
         """Return the run of grantable pages around ``page`` inside ``[start, end)``.
@@ -183,6 +192,34 @@ class MemFile:
         while last < high and last in self.pages:
             last += 1
         return first, last
+
+    # --- promises -----------------------------------------------------------------------------
+
+    def add_seals(self, mask: int, *, stores: bool) -> None:
+        """Add seals, as F_ADD_SEALS; ``stores`` says whether a user may be storing.
+
+        EINVAL for unknown seals or a file that has none, EPERM once sealed against more, EBUSY
+        for F_SEAL_WRITE while there are such users (``mapping_deny_writable``).
+        """
+        what = f"add seals {mask:#x}"
+        if self.personality.seals is None or mask & ~int(seals.ALL_SEALS):
+            raise Refused(errno.EINVAL, f"{what}: not on files of {self.personality.name}")
+        seals.check(self.seals, seals.Deed.SEAL, what)
+        if mask & seals.Seal.WRITE and not self.seals & seals.Seal.WRITE and stores:
+            raise Refused(errno.EBUSY, f"{what}: users hold grants for stores; let them leave")
+        self.seals |= seals.Seal(mask)
+
+    def promise(self, wanted: int) -> None:
+        """Bind the file to a purpose: the first user's counts, later ones must ask for it too."""
+        what = f"register for purpose {wanted:#x}"
+        if wanted & ~int(seals.ALL_PURPOSES):
+            raise Refused(errno.EINVAL, f"{what}: unknown bits")
+        asked = seals.Purpose(wanted) | seals.Purpose.USER_INACCESSIBLE
+        if self.purpose is None:
+            self.purpose = asked
+        elif self.purpose != asked:
+            held = "|".join(seals.names(self.purpose))
+            raise Refused(errno.EINVAL, f"{what}: the file is bound to {held}")
 
     # --- views --------------------------------------------------------------------------------
 
@@ -226,6 +263,7 @@ class MemFile:
         return (
             self.size, tuple(self.pages), tuple(sorted(self.instances.items())), self.dead,
             tuple([a.key() for a in self._active]), tuple(self._waiting),
+            self.seals, self.purpose,
         )  # fmt: skip
 
     def copy(self, budget: Budget) -> MemFile:
@@ -236,6 +274,7 @@ class MemFile:
         twin.pages = self.pages.copy()
         twin.instances = self.instances.copy()
         twin.dead = self.dead
+        twin.quota, twin.seals, twin.purpose = self.quota, self.seals, self.purpose
         twin._budget = budget
         twin._next_instance = self._next_instance
         twin._active = [a.copy() for a in self._active]
@@ -252,12 +291,19 @@ class MemFile:
         match request:
             case Fallocate(mode, offset, length):
                 row = fallocate_rule(self.personality, mode, offset, length, self.size)
+                if row.action is not Action.ALLOCATE:
+                    seals.check(self.seals, seals.Deed.ERASE, str(request))
                 end = min(-(-(offset + length) // PAGE_SIZE), MAX_PAGES)
                 start = min(offset // PAGE_SIZE, end)
                 sizes = self._new_size(request) is not None
+                if sizes:
+                    seals.check(self.seals, seals.Deed.GROW, str(request))
                 return Claim(KINDS[row.action], start, end, sizes)
             case Resize(size):
                 resize_rule(self.personality, size, self.size)
+                if size != self.size:
+                    deed = seals.Deed.GROW if size > self.size else seals.Deed.SHRINK
+                    seals.check(self.seals, deed, str(request))
                 return Claim(Kind.RESIZE, min(size, self.size) // PAGE_SIZE, MAX_PAGES, True)
             case FaultIn(page):
                 return Claim(Kind.FAULT, page, page + 1)
@@ -294,11 +340,11 @@ class MemFile:
             if claim.kind in (Kind.ALLOCATE, Kind.FAULT):
                 wanted = claim.end - claim.start
                 reserved = wanted - self.pages.range_cardinality(claim.start, claim.end)
-                self._budget.reserve(reserved)
+                self._reserve(reserved)
             elif claim.kind is Kind.ZERO:
                 reserved = claim.end - claim.start
                 held = self.pages.range_cardinality(claim.start, claim.end)
-                self._budget.reserve(reserved - held)  # what it frees it may use again
+                self._reserve(reserved - held)  # what it frees it may use again
                 reserved -= held
         except Refused as refused:
             return [Done(op, refused.errno, str(refused))]
@@ -307,6 +353,17 @@ class MemFile:
         )
         self._active.append(active)
         return self._advance(active)
+
+    def _reserve(self, pages: int) -> None:
+        """Reserve pages of the file's quota and of the mount's budget, or change nothing."""
+        held = len(self.pages) + sum(active.reserved for active in self._active)
+        if self.quota and pages and held + pages > self.quota:
+            raise Refused(
+                errno.ENOSPC,
+                f"{pages} pages wanted, the file holds {held} and may hold {self.quota}: "
+                "punch holes in it, or mount with a larger -o quota=",
+            )
+        self._budget.reserve(pages)
 
     def _new_size(self, request: Request) -> int | None:
         match request:

@@ -98,6 +98,7 @@ class Personality:
     write_errno: int
     eof_reads_empty: bool  #: a read past the last page returns 0 instead of ``read_errno``
     pinned_by_users: bool  #: an unlinked file lives on while a user is registered
+    seals: int | None  #: that a new file has; None where there are none (EINVAL)
     source: str
 
 
@@ -121,6 +122,7 @@ RESIZABLE: Final = Personality(
     write_errno=errno.EINVAL,
     eof_reads_empty=False,
     pinned_by_users=True,
+    seals=0,
     source="ours; sizes are whole pages, everything else as shmem",
 )
 
@@ -138,6 +140,7 @@ V7: Final = Personality(
     write_errno=errno.EPERM,
     eof_reads_empty=True,  # shmem_file_read_iter looks at i_size first
     pinned_by_users=True,  # the memslot holds a reference to the file
+    seals=0x01,  # F_SEAL_SEAL: MFD_INACCESSIBLE excludes MFD_ALLOW_SEALING
     source="memfd_create(MFD_INACCESSIBLE), v7",
 )
 
@@ -161,6 +164,7 @@ SHIM: Final = Personality(
     write_errno=errno.EINVAL,
     eof_reads_empty=False,
     pinned_by_users=True,
+    seals=None,  # memfd_file_seals_ptr knows shmem and hugetlb only
     source="memfd_mkinaccessible, September 2022",
 )
 
@@ -183,6 +187,7 @@ GUEST_MEMFD: Final = Personality(
     write_errno=errno.EINVAL,
     eof_reads_empty=False,
     pinned_by_users=False,
+    seals=None,
     source="KVM_CREATE_GUEST_MEMFD, Linux 6.18; the size is given by the first truncate",
 )
 

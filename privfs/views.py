@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from privfs import seals
 from privfs.memfile import MemFile
 from privfs.notifier.owner import Owner
 from privfs.personality import PAGE_SIZE
@@ -74,6 +75,8 @@ def file_stat(owner: Owner, ino: int) -> dict[str, Any]:
         "mapped": _mapped(owner, ino, file) * PAGE_SIZE,
         "extents": len(file.instances),
         "users": [owner.sessions[sid].name for sid in sorted(owner.users[ino])],
+        "seals": seals.names(file.seals),
+        "purpose": seals.names(file.purpose or seals.Purpose.USER_INACCESSIBLE),
         "operations": [
             {"step": step, "start": start * PAGE_SIZE, "end": end * PAGE_SIZE}
             for _, step, start, end in file.operations()

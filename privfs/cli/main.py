@@ -18,6 +18,7 @@ from privfs.cli.exitcodes import Exit
 from privfs.cli.failure import Failure
 from privfs.cli.mount import helper, is_helper_call, mount, umount
 from privfs.cli.run import run
+from privfs.cli.seal import seal
 from privfs.cli.show import map_, stat, status
 from privfs.cli.verbosity import Verbosity
 from privfs.doctor import versions
@@ -42,7 +43,7 @@ def cli() -> None:
     """Guest-private memory that you can mount."""
 
 
-for _command in (mount, run, umount, map_, stat, status, doctor):
+for _command in (mount, run, umount, map_, stat, status, seal, doctor):
     cli.add_command(_command)
 
 

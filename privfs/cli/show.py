@@ -23,7 +23,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for sc
 _bytes = click.option("--bytes", "in_bytes", is_flag=True, help="Print sizes in bytes.")
 
 
-def _asked(path: str, question: str, **arguments: Any) -> dict[str, Any]:
+def asked(path: str, question: str, **arguments: Any) -> dict[str, Any]:
     """Ask the mount about the private file ``path``; raises Failure."""
     from privfs import control
 
@@ -52,7 +52,7 @@ def whole_map(path: str) -> dict[str, Any]:
     start: int | None = 0
     size = 0
     while start is not None:
-        part = _asked(path, "map", start=start)
+        part = asked(path, "map", start=start)
         size, start = part["size"], part["next"]
         for row in part["rows"]:
             last = rows[-1] if rows else None
@@ -139,6 +139,8 @@ def stat_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
         "Mapped": size(found["mapped"]),
         "Held": f"{size(found['held'])} in {found['extents']} extents",
         "Users": ", ".join(found["users"]) or "-",
+        "Seals": ", ".join(found["seals"]) or "-",
+        "Promised": ", ".join(found["purpose"]),
         "Operations": ", ".join(operations) or "-",
     }
     return [f"{name + ':':<12} {value}" for name, value in rows.items()]
@@ -155,7 +157,7 @@ def stat(files: tuple[str, ...], as_json: bool, in_bytes: bool, verbosity: Verbo
     Held is the memory that really backs the file; it equals Allocated, or something is wrong.
     """
     verbosity.log_to(None)
-    found = [{"file": file} | _asked(file, "stat") for file in files]
+    found = [{"file": file} | asked(file, "stat") for file in files]
     if as_json:
         _print_json(found)
     else:

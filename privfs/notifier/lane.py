@@ -32,6 +32,7 @@ from privfs.notifier.user import (
     Zap,
 )
 from privfs.notifier.wire import Flag, Record, To, WireError, pack, parse
+from privfs.seals import ALL_PURPOSES
 
 log = logging.getLogger(__name__)
 
@@ -122,9 +123,12 @@ class Lane:
 
     # --- requests -----------------------------------------------------------------------------
 
-    def register(self, fd: int) -> Registered:
-        """Become a user of the private file behind ``fd``, which stays the caller's to close."""
-        answer = self._ask(self.user.register, [fd])
+    def register(self, fd: int, purpose: int = ALL_PURPOSES) -> Registered:
+        """Become a user of the private file behind ``fd``, which stays the caller's to close.
+
+        ``purpose`` is what the file is to be for; EINVAL if its first user wanted another.
+        """
+        answer = self._ask(lambda: self.user.register(purpose), [fd])
         assert isinstance(answer, Registered)
         if answer.status:
             raise LinkError(

@@ -9,6 +9,8 @@ unregistered, or is proven dead.  A user that does neither meets the ladder (:cl
 log line, then SIGKILL and proof of exit, then ``EIO`` with nothing freed.
 """
 
+from __future__ import annotations
+
 import errno
 from collections.abc import Mapping
 from typing import Final
@@ -21,7 +23,8 @@ from privfs.notifier.ownerstate import Get, OwnerState
 from privfs.notifier.session import Event, Session, State
 from privfs.notifier.wire import MAX_GRANT, VERSION, Op, Record, words_label
 from privfs.operation import Destroy, Fallocate, OpId, Request
-from privfs.personality import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE
+from privfs.personality import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE, Refused
+from privfs.seals import Seal
 
 _MODES: Final = {
     Op.ALLOCATE: FALLOC_FL_KEEP_SIZE,
@@ -38,7 +41,7 @@ class Owner(OwnerState):
         """Begin an empty file."""
         if ino in self.files:
             raise ValueError(f"create: inode {ino} is in use")
-        self.files[ino] = MemFile(self.personality, self.budget)
+        self.files[ino] = MemFile(self.personality, self.budget, self._quota)
         self.users[ino] = set()
 
     def request(self, ino: int, op: OpId, request: Request, caller: int = 0) -> list[Effect]:
@@ -91,6 +94,11 @@ class Owner(OwnerState):
                 self._doomed.add(ino)
                 out += self._run(ino, self.files[ino].submit(("destroy", ino), Destroy()))
         return out
+
+    def seal(self, ino: int, mask: int) -> None:
+        """Add seals to a file; raises Refused (see :meth:`MemFile.add_seals`)."""
+        stores = any(self.sessions[sid].files[ino] for sid in self.users[ino])
+        self.files[ino].add_seals(mask, stores=stores)
 
     # --- sessions -----------------------------------------------------------------------------
 
@@ -176,7 +184,10 @@ class Owner(OwnerState):
                 code = errno.ENOENT
             elif ino in session.files:
                 code = errno.EEXIST
+            elif (refused := _promised(file, record.start)) is not None:
+                code = refused.errno
             else:
+                writable = writable and not file.seals & Seal.WRITE
                 session.files[ino] = writable
                 session.granted[ino] = BitMap()
                 self.users[ino].add(session.sid)
@@ -252,6 +263,15 @@ class Owner(OwnerState):
         return self._end(session, Event.BYE)
 
     # --- faults -------------------------------------------------------------------------------
+
+
+def _promised(file: MemFile, purpose: int) -> Refused | None:
+    """Bind a file to a purpose; what it is refused with, if it is."""
+    try:
+        file.promise(purpose)
+    except Refused as refused:
+        return refused
+    return None
 
 
 def _reply(record: Record, code: int) -> Record:

@@ -85,6 +85,7 @@ class OwnerState:
     ``patience`` is how often CONDEMN is put off while a user is stopped (SIGSTOP).
     ``max_parked`` bounds the parked faults of all sessions, ``max_calls`` the ALLOCATE and PUNCH
     records of one session that are not answered: each is compared with all that come after it.
+    ``quota_pages`` bounds every file, 0 does not.
     """
 
     def __init__(
@@ -96,12 +97,14 @@ class OwnerState:
         patience: int = 14,
         max_parked: int = 4096,
         max_calls: int = 256,
+        quota_pages: int = 0,
     ) -> None:
         self.personality = personality
         self.budget = Budget(budget_pages)
         self.files: dict[int, MemFile] = {}
         self.sessions: dict[int, Session] = {}
         self.users: dict[int, set[int]] = {}
+        self._quota = quota_pages
         self._kills = kills
         self._patience = patience
         self._max_parked = max_parked
@@ -357,6 +360,7 @@ class OwnerState:
         twin.sessions = {sid: s.copy() for sid, s in self.sessions.items()}
         twin.users = {ino: u.copy() for ino, u in self.users.items()}
         twin._kills, twin._patience = self._kills, self._patience
+        twin._quota = self._quota
         twin._max_parked, twin._max_calls = self._max_parked, self._max_calls
         twin._waits = {k: w.copy() for k, w in self._waits.items()}
         twin._parked = self._parked.copy()

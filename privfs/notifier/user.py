@@ -18,6 +18,7 @@ from collections.abc import Hashable
 from typing import Final, NamedTuple
 
 from privfs.notifier.wire import VERSION, Flag, Op, Reason, Record, WireError, label_words
+from privfs.seals import ALL_PURPOSES
 
 #: Processed invalidations that a file remembers; older grants are refused.
 RING: Final = 256
@@ -136,9 +137,13 @@ class User:
         low, high = label_words(label)
         return Record(Op.HELLO, req=self._begin(Op.HELLO, 0), start=VERSION, obj=low, seq=high)
 
-    def register(self) -> Record:
-        """Become a user of the file whose descriptor is sent along."""
-        return Record(Op.REGISTER, Flag.FD, req=self._begin(Op.REGISTER, 0))
+    def register(self, purpose: int = ALL_PURPOSES) -> Record:
+        """Become a user of the file whose descriptor is sent along.
+
+        ``purpose`` (:class:`privfs.seals.Purpose`) is what the file is to be for; the first user
+        decides, later ones must ask for the same.  KVM asks for everything, and so do we.
+        """
+        return Record(Op.REGISTER, Flag.FD, req=self._begin(Op.REGISTER, 0), start=purpose)
 
     def unregister(self, ino: int) -> Record:
         """Stop using a file.  Everything must be unmapped before this record is sent."""

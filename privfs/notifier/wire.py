@@ -124,7 +124,8 @@ LAYOUT: Final[dict[Op, Fields]] = {
         "answer to HELLO",
     ),
     Op.REGISTER: Fields(
-        To.OWNER, {"req": "request"}, "become a user of the file whose descriptor comes along",
+        To.OWNER, {"req": "request", "start": "purpose"},
+        "become a user of the file whose descriptor comes along",
         flags=Flag.FD, needs_fd=True,
     ),
     Op.REGISTERED: Fields(
