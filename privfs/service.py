@@ -22,7 +22,7 @@ from typing import Final
 import trio
 
 from privfs import extents
-from privfs.backing import Backing, BackingError
+from privfs.backing import Backing, BackingError, Extent
 from privfs.notifier import effects as core
 from privfs.notifier.effects import Rung
 from privfs.notifier.fds import Peer, check_private_file, identify, thread_group
@@ -101,10 +101,11 @@ class Service:
         budget_pages: int,
         ladder: Ladder | None = None,
         on_expire: Callable[[int], None] = lambda ino: None,
+        backing: Backing | None = None,
     ) -> None:
         self.ladder = ladder or Ladder()
         self.owner = Owner(personality, budget_pages, kills=self.ladder.ack > 0)
-        self.backing = Backing()
+        self.backing = backing or Backing()
         self.hub = Hub(self, self._memfd)
         self.dev = 0
         self.kills = self.failures = 0
@@ -222,11 +223,25 @@ class Service:
             return error.errno or errno.EBADF
         return check_private_file(identity, self.dev) or (identity.ino, identity.writable)
 
-    def _memfd(self, ino: int, index: int, writable: bool) -> tuple[int, bool]:
-        fd = self.backing.fd(ino, index)
-        if writable:
-            return fd, False
-        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC), True
+    def _memfd(self, instance: int, ino: int, index: int, writable: bool) -> int | None:
+        file = self.owner.files.get(ino)
+        if file is None or file.instances.get(index) != instance:
+            return None
+        extent = self._extent(ino, index)
+        if extent is None:
+            return None
+        path = f"/proc/self/fd/{extent.fd}"
+        fd = os.dup(extent.fd) if writable else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        if self._extent(ino, index) is extent:
+            return fd
+        os.close(fd)  # a worker thread was ending it: perhaps another's number by then
+        return None
+
+    def _extent(self, ino: int, index: int) -> Extent | None:
+        try:
+            return self.backing.extent(ino, index)
+        except BackingError:
+            return None
 
     # --- effects ------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ that finds no room waits in the peer's own queue, so a slow user delays nobody e
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -76,11 +77,11 @@ class _Line:
 class Hub:
     """All sessions of one mount.
 
-    ``memfd_of(ino, index, writable)`` returns a descriptor to send and whether it must be closed
-    afterwards.
+    ``memfd_of(instance, ino, index, writable)`` returns a new descriptor of an extent, or None if
+    that instance is dead.
     """
 
-    def __init__(self, sink: Sink, memfd_of: Callable[[int, int, bool], tuple[int, bool]]) -> None:
+    def __init__(self, sink: Sink, memfd_of: Callable[[int, int, int, bool], int | None]) -> None:
         self._sink = sink
         self._memfd_of = memfd_of
         self._lines: dict[int, _Line] = {}
@@ -247,39 +248,48 @@ class Hub:
                 self._sink.broken(sid, f"more than {MAX_QUEUED} records unread")
             return
         while line.queue and line.sock is not None:
-            records, fds, borrowed = self._frame(line)
+            fds: list[int] = []
             try:
-                send_frame(line.sock, pack(records), fds)
+                taken, records = self._frame(line, fds)
+                if records:
+                    send_frame(line.sock, pack(records), fds)
             except BlockingIOError:
                 line.blocked = True
                 line.wake.set()
                 return
             except OSError as error:
                 line.queue.clear()
-                log.debug("session %d: %s", sid, error)  # the reader sees the end and reports it
+                log.info("session %d: cannot send: %s", sid, error)
+                with contextlib.suppress(OSError):
+                    line.sock.shutdown(socket.SHUT_RDWR)  # the reader sees the end and reports it
                 return
             finally:
-                for fd in borrowed:
+                for fd in fds:
                     os.close(fd)
-            for _ in records:
+            for _ in range(taken):
                 line.queue.popleft()
-            self._frames_out += 1
+            self._frames_out += bool(records)
             self._records_out += len(records)
 
-    def _frame(self, line: _Line) -> tuple[list[Record], list[int], list[int]]:
+    def _frame(self, line: _Line, fds: list[int]) -> tuple[int, list[Record]]:
+        """Fill ``fds``; return how much of the queue goes out, and as which records.
+
+        An extent that died in the queue is left out: its user has left the file since, or has
+        promised to be done with it.
+        """
         records: list[Record] = []
-        fds: list[int] = []
-        borrowed: list[int] = []
+        taken = 0
         for record, memfd in line.queue:
             if len(records) == MAX_RECORDS or (memfd is not None and len(fds) == MAX_FDS):
                 break
+            taken += 1
             if memfd is not None:
-                fd, ours_to_close = self._memfd_of(*memfd)
+                fd = self._memfd_of(record.seq, *memfd)
+                if fd is None:
+                    continue
                 fds.append(fd)
-                if ours_to_close:
-                    borrowed.append(fd)
             records.append(record)
-        return records, fds, borrowed
+        return taken, records
 
     def _close(self, line: _Line) -> None:
         self._close_socket(line)
