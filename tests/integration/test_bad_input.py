@@ -292,6 +292,32 @@ def test_parked_faults_have_a_limit(
         bystander.close()
 
 
+def test_an_extent_that_died_while_its_descriptor_was_queued(
+    mount: Mounter, actor: Cast, host: HostMemory, image: bytes
+) -> None:
+    """The user leaves the file without having read what it asked for."""
+    mounted = mount(LONG)
+    path = private_file(mounted, "ram")
+    bystander = Bystander(host, image, mounted)
+    try:
+        for again in (False, True):
+            user, ino = registered(actor, mounted, path)
+            user.ask(f"flood 5000 GET 6 0 7 {ino} 0 1 0", OK)
+            user.ask(f"record UNREGISTER 0 0 8 {ino}", OK)
+            until(lambda: len(mounted.ask("status")["sessions"][-1]["files"]) == 0, "its leave")
+            os.truncate(path, 0)
+            os.truncate(path, RAM)
+            if again:
+                assert fallocate(path, 1, 0, PAGE) == 0
+            for _ in range(1000):
+                user.send("read")
+            user.expect("got REPLY 0 8")
+            bystander.check()
+            user.close()
+    finally:
+        bystander.close()
+
+
 # --- ranges and budget -------------------------------------------------------------------------
 
 
