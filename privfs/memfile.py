@@ -288,13 +288,14 @@ class MemFile:
         """Name the pages that a request concerns; raise what it is refused with today."""
         if self.dead:
             raise Refused(errno.ENOENT, f"{request}: the file is gone")
+        unit = self.personality.page_size // PAGE_SIZE
         match request:
             case Fallocate(mode, offset, length):
                 row = fallocate_rule(self.personality, mode, offset, length, self.size)
                 if row.action is not Action.ALLOCATE:
                     seals.check(self.seals, seals.Deed.ERASE, str(request))
-                end = min(-(-(offset + length) // PAGE_SIZE), MAX_PAGES)
-                start = min(offset // PAGE_SIZE, end)
+                end = min(-(-(offset + length) // (unit * PAGE_SIZE)) * unit, MAX_PAGES)
+                start = min(offset // (unit * PAGE_SIZE) * unit, end)
                 sizes = self._new_size(request) is not None
                 if sizes:
                     seals.check(self.seals, seals.Deed.GROW, str(request))
@@ -306,7 +307,8 @@ class MemFile:
                     seals.check(self.seals, deed, str(request))
                 return Claim(Kind.RESIZE, min(size, self.size) // PAGE_SIZE, MAX_PAGES, True)
             case FaultIn(page):
-                return Claim(Kind.FAULT, page, page + 1)
+                page -= page % unit
+                return Claim(Kind.FAULT, page, page + unit)
             case Destroy():
                 return Claim(Kind.DESTROY, 0, MAX_PAGES)
 

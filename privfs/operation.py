@@ -74,7 +74,7 @@ class Resize(NamedTuple):
 
 
 class FaultIn(NamedTuple):
-    """A guest touched a hole: allocate exactly this page."""
+    """A guest touched a hole: allocate exactly this page, or the huge page that it is part of."""
 
     page: int
 

@@ -100,6 +100,8 @@ class Personality:
     pinned_by_users: bool  #: an unlinked file lives on while a user is registered
     seals: int | None  #: that a new file has; None where there are none (EINVAL)
     source: str
+    #: Bytes that come and go together; a mount on a store of larger pages replaces it.
+    page_size: int = PAGE_SIZE
 
 
 _KEEP = FALLOC_FL_KEEP_SIZE
@@ -211,15 +213,16 @@ def fallocate_rule(
     row = who.fallocate.get(mode)
     if row is None:
         raise Refused(errno.EOPNOTSUPP, f"{what}: {who.name} files do not support this mode")
-    if row.aligned and (offset % PAGE_SIZE or length % PAGE_SIZE):
-        raise Refused(errno.EINVAL, f"{what}: offset and length must be multiples of {PAGE_SIZE}")
+    page = who.page_size
+    if row.aligned and (offset % page or length % page):
+        raise Refused(errno.EINVAL, f"{what}: offset and length must be multiples of {page}")
     grows = end > size and row.beyond_eof is BeyondEof.GROW
     if grows and who.resizing is Resizing.ONCE and size:
         raise Refused(who.resize_errno, f"{what}: the size of a {who.name} file is set once")
     if end > size and row.beyond_eof is BeyondEof.REFUSE:
         raise Refused(errno.EINVAL, f"{what}: the range ends past the end of the file")
-    if grows and end % PAGE_SIZE:
-        raise Refused(errno.EINVAL, f"{what}: the new size would not be a multiple of {PAGE_SIZE}")
+    if grows and end % page:
+        raise Refused(errno.EINVAL, f"{what}: the new size would not be a multiple of {page}")
     if end > MAX_BYTES and row.beyond_eof is BeyondEof.GROW:
         raise Refused(errno.EFBIG, f"{what}: the largest file is {MAX_BYTES} bytes")
     return row
@@ -232,8 +235,8 @@ def resize_rule(who: Personality, new_size: int, size: int) -> None:
         raise Refused(errno.EINVAL, f"{what}: a size is never negative")  # do_truncate
     if who.resizing is Resizing.ONCE and size:
         raise Refused(who.resize_errno, f"{what}: the size of a {who.name} file is set once")
-    if new_size % PAGE_SIZE:
-        raise Refused(errno.EINVAL, f"{what}: the size must be a multiple of {PAGE_SIZE}")
+    if new_size % who.page_size:
+        raise Refused(errno.EINVAL, f"{what}: the size must be a multiple of {who.page_size}")
     if new_size > MAX_BYTES:
         raise Refused(errno.EFBIG, f"{what}: the largest file is {MAX_BYTES} bytes")
 

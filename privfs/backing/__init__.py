@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The memory of private files: extents, each one memfd, of a store that the mount chose."""
 
-from privfs.backing.choice import STORES, choose
+from privfs.backing.choice import STORES, choose, default_size
 from privfs.backing.memory import Backing, BackingError, Extent, Finding, Statistics
 from privfs.backing.store import Store, StoreError
 
 __all__ = [
     "STORES", "Backing", "BackingError", "Extent", "Finding", "Statistics", "Store", "StoreError",
-    "choose",
+    "choose", "default_size",
 ]  # fmt: skip

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import errno
+import os
 from typing import Final
 
-from privfs.backing.hugetlb import DEFAULT_PAGE_SIZE, Hugetlb, text
+from privfs.backing.hugetlb import DEFAULT_PAGE_SIZE, Hugetlb, pool_bytes, text
 from privfs.backing.shmem import Shmem
 from privfs.backing.store import Store, StoreError
+from privfs.extents import PAGE_SIZE
 
 #: Kinds of memory, and of which pages.
 STORES: Final = {
@@ -45,3 +47,13 @@ def choose(name: str = "shmem", page_size: int = 0) -> Store:
             "backing=hugetlb",
         )
     return Shmem()
+
+
+def default_size(name: str = "shmem", page_size: int = 0) -> int:
+    """Return the budget in bytes of a mount that is not told any.
+
+    Half of the machine's memory, as tmpfs takes, or all that the pool of huge pages may hold.
+    """
+    if name == "hugetlb":
+        return pool_bytes(page_size or DEFAULT_PAGE_SIZE)
+    return os.sysconf("SC_PHYS_PAGES") // 2 * PAGE_SIZE

@@ -58,10 +58,6 @@ class Hugetlb(MemfdStore):
                 f"reserve some: {enlarge(self.page_size)}",
             ) from error
 
-    def pool_bytes(self) -> int:
-        """Return what the pool may hold in all, in bytes, used or not."""
-        return sum(pool_counts(self.page_size)) * self.page_size
-
 
 def check_page_size(page_size: int) -> None:
     """Raise StoreError unless extents can be made of pages of so many bytes here."""
@@ -80,13 +76,11 @@ def check_page_size(page_size: int) -> None:
         )
 
 
-def pool_counts(page_size: int) -> tuple[int, int]:
-    """Return the pages of a pool and those that it may add when they are wanted."""
+def pool_bytes(page_size: int) -> int:
+    """Return what a pool may hold in all, used or not; it may add pages up to its overcommit."""
     pool = _pool(page_size)
-    return (
-        int((pool / "nr_hugepages").read_text()),
-        int((pool / "nr_overcommit_hugepages").read_text()),
-    )
+    counts = [(pool / name).read_text() for name in ("nr_hugepages", "nr_overcommit_hugepages")]
+    return sum(map(int, counts)) * page_size
 
 
 def enlarge(page_size: int) -> str:
@@ -99,7 +93,10 @@ def enlarge(page_size: int) -> str:
 
 def text(size: int) -> str:
     """Write a page size as ``pagesize=`` reads it."""
-    return f"{size >> 20}M" if size >= 1 << 20 else f"{size >> 10}K"
+    for unit, shift in (("G", 30), ("M", 20)):
+        if size >= 1 << shift:
+            return f"{size >> shift}{unit}"
+    return f"{size >> 10}K"
 
 
 def _pool(page_size: int) -> Path:

@@ -3,8 +3,9 @@
 
 An extent's memfd comes from the mount's store at its first allocation, with the size of the whole
 extent (sparse), sealed F_SEAL_GROW and F_SEAL_SEAL, belongs to one range of one file for all its
-life, and dies by ftruncate(0). Because of F_SEAL_GROW (memfd_create(2), fcntl(2)) nobody, not even a user that holds
-a descriptor of it, can make the dead memfd hold memory again: every old mapping answers SIGBUS.
+life, and dies by ftruncate(0). Because of F_SEAL_GROW (memfd_create(2), fcntl(2)) nobody, not even
+a user that holds a descriptor of it, can make the dead memfd hold memory again: every old mapping
+answers SIGBUS.
 F_SEAL_SEAL keeps users from adding F_SEAL_SHRINK or F_SEAL_WRITE, which would make our own
 ftruncate(0) or hole punch fail with EPERM (shmem_setattr, shmem_fallocate in mm/shmem.c).
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
+from privfs.backing import StoreError, default_size
 from privfs.cli import child, options, tables
 from privfs.cli.exitcodes import Exit
 from privfs.cli.failure import Failure, mount_failed
@@ -116,6 +117,10 @@ def _explained(error: BaseException) -> Failure:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     assert isinstance(error, OSError)
+    if isinstance(error, StoreError):
+        return Failure(
+            Exit.USAGE if error.errno == errno.EINVAL else Exit.FAILED, error.strerror or ""
+        )
     failure = mount_failed(error)
     if failure.code == Exit.FUSE:
         return Failure(failure.code, f"{failure}; see: privfs doctor")
@@ -124,11 +129,10 @@ def _explained(error: BaseException) -> Failure:
 
 def _facts(wishes: options.Wishes) -> dict[str, Any]:
     from privfs.fuse import lowlevel
-    from privfs.fuse.mount import default_size
 
     return {
         "personality": wishes.personality,
-        "size": wishes.size or default_size(),
+        "size": wishes.size or default_size(wishes.backing, wishes.pagesize),
         "mode": lowlevel.status().mode,
         "pid": os.getpid(),
     }

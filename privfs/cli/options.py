@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from privfs.backing.choice import REFUSED, STORES
 from privfs.cli.exitcodes import Exit
 from privfs.cli.failure import Failure
 from privfs.personality import PAGE_SIZE, PERSONALITIES
@@ -41,6 +42,8 @@ class Wishes:
     allow_other: bool = False
     direct_io: bool = False
     fsname: str = "privfs"
+    backing: str = "shmem"
+    pagesize: int = 0
 
     def mount_options(self) -> MountOptions:
         """Return them as the mount takes them (loads pyfuse3)."""
@@ -55,6 +58,8 @@ class Wishes:
             passthrough=not self.direct_io,
             allow_other=self.allow_other,
             fsname=self.fsname,
+            backing=self.backing,
+            pagesize=self.pagesize,
         )
 
     def text(self) -> str:
@@ -106,6 +111,14 @@ def _personality(text: str) -> str:
     return text
 
 
+def _backing(text: str) -> str:
+    if text in REFUSED:
+        raise Failure(Exit.USAGE, f"mount option 'backing={text}': {REFUSED[text]}")
+    if text not in STORES:
+        raise ValueError
+    return text
+
+
 def _mode(text: str) -> int:
     mode = int(text, 8)
     if not 0 <= mode <= 0o7777:
@@ -126,6 +139,13 @@ def _fsname(text: str) -> str:
     return text
 
 
+def _page_size(text: str) -> int:
+    size = parse_size(text)
+    if text.endswith("%") or size & (size - 1):
+        raise ValueError
+    return size
+
+
 #: Our options, under the names of their fields in :class:`Wishes`.
 OPTIONS: Final[dict[str, Option]] = {
     "personality": Option("|".join(PERSONALITIES), "what files answer", _personality),
@@ -138,6 +158,8 @@ OPTIONS: Final[dict[str, Option]] = {
     ),
     "allow_other": Option("", "let other users in", bool),
     "direct_io": Option("", "refuse in the daemon even where the kernel could", bool),
+    "backing": Option("|".join(STORES), "kind of memory (shmem)", _backing),
+    "pagesize": Option("BYTES", "pages of hugetlb: 2M, or another that it has", _page_size),
     "fsname": Option("NAME", "source in the mount table (privfs)", _fsname),
 }
 

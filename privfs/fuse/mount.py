@@ -24,6 +24,7 @@ from functools import partial
 import trio
 
 from privfs import control, views
+from privfs.backing import Backing, choose, default_size
 from privfs.fuse import ground, lowlevel
 from privfs.fuse.ground import MountError
 from privfs.fuse.live import LiveFiles
@@ -50,6 +51,8 @@ class MountOptions:
     passthrough: bool = True
     allow_other: bool = False
     fsname: str = "privfs"
+    backing: str = "shmem"
+    pagesize: int = 0
 
     def __post_init__(self) -> None:
         if self.personality not in PERSONALITIES:
@@ -57,11 +60,6 @@ class MountOptions:
             raise MountError(errno.EINVAL, f"personality {self.personality!r}: choose {known}")
         if self.size < 0 or self.size % PAGE_SIZE:
             raise MountError(errno.EINVAL, f"size={self.size}: must be a multiple of {PAGE_SIZE}")
-
-
-def default_size() -> int:
-    """Return half of the machine's memory in bytes, as tmpfs does."""
-    return os.sysconf("SC_PHYS_PAGES") // 2 * PAGE_SIZE
 
 
 def hide_memory() -> None:
@@ -79,15 +77,16 @@ def raise_fd_limit() -> None:
 
 def serve(mountpoint: str, options: MountOptions, ready: Callable[[], None]) -> None:
     """Mount, call ``ready`` when everything answers, and serve until unmounted or told to end."""
+    store = choose(options.backing, options.pagesize)
     mountpoint = os.path.realpath(mountpoint)  # as the mount table writes it
     ground.clear(mountpoint)
     hide_memory()
     raise_fd_limit()
     now = time.time_ns()
     names = Namespace(now, os.getuid(), os.getgid(), options.mode)
-    personality = PERSONALITIES[options.personality]
-    budget = (options.size or default_size()) // PAGE_SIZE
-    service = Service(personality, budget, options.ladder)
+    personality = replace(PERSONALITIES[options.personality], page_size=store.page_size)
+    budget = (options.size or default_size(options.backing, options.pagesize)) // PAGE_SIZE
+    service = Service(personality, budget, options.ladder, backing=Backing(store=store))
     live = LiveFiles()
     live.add(names, b"meminfo", partial(views.meminfo_text, service.owner), now)
     live.add(names, b"sessions", partial(views.sessions_text, service.owner), now)

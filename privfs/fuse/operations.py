@@ -159,7 +159,8 @@ class Files(lowlevel.Operations):
         budget = self._service.owner.budget
         free = max(budget.total - budget.used, 0)
         reply = pyfuse3.StatvfsData()
-        reply.f_bsize = reply.f_frsize = PAGE_SIZE
+        reply.f_bsize = self._service.owner.personality.page_size
+        reply.f_frsize = PAGE_SIZE
         reply.f_blocks, reply.f_bfree, reply.f_bavail = budget.total, free, free
         reply.f_files = self._names.inode_limit
         reply.f_ffree = reply.f_favail = self._names.inode_limit - self._names.inode_count
@@ -327,7 +328,7 @@ class Files(lowlevel.Operations):
         reply.st_uid, reply.st_gid = of.uid, of.gid
         reply.st_rdev = 0
         reply.st_size = of.size
-        reply.st_blksize = PAGE_SIZE
+        reply.st_blksize = self._service.owner.personality.page_size
         reply.st_blocks = 0
         file = self._service.owner.files.get(of.ino)
         if file is not None:
