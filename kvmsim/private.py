@@ -88,6 +88,7 @@ class Session:
         self._host = host
         self._base = number << _INODE_BITS
         self._extents: dict[tuple[int, int], _Extent] = {}
+        self._closed = False
         self.lane = Lane(self, User())
         self.lane.start(socket, label)
 
@@ -109,7 +110,7 @@ class Session:
     def extent_arrived(self, extent: ExtentArrived, fd: int) -> None:
         """Place what slots need of an extent; keep its memfd for slots to come."""
         key = (extent.ino, extent.instance)
-        if key in self._extents or extent.ino not in self.files:
+        if key in self._extents or extent.ino not in self.files or self._closed:
             os.close(fd)
             return
         self._extents[key] = held = _Extent(extent.start, extent.end, fd)
@@ -168,6 +169,7 @@ class Session:
     def close(self) -> None:
         """Let go of every extent and leave; no vCPU may run any more."""
         with self.lock:
+            self._closed = True  # an answer to a vCPU's last fault may still come
             extents = list(self._extents.values())
             self._extents.clear()
         for extent in extents:

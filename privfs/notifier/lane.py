@@ -112,13 +112,18 @@ class Lane:
 
     def start(self, path: str, label: str = "") -> None:
         """Connect to the socket at ``path`` and say HELLO; raises LinkError when refused."""
-        connect(self._sock, path)
-        self._thread = threading.Thread(target=self._run, name=f"lane {label}", daemon=True)
-        self._thread.start()
-        opened = self._ask(lambda: self.user.hello(label))
-        assert isinstance(opened, Opened)
-        if opened.status:
-            raise LinkError(opened.status, f"{path}: the session was refused")
+        try:
+            connect(self._sock, path)
+            self._thread = threading.Thread(target=self._run, name=f"lane {label}", daemon=True)
+            self._thread.start()
+            opened = self._ask(lambda: self.user.hello(label))
+            assert isinstance(opened, Opened)
+            if opened.status:
+                why = os.strerror(opened.status)
+                raise LinkError(opened.status, f"{path}: the session was refused: {why}")
+        except BaseException:
+            self.close()
+            raise
         self.session = opened.session
 
     # --- requests -----------------------------------------------------------------------------
@@ -201,7 +206,11 @@ class Lane:
             raise LinkError(errno.ENOTCONN, f"no owner: {self._gone}")
 
     def _send(self, records: list[Record], fds: list[int]) -> None:
-        send_frame(self._sock, pack(records), fds)
+        try:
+            send_frame(self._sock, pack(records), fds)
+        except OSError as error:
+            why = f"no owner: {error.strerror}"
+            raise LinkError(error.errno or errno.ENOTCONN, why) from error
 
     # --- the lane -----------------------------------------------------------------------------
 
@@ -212,6 +221,9 @@ class Lane:
                 pass
         except (OSError, FrameLost, WireError) as error:
             why = str(error)
+        except Exception as error:  # nothing would be zapped any more: say so, rather than vanish
+            log.exception("session %d: the lane failed", self.session)
+            why = f"internal error: {error}"
         with self._answered:
             self._gone = why
             self._answered.notify_all()
