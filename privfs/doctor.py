@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import pwd
 import re
 import shutil
 import stat
@@ -53,6 +54,12 @@ def fusermount() -> Check:
         return failed(name, "not found", "apt install fuse3")
     if os.geteuid() != 0 and not os.stat(found).st_mode & stat.S_ISUID:
         return failed(name, f"{found} is not setuid root", f"as root: chmod u+s {found}")
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        if os.geteuid() != 0:
+            text = f"refuses uid {os.getuid()}, which has no name in passwd(5)"
+            return failed(name, text, f"as root: useradd --uid {os.getuid()} NAME")
     return passed(name, found)
 
 
@@ -72,6 +79,7 @@ def trial_mount() -> Check:
         last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         return failed(name, last.removeprefix("privfs: "), "mend what failed above")
     mount = json.loads(done.stdout)[0]
+    busy = "; umount(8) finds it busy, privfs umount does not" if mount["pinned"] else ""
     if mount["mode"] == "passthrough":
         return passed(name, "works; the kernel itself refuses read, write and mmap (passthrough)")
     reason = mount["passthrough_errno"]
@@ -82,7 +90,7 @@ def trial_mount() -> Check:
         errno.ENOSPC: "sysctl -w fs.mqueue.queues_max=1024",
     }.get(reason, "see dmesg")
     text = f"works, but without passthrough ({os.strerror(reason)}): a private mapping is made "
-    return skipped(name, f"{text}and answers SIGBUS", mend)
+    return skipped(name, f"{text}and answers SIGBUS{busy}", mend)
 
 
 def stale_mounts() -> Check:

@@ -196,7 +196,7 @@ def open_files() -> Check:
 
 
 def user_namespaces() -> Check:
-    """Whether `unshare -r` works: mounting without root and without fusermount3."""
+    """Whether `unshare -r` works: mounting without fusermount3, umount(8) of users' mounts."""
     name = "user namespaces"
     tool = shutil.which("unshare")
     if tool is None:
@@ -208,5 +208,9 @@ def user_namespaces() -> Check:
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["refused"])[-1]
         mend = "sysctl -w kernel.unprivileged_userns_clone=1 user.max_user_namespaces=10000"
-        return skipped(name, said, f"{mend}; in a container: --security-opt seccomp=unconfined")
+        return skipped(
+            name,
+            f"{said}; without root, umount(8) finds mounts busy and privfs umount does not",
+            f"{mend}; in a container: --security-opt seccomp=unconfined",
+        )
     return passed(name, "may be made")

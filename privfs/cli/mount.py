@@ -9,13 +9,13 @@ import logging
 import os
 import select
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from privfs.backing import StoreError, default_size
-from privfs.cli import child, options, tables
+from privfs.cli import child, options, supervisor, tables
 from privfs.cli.exitcodes import Exit
 from privfs.cli.failure import Failure, mount_failed
 from privfs.cli.verbosity import Verbosity, verbose_options
@@ -70,8 +70,11 @@ def mount(
     if life_fd is not None:
         child.end_with_parent(life_fd)
 
+    told = supervisor.Supervisor(tied=life_fd is not None)
+
     def ready() -> None:
         facts = _facts(wishes)
+        told.ready(f"serving {directory} ({facts['personality']}, {facts['mode']})")
         if detach:
             os.chdir("/")
             child.detach_streams()
@@ -85,7 +88,7 @@ def mount(
             )
 
     try:
-        _serve(directory, wishes, ready)
+        _serve(directory, wishes, ready, told.stopping)
     finally:
         if remove:
             with contextlib.suppress(OSError):
@@ -97,7 +100,12 @@ def _leave(number: int, frame: object) -> None:
     raise SystemExit(Exit.SIGNAL + number)
 
 
-def _serve(directory: str, wishes: options.Wishes, ready: Any) -> None:
+def _serve(
+    directory: str,
+    wishes: options.Wishes,
+    ready: Callable[[], None],
+    ending: Callable[[], None],
+) -> None:
     from privfs import doctor, probes
 
     device = doctor.fuse_device()
@@ -108,7 +116,7 @@ def _serve(directory: str, wishes: options.Wishes, ready: Any) -> None:
     except ImportError as error:
         raise Failure(Exit.FUSE, f"{error}; see: privfs doctor") from error
     try:
-        serve(directory, wishes.mount_options(), ready)
+        serve(directory, wishes.mount_options(), ready, ending)
     except* OSError as group:  # most are MountErrors
         raise _explained(group) from group
 

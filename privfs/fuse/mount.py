@@ -75,8 +75,16 @@ def raise_fd_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def serve(mountpoint: str, options: MountOptions, ready: Callable[[], None]) -> None:
-    """Mount, call ``ready`` when everything answers, and serve until unmounted or told to end."""
+def serve(
+    mountpoint: str,
+    options: MountOptions,
+    ready: Callable[[], None],
+    ending: Callable[[], None] = lambda: None,
+) -> None:
+    """Mount, call ``ready`` when everything answers, and serve until unmounted or told to end.
+
+    Then ``ending`` is called, before the memory is taken away from its users.
+    """
     store = choose(options.backing, options.pagesize)
     mountpoint = os.path.realpath(mountpoint)  # as the mount table writes it
     ground.clear(mountpoint)
@@ -104,7 +112,7 @@ def serve(mountpoint: str, options: MountOptions, ready: Callable[[], None]) -> 
     )
     try:
         lowlevel.install_fastwait()
-        trio.run(_main, service, info, ready)
+        trio.run(_main, service, info, ready, ending)
     finally:
         # What was unmounted lazily still has open files; another mount may be in its place.
         # Nobody serves us any more: this must not ask our own mount.
@@ -135,7 +143,12 @@ def versions(status: lowlevel.Status | None = None) -> dict[str, str]:
     return found
 
 
-async def _main(service: Service, info: control.MountInfo, ready: Callable[[], None]) -> None:
+async def _main(
+    service: Service,
+    info: control.MountInfo,
+    ready: Callable[[], None],
+    ending: Callable[[], None],
+) -> None:
     async with trio.open_nursery() as nursery:
         ended = trio.Event()
         nursery.start_soon(_serve_fuse, ended)
@@ -152,6 +165,7 @@ async def _main(service: Service, info: control.MountInfo, ready: Callable[[], N
             try:
                 ready()
                 await ended.wait()
+                ending()
                 with trio.CancelScope(shield=True):
                     await service.shutdown()
             finally:
