@@ -8,9 +8,10 @@ see docs/conformance.md.  :func:`run` yields the outcomes of a target.
 from privfs.testing.conformance.catalogue import ROWS
 from privfs.testing.conformance.row import COLUMNS, REFERENCE, Mode, Row, Start
 from privfs.testing.conformance.runner import SKIPPED, run
+from privfs.testing.conformance.subject import Subject
 from privfs.testing.conformance.targets import Directory, GuestMemfd, Memfd, Target
 
 __all__ = [
     "COLUMNS", "REFERENCE", "ROWS", "SKIPPED", "Directory", "GuestMemfd", "Memfd", "Mode", "Row",
-    "Start", "Target", "run",
+    "Start", "Subject", "Target", "run",
 ]  # fmt: skip

@@ -68,7 +68,6 @@ class Row:
     want: dict[str, Outcome]
     source: str
     fuse: tuple[Differs, ...] = ()
-    patience: float = 10.0  #: seconds after which the outcome is "hangs"
     since: tuple[int, int] = (0, 0)  #: the kernel that answers so; older ones are not asked
 
     def answer(self, personality: str, mode: Mode) -> Outcome | None:
@@ -115,7 +114,6 @@ def row(
     start: Start = Start.FILLED,
     source: str,
     fuse: tuple[Differs, ...] = (),
-    patience: float = 10.0,
     since: tuple[int, int] = (0, 0),
 ) -> Row:
     """Make a row; "" takes the answer of the neighbour, None says that it does not apply.
@@ -134,4 +132,4 @@ def row(
         "resizable": shim if resizable == "" else resizable,
     }
     want = {column: outcome for column, outcome in given.items() if outcome is not None}
-    return Row(name, probe, arguments, start, want, source, fuse, patience, since)
+    return Row(name, probe, arguments, start, want, source, fuse, since)

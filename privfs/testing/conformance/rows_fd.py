@@ -81,7 +81,8 @@ _SEALED: Final = [
     *(
         row(f"F_ADD_SEALS.{name}", probe.add_seals, seal, gm="EINVAL", memfd="0",
             v7="EINVAL" if name == "exec" else "EPERM",
-            source="memfd_add_seals; F_SEAL_EXEC is younger than v7", fuse=_NO_SEALS)
+            source="memfd_add_seals; F_SEAL_EXEC is younger than v7",
+            fuse=() if name == "exec" else _NO_SEALS)
         for name, seal in _SEALS.items()
     ),
     row("F_ADD_SEALS.none", probe.add_seals, 0, gm="EINVAL", memfd="0", v7="EPERM",
@@ -121,9 +122,9 @@ _LOCKS: Final = [
     row("flock.unknown", probe.flock, 77, gm="EINVAL", memfd="EINVAL", source="flock"),
     row("F_SETLEASE.read", probe.lease, fcntl.F_RDLCK, gm="0", memfd="0",
         source="check_conflicting_open: nobody counts as a writer",
-        fuse=fuse("named", "EAGAIN")),
+        fuse=fuse("writer-count", "EAGAIN")),
     row("F_SETLEASE.write", probe.lease, fcntl.F_WRLCK, gm="EAGAIN", memfd="EAGAIN",
-        source="check_conflicting_open", fuse=fuse("lease", "0")),
+        source="check_conflicting_open", fuse=fuse("writer-count", "0")),
     row("F_GETLEASE", probe.command, F_GETLEASE, 0, gm="2", memfd="2", source="fcntl_getlease"),
     row("F_NOTIFY", probe.command, F_NOTIFY, 1, gm="ENOTDIR", memfd="ENOTDIR",
         source="fcntl_dirnotify"),

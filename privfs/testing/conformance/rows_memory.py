@@ -305,7 +305,8 @@ def _map_of(name: str, call: Any, *arguments: Any, memfd: Outcome, mount: Outcom
     """Where data and holes are: a mount shows what is allocated."""
     return row(
         f"lseek.{name}", call, *arguments, gm="ESPIPE", memfd=memfd, resizable=mount,
-        source=_UNTOUCHED, fuse=fuse("allocated-is-data", mount, only=("v7",)),
+        source=_UNTOUCHED,
+        fuse=fuse("allocated-is-data", mount, only=("v7",)) if mount != memfd else (),
     )  # fmt: skip
 
 

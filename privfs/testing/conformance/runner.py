@@ -14,7 +14,7 @@ import resource
 import select
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 
 from privfs.testing.conformance.rings import Unavailable
 from privfs.testing.conformance.row import Outcome, Row
@@ -25,22 +25,29 @@ from privfs.testing.conformance.targets import Target
 #: First word of an outcome that says what the machine lacks.
 SKIPPED = "skipped:"
 _REAP_SECONDS = 10.0
+_PATIENCE, _SHORT = 10.0, 0.5
 
 
-def run(target: Target, rows: Iterable[Row]) -> Iterator[tuple[Row, Outcome]]:
-    """Yield every row that applies to the column of ``target`` with its outcome, in order."""
+def run(
+    target: Target, rows: Iterable[Row], hanging: Container[str] = ()
+) -> Iterator[tuple[Row, Outcome]]:
+    """Yield every row that applies to the column of ``target`` with its outcome, in order.
+
+    ``hanging`` names rows that are known to hang: they are waited for half a second, others ten.
+    """
     for row in rows:
         if target.column in row.want:
-            yield row, outcome(target, row)
+            patience = _SHORT if row.name in hanging else _PATIENCE
+            yield row, outcome(target, row, patience)
 
 
-def outcome(target: Target, row: Row) -> Outcome:
-    """Run one row on a fresh file and return what it said."""
+def outcome(target: Target, row: Row, patience: float = _PATIENCE) -> Outcome:
+    """Run one row on a fresh file and return what it said; "hangs" after ``patience`` seconds."""
     if _kernel() < row.since:
         return f"{SKIPPED} Linux {row.since[0]}.{row.since[1]}"
     subject = target.make(row.start)
     try:
-        return _in_child(row, subject)
+        return _in_child(row, subject, patience)
     finally:
         target.discard(subject)
 
@@ -51,7 +58,7 @@ def _kernel() -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def _in_child(row: Row, subject: Subject) -> Outcome:
+def _in_child(row: Row, subject: Subject, patience: float) -> Outcome:
     ours, theirs = os.pipe()
     child = os.fork()
     if child == 0:
@@ -62,7 +69,7 @@ def _in_child(row: Row, subject: Subject) -> Outcome:
             os._exit(0)
     os.close(theirs)
     try:
-        said, in_time = _listen(ours, row.patience)
+        said, in_time = _listen(ours, patience)
         if not in_time:
             os.kill(child, signal.SIGKILL)
         status = _reap(child, row.name)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Every row on every target; a failure names both.  The kernel's own files are in tests/kvm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from conformance.runs import outcome, outcomes
+
+from privfs.testing.conformance import REFERENCE, ROWS, SKIPPED, apart, model
+
+pytestmark = pytest.mark.usefixtures("ran")
+
+#: mount: by root, the kernel refuses; user: without privileges, the daemon does.
+KINDS = ("mount", "user")
+#: One test a row; the others are compared as a whole.
+CLOSELY = ("guest_memfd", "resizable")
+
+
+def expected(target: str) -> dict[str, str]:
+    """Return row → outcome that a target must show."""
+    kind, _, who = target.partition(":")
+    mounted = apart.mounted(target)
+    found: dict[str, str | None]
+    if mounted is not None:
+        found = {row.name: row.answer(who, mounted.mode) for row in ROWS}
+    elif kind == "model":
+        found = {row.name: model.expected(who, row) for row in ROWS}
+    else:
+        found = {row.name: row.want.get(target) for row in ROWS}
+    return {name: answer for name, answer in found.items() if answer is not None}
+
+
+def marked(target: str) -> list[pytest.MarkDecorator]:
+    """Only root gets passthrough."""
+    return [pytest.mark.root] if target.startswith("mount:") else []
+
+
+def rows() -> Iterator[object]:
+    for target in (f"{kind}:{who}" for who in CLOSELY for kind in KINDS):
+        for name, answer in expected(target).items():
+            yield pytest.param(target, name, answer, id=f"{target}-{name}", marks=marked(target))
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize(("target", "row", "answer"), [*rows()])
+def test_a_mount_answers_as_its_personality(target: str, row: str, answer: str) -> None:
+    assert outcome(target, row) == answer
+
+
+def compared(target: str) -> None:
+    """Compare all rows of a target; pytest shows those that differ."""
+    found = outcomes(target)
+    assert len(found) > 150
+    wanted = expected(target)
+    tried = {name: answer for name, answer in found.items() if not answer.startswith(SKIPPED)}
+    assert tried == {name: answer for name, answer in wanted.items() if name in tried}
+    assert set(found) == set(wanted)
+
+
+@pytest.mark.fuse
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(f"{kind}:{who}", marks=marked(f"{kind}:"))
+        for who in REFERENCE if who not in CLOSELY for kind in KINDS
+    ],
+)  # fmt: skip
+def test_a_mount_answers_as_the_file_of_its_time(target: str) -> None:
+    compared(target)
+
+
+@pytest.mark.parametrize("target", [f"model:{who}" for who in REFERENCE])
+def test_the_model_answers_as_its_personality(target: str) -> None:
+    compared(target)
+
+
+@pytest.mark.parametrize("target", ["memfd"])
+def test_an_ordinary_memfd_shows_that_each_probe_can_succeed(target: str) -> None:
+    compared(target)
