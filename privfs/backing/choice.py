@@ -7,14 +7,14 @@ import errno
 import os
 from typing import Final
 
-from privfs.backing.hugetlb import DEFAULT_PAGE_SIZE, Hugetlb, pool_bytes, text
+from privfs.backing.hugetlb import DEFAULT_PAGE_SIZE, Hugetlb, pool_bytes
 from privfs.backing.shmem import Shmem
 from privfs.backing.store import Store, StoreError
 from privfs.extents import PAGE_SIZE
 
 #: Kinds of memory, and of which pages.
 STORES: Final = {
-    "shmem": "pages of 4K, the default",
+    "shmem": "pages of 4K, or pieces of 2M that become huge pages where the machine allows it",
     "hugetlb": "huge pages that the administrator has reserved",
 }
 #: Kinds that are asked for and cannot be had, and why.
@@ -28,25 +28,20 @@ REFUSED: Final = {
 def choose(name: str = "shmem", page_size: int = 0) -> Store:
     """Return a store that works now; ``page_size`` in bytes, 0 for its default.
 
-    Raises StoreError: EOPNOTSUPP for a refused kind, EINVAL for an unknown kind or a page size
-    that it does not have, ENOSPC or ENOMEM where no page of it is to be had.
+    Raises StoreError: EINVAL for an unknown kind or a page size that it does not have, EOPNOTSUPP
+    for what cannot be offered (here), ENOSPC or ENOMEM where no page of it is to be had.
     """
     if name in REFUSED:
         raise StoreError(errno.EOPNOTSUPP, f"backing={name} is not offered: {REFUSED[name]}")
     if name == "hugetlb":
-        store = Hugetlb(page_size or DEFAULT_PAGE_SIZE)
-        store.require_pool()
-        return store
+        hugetlb = Hugetlb(page_size or DEFAULT_PAGE_SIZE)
+        hugetlb.require_pool()
+        return hugetlb
     if name != "shmem":
         raise StoreError(errno.EINVAL, f"backing={name}: choose {' or '.join(STORES)}")
-    if page_size not in (0, Shmem.page_size):
-        raise StoreError(
-            errno.EINVAL,
-            f"pagesize={text(page_size)}: shmem has pages of 4K; whether it uses transparent huge "
-            "pages is set in /sys/kernel/mm/transparent_hugepage/shmem_enabled; for others: "
-            "backing=hugetlb",
-        )
-    return Shmem()
+    shmem = Shmem(page_size or PAGE_SIZE)
+    shmem.require_exact()
+    return shmem
 
 
 def default_size(name: str = "shmem", page_size: int = 0) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from privfs.backing.store import MemfdStore, StoreError
+from privfs.backing.store import MemfdStore, StoreError, text
 from privfs.extents import PAGE_SIZE, SMALL_EXTENT_PAGES
 
 _MFD_HUGETLB: Final = 4  # linux/memfd.h
@@ -89,14 +89,6 @@ def enlarge(page_size: int) -> str:
     if f"Hugepagesize: {page_size >> 10:>10} kB" in meminfo:  # the one that the sysctl is about
         return "sysctl -w vm.nr_hugepages=N"
     return f"echo N > {_pool(page_size)}/nr_hugepages"
-
-
-def text(size: int) -> str:
-    """Write a page size as ``pagesize=`` reads it."""
-    for unit, shift in (("G", 30), ("M", 20)):
-        if size >= 1 << shift:
-            return f"{size >> shift}{unit}"
-    return f"{size >> 10}K"
 
 
 def _pool(page_size: int) -> Path:

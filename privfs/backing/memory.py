@@ -23,7 +23,7 @@ import errno
 import os
 import resource
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 from privfs.backing.shmem import Shmem
@@ -116,9 +116,40 @@ class Backing:
         self._files: dict[int, dict[int, Extent]] = {}
         self._alive = 0
         self._created = 0
-        self._lock = threading.Lock()  # guards the four above; no file work is done under it
+        self._claims: dict[Hashable, frozenset[tuple[int, int]]] = {}
+        self._lock = threading.Lock()  # guards the five above; no file work is done under it
 
     # ---- memory comes
+
+    def claim(self, name: Hashable, ino: int, start: int, end: int) -> None:
+        """Set descriptors aside for the extents that an allocation of [start, end) will create.
+
+        Until :meth:`unclaim` of the same name. Raises BackingError (ENOSPC) and sets nothing aside
+        where there are too few, so that what cannot be finished is not begun.
+        """
+        with self._lock:
+            alive = self._files.get(ino, {})
+            wanted = frozenset((ino, i) for i, _, _ in split(start, end) if i not in alive)
+            if not wanted:
+                return
+            claimed = {
+                (one, index)
+                for claim in self._claims.values()
+                for one, index in claim
+                if index not in self._files.get(one, {})
+            }
+            if self._alive + len(claimed | wanted) > self._extent_limit:
+                raise BackingError(
+                    errno.ENOSPC, "allocate", ino, (start, end), start,
+                    f"{len(wanted)} descriptors wanted, {self._alive} of {self._extent_limit} "
+                    f"are in use: delete or truncate files, or {_ADVICE[errno.EMFILE]}",
+                )  # fmt: skip
+            self._claims[name] = wanted
+
+    def unclaim(self, name: Hashable) -> None:
+        """Give back what :meth:`claim` set aside and was not used."""
+        with self._lock:
+            self._claims.pop(name, None)
 
     def allocate(self, ino: int, start: int, end: int) -> None:
         """Allocate the file pages [start, end); pages already there keep their contents.

@@ -105,3 +105,11 @@ def _call_fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 
 class StoreError(OSError):
     """A store that this machine cannot offer; ``str()`` says what to do."""
+
+
+def text(size: int) -> str:
+    """Write a page size as ``pagesize=`` reads it."""
+    for unit, shift in (("G", 30), ("M", 20)):
+        if size >= 1 << shift:
+            return f"{size >> shift}{unit}"
+    return f"{size >> 10}K"

@@ -159,7 +159,7 @@ OPTIONS: Final[dict[str, Option]] = {
     "allow_other": Option("", "let other users in", bool),
     "direct_io": Option("", "refuse in the daemon even where the kernel could", bool),
     "backing": Option("|".join(STORES), "kind of memory (shmem)", _backing),
-    "pagesize": Option("BYTES", "pages of hugetlb: 2M, or another that it has", _page_size),
+    "pagesize": Option("BYTES", "memory comes and goes in so many (4K; hugetlb: 2M)", _page_size),
     "fsname": Option("NAME", "source in the mount table (privfs)", _fsname),
 }
 

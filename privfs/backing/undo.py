@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Give back what an allocation got before it ran out of memory or descriptors.
+
+``shmem_undo_range()`` does the same in ``shmem_fallocate()``; here an allocation may lie in many
+memfds, each of which undoes only what failed within it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from privfs.backing.memory import Backing
+from privfs.extents import extent_range, split
+from privfs.memfile import MemFile
+from privfs.operation import OpId, Perform
+
+
+def undo(backing: Backing, file: MemFile, ino: int, perform: Perform, upto: int) -> int:
+    """Free the pages of ``[start, upto)`` that the file does not have; return what is left of it.
+
+    To be called before the allocation is reported, by the thread that changes the file.  Pages
+    that another allocation under way may have got stay, all of them, and so does an extent that it
+    may be in.
+    """
+    op, start, end = perform.op, perform.start, perform.end
+    if _shared(file, op, start, end):
+        return upto
+    for first, last in _missing(file, start, upto):
+        backing.punch(ino, first, last)
+    for index, _, _ in split(start, end):
+        if index not in file.instances and not _shared(file, op, *extent_range(index)):
+            backing.kill(ino, index)
+    return start
+
+
+def _shared(file: MemFile, op: OpId, start: int, end: int) -> bool:
+    return any(
+        other != op and low < end and start < high for other, _, low, high in file.operations()
+    )
+
+
+def _missing(file: MemFile, start: int, end: int) -> Iterator[tuple[int, int]]:
+    page = start
+    while page < end:
+        if page in file.pages:
+            page = file.hole_from(page)
+            continue
+        data = file.data_from(page)
+        last = end if data is None else min(data, end)
+        yield page, last
+        page = last
