@@ -4,18 +4,24 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 from privfs.personality import Refused
 
 
 class Budget:
-    """Pages that a mount may hold: ``used`` counts allocated pages and reservations."""
+    """Pages that a mount may hold: ``used`` counts allocated pages and reservations.
 
-    __slots__ = ("total", "used")
+    ``room``, if given, is asked how many pages the machine can spare before that many are
+    reserved; where it names fewer they are refused.
+    """
 
-    def __init__(self, total: int, used: int = 0) -> None:
+    __slots__ = ("room", "total", "used")
+
+    def __init__(self, total: int, used: int = 0, room: Callable[[int], int] | None = None) -> None:
         self.total = total
         self.used = used
+        self.room = room
 
     def reserve(self, pages: int) -> None:
         """Reserve or raise ``ENOSPC`` and change nothing."""
@@ -25,8 +31,14 @@ class Budget:
                 f"{pages} pages wanted, {self.total - self.used} of {self.total} left: "
                 "punch holes, or mount with a larger -o size=",
             )
+        if pages and self.room is not None and (room := self.room(pages)) < pages:
+            raise Refused(
+                errno.ENOSPC,
+                f"{pages} pages wanted, the machine can spare {room} of the "
+                f"{self.total - self.used} that are left: end other programs, or punch holes",
+            )
         self.used += pages
 
     def copy(self) -> Budget:
         """Return an independent copy."""
-        return Budget(self.total, self.used)
+        return Budget(self.total, self.used, self.room)

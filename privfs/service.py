@@ -23,6 +23,9 @@ import trio
 
 from privfs import extents
 from privfs.backing import Backing, BackingError, Extent
+from privfs.backing.shmem import Shmem
+from privfs.backing.undo import undo
+from privfs.machine import Machine
 from privfs.notifier import effects as core
 from privfs.notifier.effects import Rung
 from privfs.notifier.fds import Peer, check_private_file, identify, thread_group
@@ -36,6 +39,7 @@ log = logging.getLogger(__name__)
 
 #: Larger steps run in a worker thread: about 1 ms of fallocate.
 _INLINE_PAGES: Final = 1024
+_COMPLAINT_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +106,17 @@ class Service:
         ladder: Ladder | None = None,
         on_expire: Callable[[int], None] = lambda ino: None,
         backing: Backing | None = None,
+        *,
+        quota_pages: int = 0,
     ) -> None:
         self.ladder = ladder or Ladder()
-        self.owner = Owner(personality, budget_pages, kills=self.ladder.ack > 0)
+        self.owner = Owner(
+            personality, budget_pages, kills=self.ladder.ack > 0, quota_pages=quota_pages
+        )
         self.backing = backing or Backing()
+        self.machine = Machine(lambda: sum(self._coming.values()))
+        if isinstance(self.backing.store, Shmem):  # pools of huge pages are set aside already
+            self.owner.budget.room = self.machine.room
         self.hub = Hub(self, self._memfd)
         self.dev = 0
         self.kills = self.failures = 0
@@ -114,6 +125,8 @@ class Service:
         self._ops = count(1)
         self._calls: dict[OpId, Call] = {}
         self._began: dict[tuple[int, OpId], float] = {}
+        self._coming: dict[OpId, int] = {}  #: pages that worker threads are about to allocate
+        self._quiet_until = float("-inf")
         self._timers: list[tuple[float, int, int, OpId, Rung]] = []
         self._timer_count = count()
         self._timer_wake = trio.Event()
@@ -284,6 +297,8 @@ class Service:
     def _answer(self, op: OpId, answer: core.Answer) -> None:
         if answer.errno == errno.EIO:
             self.failures += 1
+        elif answer.errno == errno.ENOSPC:
+            self._complain(answer.why, logging.INFO)
         call = self._calls.pop(op, None)
         if call is not None:
             call.outcome = answer
@@ -296,25 +311,33 @@ class Service:
         began = self._began.pop((work.ino, perform.op), None)
         if began is not None and perform.step is Step.FREE:
             self.latencies.add(time.monotonic() - began)
-        if perform.step is Step.ALLOCATE:
-            pages = perform.end - perform.start
-        else:
-            file = self.owner.files[work.ino]
-            pages = file.pages.range_cardinality(perform.start, perform.end)
-        if pages <= _INLINE_PAGES or self._nursery is None:
-            failed, upto = self._perform(work, None)
-            return self.owner.performed(work.ino, perform.op, failed, upto)
-        self._nursery.start_soon(self._work_in_thread, work)
-        return None
+        file = self.owner.files[work.ino]
+        held = file.pages.range_cardinality(perform.start, perform.end)
+        pages = perform.end - perform.start - held if perform.step is Step.ALLOCATE else held
+        if pages > _INLINE_PAGES and self._nursery is not None:
+            self._coming[perform.op] = pages if perform.step is Step.ALLOCATE else 0
+            self._nursery.start_soon(self._work_in_thread, work)
+            return None
+        return self._performed(work, *self._perform(work, None))
 
     async def _work_in_thread(self, work: core.Work) -> None:
-        call = self._calls.get(work.perform.op)
+        op = work.perform.op
         with trio.CancelScope(shield=True):  # a freeing step, once begun, is always finished
-            failed, upto = await trio.to_thread.run_sync(self._perform, work, call)
-        self._apply(self.owner.performed(work.ino, work.perform.op, failed, upto))
+            done = await trio.to_thread.run_sync(self._perform, work, self._calls.get(op))
+        del self._coming[op]
+        self._apply(self._performed(work, *done))
+
+    def _performed(self, work: core.Work, failed: int, upto: int | None) -> list[core.Effect]:
+        """Report a step; an allocation that ran out of something leaves nothing of itself."""
+        ino, perform = work
+        if perform.step is Step.ALLOCATE:
+            self.backing.unclaim(perform.op)
+            if failed and failed != errno.EINTR and upto is not None:
+                upto = undo(self.backing, self.owner.files[ino], ino, perform, upto)
+        return self.owner.performed(ino, perform.op, failed, upto)
 
     def _perform(self, work: core.Work, call: Call | None) -> tuple[int, int | None]:
-        ino, (_, step, kind, start, end, dead) = work
+        ino, (op, step, kind, start, end, dead) = work
         try:
             if step is Step.FREE:
                 for index, _ in dead:
@@ -322,17 +345,44 @@ class Service:
                 if kind is not Kind.DESTROY:
                     self.backing.punch(ino, start, end)
                 return 0, None
-            for first, last in extents.chunks(start, end):
-                if call is not None and call.interrupted and first > start:
-                    return errno.EINTR, first
-                self.backing.allocate(ino, first, last)
+            return self._allocate(ino, op, start, end, call)
         except BackingError as error:
-            log.warning("%s", error)
+            self._complain(str(error), logging.WARNING)
             return error.errno, max(error.completed, start)
         except OSError as error:
             log.error("inode %d, pages [%#x, %#x): %s failed: %s", ino, start, end, step, error)
             return errno.EIO, None
+
+    def _allocate(
+        self, ino: int, op: OpId, start: int, end: int, call: Call | None
+    ) -> tuple[int, int | None]:
+        """Allocate the chunks that lack pages; between two of them a signal is looked for.
+
+        At least one chunk is made each time, so that a caller that repeats gets to the end.
+        """
+        self.backing.claim(op, ino, start, end)
+        pages = self.owner.files[ino].pages  # only grows here while we are under way
+        made = False
+        for first, last in extents.chunks(start, end):
+            missing = last - first - pages.range_cardinality(first, last)
+            if not missing:
+                continue
+            if call is not None and call.interrupted and made:
+                return errno.EINTR, first
+            self.backing.allocate(ino, first, last)
+            made = True
+            if op in self._coming:
+                self._coming[op] -= missing
         return 0, None
+
+    def _complain(self, text: str, level: int) -> None:
+        """Log what ran out, seldom as a warning: whoever allocates can make it run out at will."""
+        now = time.monotonic()
+        if level >= logging.WARNING and now < self._quiet_until:
+            level = logging.INFO
+        elif level >= logging.WARNING:
+            self._quiet_until = now + _COMPLAINT_SECONDS
+        log.log(level, "%s", text)
 
     # --- time ---------------------------------------------------------------------------------
 
