@@ -18,7 +18,8 @@ import socket
 import sys
 
 from privfs.notifier.lane import connect
-from privfs.notifier.wire import MAX_FRAME, MAX_RECORDS, RECORD, Flag, Op, Record, pack
+from privfs.notifier.user import User
+from privfs.notifier.wire import MAX_FRAME, MAX_RECORDS, RECORD, Op, Record, pack
 
 PAGE = 4096
 
@@ -52,7 +53,7 @@ class RawUser:
 
     def register(self, path: str, flags: int) -> None:
         fd = os.open(path, flags)
-        self.send(pack([Record(Op.REGISTER, Flag.FD, 0, 1)]), [fd])
+        self.send(pack([User().register()]), [fd])
         os.close(fd)
 
     def odd(self, kind: str, path: str) -> None:
@@ -69,7 +70,7 @@ class RawUser:
             "path": os.open(path, os.O_PATH),
             "symlink": os.open(path, os.O_PATH | os.O_NOFOLLOW),
         }
-        self.send(pack([Record(Op.REGISTER, Flag.FD, 0, 1)]), [made[kind]])
+        self.send(pack([User().register()]), [made[kind]])
         theirs.close()
         os.close(writer)
 
