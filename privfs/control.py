@@ -60,7 +60,12 @@ def _map(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, An
 def _stat(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, Any]:
     ino = _ino(service, ask)
     held = service.backing.blocks(ino) * 512
-    return views.file_stat(service.owner, ino) | {"held": held}
+    return views.file_stat(service.owner, ino) | {"held": held, "backing": _backing(service)}
+
+
+def _backing(service: Service) -> dict[str, Any]:
+    store = service.backing.store
+    return {"store": store.name, "page_size": store.page_size}
 
 
 def _status(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, Any]:
@@ -70,6 +75,7 @@ def _status(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str,
         "mountpoint": info.mountpoint,
         "pid": info.pid,
         "personality": service.owner.personality.name,
+        "backing": _backing(service),
         "mode": info.mode,
         "passthrough_errno": info.passthrough_errno,
         "versions": info.versions,

@@ -123,6 +123,11 @@ def map_(file: str, as_json: bool, in_bytes: bool, verbosity: Verbosity) -> None
 # --- stat --------------------------------------------------------------------------------------
 
 
+def backing_text(backing: dict[str, Any]) -> str:
+    """Return the kind of memory in words: ``shmem, pages of 4K``."""
+    return f"{backing['store']}, pages of {tables.size(backing['page_size'])}"
+
+
 def stat_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
     """Return the counts of one file as lines."""
     size = _sizes(in_bytes)
@@ -134,6 +139,7 @@ def stat_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
         "File": found["file"],
         "Inode": found["inode"],
         "Personality": found["personality"],
+        "Backing": backing_text(found["backing"]),
         "Size": size(found["size"]),
         "Allocated": size(found["allocated"]),
         "Mapped": size(found["mapped"]),
@@ -204,6 +210,7 @@ def status_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
     rows = {
         "Mount": f"{found['mountpoint']} (pid {found['pid']})",
         "Personality": found["personality"],
+        "Backing": backing_text(found["backing"]),
         "Refusal": mode,
         "Memory": f"{size(memory['total'])} budget, {size(memory['used'])} used, "
         f"{size(memory['free'])} free",

@@ -102,11 +102,13 @@ def test_an_empty_file_has_an_empty_map(mount: dict[str, Any]) -> None:
 
 STAT = {
     "inode": 7, "personality": "resizable", "size": 1 << 20, "allocated": 8192, "mapped": 4096,
-    "held": 8192, "extents": 1, "users": ["vm(1)"],
+    "held": 8192, "backing": {"store": "hugetlb", "page_size": 2 << 20},
+    "extents": 1, "users": ["vm(1)"],
     "operations": [{"step": "wait", "start": 0, "end": 4096}],
 }  # fmt: skip
 STATUS = {
     "mountpoint": "/m", "pid": 5, "personality": "resizable", "mode": "direct_io",
+    "backing": {"store": "shmem", "page_size": 4096},
     "passthrough_errno": errno.EPERM, "memory": {"total": 1 << 20, "used": 4096, "free": 0},
     "files": 1, "extents": 1, "kills": 2, "failures": 0,
     "invalidations": {"total": 3, "p50_us": 50.0, "p99_us": 2500.0},
@@ -124,6 +126,7 @@ def test_stat_shows_what_is_under_way(
     assert call(["stat", "f"]) == 0
     said = capsys.readouterr().out
     assert "Held:        8K in 1 extents" in said
+    assert "Backing:     hugetlb, pages of 2M" in said
     assert "Operations:  wait 0x0-0xfff" in said
     assert "Users:       vm(1)" in said
     assert call(["stat", "--json", "f"]) == 0
