@@ -2,8 +2,8 @@
 """A room for tests: mount and pid namespaces of their own, in which ordinary users are at home.
 
 What a test needs of the machine is laid over it in there: a /dev/fuse that all may open, fuse.conf,
-fstab and passwd of /etc, /usr/local/bin/privfs.  Nothing of it is seen outside.  When the room ends,
-all of its processes and mounts end.  Only root can make one.
+fstab and passwd of /etc, /usr/local/bin/privfs.  Nothing of it is seen outside.  When the room
+ends, all of its processes and mounts end.  Only root can make one.
 """
 
 from __future__ import annotations
@@ -58,10 +58,11 @@ class Room:
     def command(self, *arguments: str | os.PathLike[str], uid: int = USER) -> list[str]:
         """Return a command line that runs ``arguments`` as ``uid`` in the room."""
         return [
-            "nsenter", f"--target={self._holder}", "--mount", "--pid", f"--wd={self.place}", "--",
+            "nsenter", f"--target={self._holder}", "--mount", "--pid", "--",
             "setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups",
-            "--", "env", "-i", f"HOME={self.home}", "LC_ALL=C", f"TMPDIR={self.place / 'tmp'}",
-            f"PATH={os.path.dirname(sys.executable)}:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "--", "env", "-i", "-C", os.fspath(self.place),
+            f"HOME={self.home}", f"PYTHONPATH={ROOT}", f"TMPDIR={self.place / 'tmp'}", "LC_ALL=C",
+            f"PATH=/usr/local/bin:{os.path.dirname(sys.executable)}:/usr/sbin:/usr/bin:/sbin:/bin",
             *[os.fspath(argument) for argument in arguments],
         ]  # fmt: skip
 
@@ -130,7 +131,8 @@ def room(*, user_allow_other: bool = False, fstab: str = "") -> Iterator[Room]:
         )
         (place / "passwd").write_text(Path("/etc/passwd").read_text() + users)
         ours = place / "bin" / "privfs"
-        ours.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m privfs "$@"\n')
+        start = f"PYTHONPATH={ROOT} exec {sys.executable} -P -m privfs"
+        ours.write_text(f'#!/bin/sh\n{start} "$@"\n')
         ours.chmod(0o755)
         with subprocess.Popen(
             ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child",
