@@ -110,13 +110,16 @@ class Lane:
         """True while the owner answers."""
         return not self._gone
 
-    def start(self, path: str, label: str = "") -> None:
-        """Connect to the socket at ``path`` and say HELLO; raises LinkError when refused."""
+    def start(self, path: str, label: str = "", replaces: int = 0) -> None:
+        """Connect to the socket at ``path`` and say HELLO; raises LinkError when refused.
+
+        ``replaces`` is the ``session`` of a lane that broke, everything of which is unmapped.
+        """
         try:
             connect(self._sock, path)
             self._thread = threading.Thread(target=self._run, name=f"lane {label}", daemon=True)
             self._thread.start()
-            opened = self._ask(lambda: self.user.hello(label))
+            opened = self._ask(lambda: self.user.hello(label, replaces))
             assert isinstance(opened, Opened)
             if opened.status:
                 why = os.strerror(opened.status)

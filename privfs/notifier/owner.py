@@ -166,10 +166,18 @@ class Owner(OwnerState):
         code = refused if isinstance(refused, int) else 0
         if record.start != VERSION:
             code = errno.EPROTONOSUPPORT
+        old = self.sessions.get(record.end)
+        if record.end and not code and not (
+            old is not None and old.pid == session.pid and old.state is State.ZOMBIE
+        ):
+            code = errno.ESRCH  # gone already, alive, or another's: there is nothing to replace
+            old = None
         reply = Record(Op.WELCOME, status=code, req=record.req, start=VERSION, seq=session.sid)
         out: list[Effect] = [Send(session.sid, reply)]
         if code:
             out += self.broken(session.sid, f"refused: errno {code}")
+        elif old is not None:
+            out += self._end(old, Event.REPLACED)
         return out
 
     def _register(

@@ -35,6 +35,7 @@ class Event(enum.Enum):
     CONDEMN = "condemn"  #: did not acknowledge in time
     GIVE_UP = "give up"
     EXIT = "exit"  #: the pidfd became readable
+    REPLACED = "replaced"  #: the same process opened another session in its place
 
 
 TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
@@ -50,6 +51,7 @@ TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
     (State.ZOMBIE, Event.BYE): State.GONE,
     (State.ZOMBIE, Event.CONDEMN): State.KILLED,
     (State.ZOMBIE, Event.EXIT): State.GONE,
+    (State.ZOMBIE, Event.REPLACED): State.GONE,
     (State.KILLED, Event.BREAK): State.KILLED,
     (State.KILLED, Event.CONDEMN): State.KILLED,
     (State.KILLED, Event.GIVE_UP): State.UNPROVEN,

@@ -132,10 +132,15 @@ class User:
 
     # --- records to send ----------------------------------------------------------------------
 
-    def hello(self, label: str = "") -> Record:
-        """Open the session; ``label`` (16 bytes) names it in ``privfs map`` and in logs."""
+    def hello(self, label: str = "", replaces: int = 0) -> Record:
+        """Open the session; ``label`` (16 bytes) names it in ``privfs map`` and in logs.
+
+        ``replaces`` is the id of a session of this process whose socket has broken: everything
+        that it had mapped is unmapped.  ESRCH answers when there is none such.
+        """
         low, high = label_words(label)
-        return Record(Op.HELLO, req=self._begin(Op.HELLO, 0), start=VERSION, obj=low, seq=high)
+        req = self._begin(Op.HELLO, 0)
+        return Record(Op.HELLO, req=req, start=VERSION, end=replaces, obj=low, seq=high)
 
     def register(self, purpose: int = ALL_PURPOSES) -> Record:
         """Become a user of the file whose descriptor is sent along.

@@ -113,14 +113,14 @@ _RANGE = {"start": "first page", "end": "page after the last"}
 LAYOUT: Final[dict[Op, Fields]] = {
     Op.HELLO: Fields(
         To.OWNER,
-        {"req": "request", "start": "version", "end": "features", "obj": "label, bytes 0–7",
-         "seq": "label, bytes 8–15"},
-        "first record of a session; promises that the sender maps nothing",
+        {"req": "request", "start": "version", "end": "id of the session that it replaces, or 0",
+         "obj": "label, bytes 0–7", "seq": "label, bytes 8–15"},
+        "first record of a session; promises that nothing is mapped for it, nor any more for the "
+        "session of the same process that it replaces",
     ),
     Op.WELCOME: Fields(
         To.USER,
-        {"req": "request", "status": "errno", "start": "version", "end": "features",
-         "seq": "session id"},
+        {"req": "request", "status": "errno", "start": "version", "seq": "session id"},
         "answer to HELLO",
     ),
     Op.REGISTER: Fields(
