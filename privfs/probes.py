@@ -21,6 +21,8 @@ import subprocess
 from dataclasses import dataclass
 from typing import Final
 
+from privfs.backing import hugetlb, shmem
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 _SYS_MQ_OPEN: Final = 240  # asm/unistd_64.h
@@ -159,6 +161,34 @@ def memfd() -> Check:
     except OSError as error:
         return failed(name, error.strerror or str(error), "free memory; sysctl vm.memfd_noexec=0")
     return passed(name, "sealing and punching work")
+
+
+def shmem_pages() -> Check:
+    """Whether a page of shmem is one page, or a huge one that nobody asked for."""
+    name = "-o backing=shmem"
+    setting = shmem.huge_setting()
+    try:
+        shmem.Shmem().require_exact()
+    except OSError:
+        text = f"transparent huge pages unasked ({setting}): only with -o pagesize=2M"
+        return skipped(name, text, f"to mount without: echo advise > {shmem.SETTING}")
+    return passed(name, f"pages of 4K (transparent huge pages: {setting})")
+
+
+def huge_pages() -> Check:
+    """Whether there is a huge page for -o backing=hugetlb."""
+    name = "-o backing=hugetlb"
+    try:
+        store = hugetlb.Hugetlb()
+        store.require_pool()
+    except OSError as error:
+        mend = hugetlb.enlarge(hugetlb.DEFAULT_PAGE_SIZE)
+        return skipped(name, f"no huge page of 2M is free: {_cause(error)}", mend)
+    return passed(name, f"a pool of {hugetlb.pool_bytes(store.page_size) >> 20}M in pages of 2M")
+
+
+def _cause(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def userfaults() -> Check:
