@@ -23,6 +23,12 @@ class Budget:
         self.used = used
         self.room = room
 
+    @property
+    def available(self) -> int:
+        """Pages that could be reserved now."""
+        left = max(self.total - self.used, 0)
+        return left if self.room is None else min(left, self.room(0))
+
     def reserve(self, pages: int) -> None:
         """Reserve or raise ``ENOSPC`` and change nothing."""
         if self.used + pages > self.total:

@@ -111,17 +111,30 @@ def sessions(owner: Owner) -> list[dict[str, Any]]:
 
 
 def meminfo(owner: Owner) -> dict[str, int]:
-    """Return the budget in bytes."""
-    total, used = owner.budget.total * PAGE_SIZE, owner.budget.used * PAGE_SIZE
-    allocated = sum(file.allocated for file in owner.files.values()) * PAGE_SIZE
-    return {"total": total, "used": used, "free": total - used, "private": allocated}
+    """Return the budget in bytes.
+
+    ``private`` is the memory of all files, ``reserved`` what operations under way may still take,
+    ``available`` what could be allocated now: of what is free, as much as the machine can spare.
+    """
+    budget = owner.budget
+    allocated = sum(file.allocated for file in owner.files.values())
+    counts = {
+        "total": budget.total,
+        "used": budget.used,
+        "free": max(budget.total - budget.used, 0),
+        "available": budget.available,
+        "private": allocated,
+        "reserved": budget.used - allocated,
+    }
+    return {name: pages * PAGE_SIZE for name, pages in counts.items()}
 
 
 def meminfo_text(owner: Owner) -> str:
     """Return the budget as /proc/meminfo writes it."""
     info = meminfo(owner)
     names = {
-        "PrivTotal": "total", "PrivFree": "free", "PrivUsed": "used", "Private": "private",
+        "PrivTotal": "total", "PrivFree": "free", "PrivAvailable": "available",
+        "PrivUsed": "used", "Private": "private", "PrivReserved": "reserved",
     }  # fmt: skip
     return "".join(f"{name + ':':<16}{info[key] // 1024:>12} kB\n" for name, key in names.items())
 

@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import errno
-import os
 from typing import Final
 
 from privfs.backing.hugetlb import DEFAULT_PAGE_SIZE, Hugetlb, pool_bytes
 from privfs.backing.shmem import Shmem
 from privfs.backing.store import Store, StoreError
 from privfs.extents import PAGE_SIZE
+from privfs.machine import Machine
 
 #: Kinds of memory, and of which pages.
 STORES: Final = {
@@ -47,8 +47,9 @@ def choose(name: str = "shmem", page_size: int = 0) -> Store:
 def default_size(name: str = "shmem", page_size: int = 0) -> int:
     """Return the budget in bytes of a mount that is not told any.
 
-    Half of the machine's memory, as tmpfs takes, or all that the pool of huge pages may hold.
+    Half of the memory of the machine (tmpfs's default) or of our cgroup, or all that the pool of
+    huge pages may hold.
     """
     if name == "hugetlb":
         return pool_bytes(page_size or DEFAULT_PAGE_SIZE)
-    return os.sysconf("SC_PHYS_PAGES") // 2 * PAGE_SIZE
+    return Machine().total_bytes() // (2 * PAGE_SIZE) * PAGE_SIZE

@@ -33,7 +33,7 @@ _IGNORED_PREFIXES: Final = ("x-", "X-", "comment=", "subtype=", "setuid=")
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What the options ask for.  ``size`` in bytes, 0 for half of the memory."""
+    """What the options ask for, sizes in bytes; 0 is half of the memory, no quota, 4K pages."""
 
     personality: str = "resizable"
     size: int = 0
@@ -44,6 +44,7 @@ class Wishes:
     fsname: str = "privfs"
     backing: str = "shmem"
     pagesize: int = 0
+    quota: int = 0
 
     def mount_options(self) -> MountOptions:
         """Return them as the mount takes them (loads pyfuse3)."""
@@ -60,6 +61,7 @@ class Wishes:
             fsname=self.fsname,
             backing=self.backing,
             pagesize=self.pagesize,
+            quota=self.quota,
         )
 
     def text(self) -> str:
@@ -151,6 +153,9 @@ OPTIONS: Final[dict[str, Option]] = {
     "personality": Option("|".join(PERSONALITIES), "what files answer", _personality),
     "size": Option(
         "BYTES", "budget of all files: bytes, with K, M, G or T, or N% of RAM (50%)", parse_size
+    ),
+    "quota": Option(
+        "BYTES", "memory that one file may hold, written as size (no limit)", parse_size
     ),
     "mode": Option("OCTAL", "permissions of the root directory (755)", _mode, lambda v: f"{v:o}"),
     "t_ack": Option(

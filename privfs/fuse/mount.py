@@ -30,6 +30,7 @@ from privfs.fuse.ground import MountError
 from privfs.fuse.live import LiveFiles
 from privfs.fuse.lowlevel import pyfuse3
 from privfs.fuse.operations import Files
+from privfs.machine import Machine
 from privfs.namespace import Namespace
 from privfs.notifier.lane import SOCKET
 from privfs.personality import PAGE_SIZE, PERSONALITIES, Personality
@@ -42,7 +43,10 @@ _PR_SET_DUMPABLE = 4
 
 @dataclass(frozen=True, slots=True)
 class MountOptions:
-    """Everything that a mount can be told.  ``size`` is the budget in bytes."""
+    """Everything that a mount can be told.
+
+    ``size`` is the budget in bytes, ``quota`` that of each file, 0 for none of its own.
+    """
 
     personality: str = "resizable"
     size: int = 0
@@ -53,13 +57,15 @@ class MountOptions:
     fsname: str = "privfs"
     backing: str = "shmem"
     pagesize: int = 0
+    quota: int = 0
 
     def __post_init__(self) -> None:
         if self.personality not in PERSONALITIES:
             known = ", ".join(PERSONALITIES)
             raise MountError(errno.EINVAL, f"personality {self.personality!r}: choose {known}")
-        if self.size < 0 or self.size % PAGE_SIZE:
-            raise MountError(errno.EINVAL, f"size={self.size}: must be a multiple of {PAGE_SIZE}")
+        for name, size in (("size", self.size), ("quota", self.quota)):
+            if size < 0 or size % PAGE_SIZE:
+                raise MountError(errno.EINVAL, f"{name}={size}: must be a multiple of {PAGE_SIZE}")
 
 
 def hide_memory() -> None:
@@ -75,6 +81,20 @@ def raise_fd_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def _check_size(size: int, total: int) -> None:
+    """Raise MountError for a budget of ``size`` bytes that this machine can never fill.
+
+    tmpfs takes it: what it holds can be swapped out.
+    """
+    if size > total:
+        raise MountError(
+            errno.EINVAL,
+            f"size={size}: more than the memory of this machine, or of our cgroup, which is {total}"
+            " bytes; give less, or a share of it (size=50%). Files may be larger: only the pages "
+            "that they hold count",
+        )
+
+
 def serve(
     mountpoint: str,
     options: MountOptions,
@@ -86,6 +106,8 @@ def serve(
     Then ``ending`` is called, before the memory is taken away from its users.
     """
     store = choose(options.backing, options.pagesize)
+    if options.backing == "shmem":
+        _check_size(options.size, Machine().total_bytes())
     mountpoint = os.path.realpath(mountpoint)  # as the mount table writes it
     ground.clear(mountpoint)
     hide_memory()
@@ -94,7 +116,10 @@ def serve(
     names = Namespace(now, os.getuid(), os.getgid(), options.mode)
     personality = replace(PERSONALITIES[options.personality], page_size=store.page_size)
     budget = (options.size or default_size(options.backing, options.pagesize)) // PAGE_SIZE
-    service = Service(personality, budget, options.ladder, backing=Backing(store=store))
+    service = Service(
+        personality, budget, options.ladder, backing=Backing(store=store),
+        quota_pages=options.quota // PAGE_SIZE,
+    )  # fmt: skip
     live = LiveFiles()
     live.add(names, b"meminfo", partial(views.meminfo_text, service.owner), now)
     live.add(names, b"sessions", partial(views.sessions_text, service.owner), now)

@@ -71,6 +71,7 @@ def test_what_mount_8_passes_changes_nothing() -> None:
         ("t_ack=-1", "t_ack=SECONDS"),
         ("t_ack=nan", "t_ack=SECONDS"),
         ("t_ack=inf", "t_ack=SECONDS"),
+        ("quota=0", "quota=BYTES"),
         ("fsname=", "fsname=NAME"),
     ],
 )
@@ -91,6 +92,7 @@ WISHES = st.builds(
     allow_other=st.booleans(),
     direct_io=st.booleans(),
     fsname=st.text("abc xyz/#:äß", min_size=1),
+    quota=st.integers(0, 1 << 30).map(lambda pages: pages * 4096),
 )
 
 
