@@ -34,7 +34,7 @@ def test_every_missing_pair_raises_and_changes_nothing(state: State, event: Even
 def test_gone_is_final_and_only_an_orderly_end_or_a_proof_leads_there() -> None:
     assert not any(state is State.GONE for state, _ in TRANSITIONS)
     leads = {(s, e) for (s, e), to in TRANSITIONS.items() if to is State.GONE}
-    assert {e for _, e in leads} == {Event.BYE, Event.EXIT}
+    assert {e for _, e in leads} == {Event.BYE, Event.EXIT, Event.REPLACED}
     # A process that was killed must be seen dead; a broken socket proves nothing.
     assert {s for s, e in leads if e is Event.BYE} == {State.NEW, State.OPEN, State.ZOMBIE}
 
