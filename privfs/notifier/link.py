@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 #: Records that may wait for one slow user before its session ends.
 MAX_QUEUED: Final = 65_536
-#: Frames read in a row before other tasks get their turn.
-_BURST: Final = 16
+#: Records taken in a row before other tasks get their turn: some milliseconds.
+_BURST: Final = 512
 
 Memfd = tuple[int, int, bool]
 
@@ -218,18 +218,18 @@ class Hub:
                 return
             self._frames_in += 1
             try:
-                self._take(sid, line, frame, fds)
+                burst += self._take(sid, line, frame, fds)
             except WireError as error:
                 self._sink.broken(sid, str(error))
                 return
             finally:
                 close_later(fds)
-            burst += 1
-            if burst == _BURST:
+            if burst >= _BURST:
                 burst = 0
                 await trio.lowlevel.checkpoint()
 
-    def _take(self, sid: int, line: _Line, frame: bytes, fds: list[int]) -> None:
+    def _take(self, sid: int, line: _Line, frame: bytes, fds: list[int]) -> int:
+        """Hand the records of a frame on; return how many there were."""
         records = parse(frame, To.OWNER)
         wanted = sum(1 for record in records if record.flags & Flag.FD)
         if wanted != len(fds):
@@ -237,8 +237,9 @@ class Hub:
         lent = iter(fds)
         for record in records:
             if line.sock is None:
-                return  # an earlier record of this frame ended the session
+                break  # an earlier record of this frame ended the session
             self._sink.received(sid, record, next(lent) if record.flags & Flag.FD else None)
+        return len(records)
 
     def _flush(self, sid: int, line: _Line) -> None:
         """Send frames until the queue is out or the socket is full."""
