@@ -7,12 +7,13 @@ A request is ``{"ask": NAME, ...}``; the answer is ``{"ok": {...}}`` or
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -166,6 +167,10 @@ async def serve(service: Service, info: MountInfo, listener: socket.socket) -> N
                 while (end := buffer.find(b"\n")) >= 0:
                     line = bytes(buffer[:end])
                     del buffer[: end + 1]
+                    faults = _wants_events(line)
+                    if faults is not None:
+                        await _stream_events(service, stream, faults=faults)
+                        return
                     await stream.send_all(answer(service, info, line))
                 if len(buffer) > _MAX_LINE:
                     return
@@ -174,6 +179,40 @@ async def serve(service: Service, info: MountInfo, listener: socket.socket) -> N
 
     trio_listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
     await trio.serve_listeners(talk, [trio_listener])
+
+
+def _wants_events(line: bytes) -> bool | None:
+    """Return whether a question for events asks for faults too, None if it is another one."""
+    try:
+        ask = json.loads(line)
+    except ValueError:
+        return None
+    if isinstance(ask, dict) and ask.get("ask") == "events":
+        return bool(ask.get("faults"))
+    return None
+
+
+async def _stream_events(service: Service, stream: trio.SocketStream, *, faults: bool) -> None:
+    """Send a line for every event until the listener leaves."""
+    listener = service.events.listen(faults=faults)
+    try:
+        async with trio.open_nursery() as nursery:
+
+            async def until_it_leaves() -> None:
+                with contextlib.suppress(trio.BrokenResourceError):
+                    while await stream.receive_some():
+                        pass
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(until_it_leaves)
+            with contextlib.suppress(trio.BrokenResourceError):
+                while True:
+                    await listener.wake.wait()
+                    lines = [json.dumps(event) + "\n" for event in listener.take()]
+                    await stream.send_all("".join(lines).encode())
+            nursery.cancel_scope.cancel()
+    finally:
+        service.events.leave(listener)
 
 
 # --- the asker's side --------------------------------------------------------------------------
@@ -205,6 +244,20 @@ def ask(path: str | os.PathLike[str], question: str, **arguments: Any) -> dict[s
         raise ControlError(reply["errno"], reply["error"])
     found: dict[str, Any] = reply["ok"]
     return found
+
+
+def events(path: str | os.PathLike[str], *, faults: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield what happens on the mount that holds ``path`` until it ends; raises ControlError."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            connect(sock, find_socket(path, SOCKET))
+            sock.sendall(json.dumps({"ask": "events", "faults": faults}).encode() + b"\n")
+            with sock.makefile("rb") as stream:
+                for line in stream:
+                    yield json.loads(line)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ControlError(error.errno or errno.EIO, f"{path}: {why}") from error
 
 
 def ask_file(path: str | os.PathLike[str], question: str, **arguments: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from privfs import extents
 from privfs.backing import Backing, BackingError, Extent
 from privfs.backing.shmem import Shmem
 from privfs.backing.undo import undo
+from privfs.events import Events
 from privfs.machine import Machine
 from privfs.notifier import effects as core
 from privfs.notifier.effects import Rung
@@ -121,6 +122,7 @@ class Service:
         self.dev = 0
         self.kills = self.failures = 0
         self.latencies = Latencies()
+        self.events = Events(self.owner)
         self._on_expire = on_expire
         self._ops = count(1)
         self._calls: dict[OpId, Call] = {}
@@ -218,6 +220,8 @@ class Service:
             peer = self.hub.peer(sid)
             if self.ladder.ack > 0 and peer is not None and not peer.may_kill():
                 found = errno.EPERM  # we could never prove its death
+        if self.events.wanted:
+            self.events.received(sid, record)
         if sid in self.owner.sessions:
             self._apply(self.owner.received(sid, record, found))
 
@@ -264,6 +268,8 @@ class Service:
         touched: set[int] = set()
         while todo:
             effect = todo.popleft()
+            if self.events.wanted:
+                self.events.effect(effect)
             match effect:
                 case core.Send(sid, record, extent):
                     self.hub.send(sid, record, extent)

@@ -14,6 +14,7 @@ from typing import Final, NoReturn
 import click
 
 from privfs.cli.doctor import doctor
+from privfs.cli.events import events
 from privfs.cli.exitcodes import Exit
 from privfs.cli.failure import Failure
 from privfs.cli.mount import helper, is_helper_call, mount, umount
@@ -43,7 +44,7 @@ def cli() -> None:
     """Guest-private memory that you can mount."""
 
 
-for _command in (mount, run, umount, map_, stat, status, seal, doctor):
+for _command in (mount, run, umount, map_, stat, status, events, seal, doctor):
     cli.add_command(_command)
 
 

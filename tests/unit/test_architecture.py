@@ -26,6 +26,7 @@ SANS_IO = {
     "privfs.inodes", "privfs.naming", "privfs.views", "privfs.notifier.wire",
     "privfs.notifier.session", "privfs.notifier.owner", "privfs.notifier.ownerstate",
     "privfs.notifier.effects", "privfs.notifier.user", "privfs.operation", "privfs.budget",
+    "privfs.seals",
     "kvmsim.uapi", "kvmsim.mmu", "kvmsim.memslot", "kvmsim.region", "kvmsim.attributes",
     "kvmsim.invalidate", "kvmsim.fault", "kvmsim.exits", "kvmsim.vm",
     "kvmsim.script", "hwemu.stage2",
@@ -37,7 +38,7 @@ IMPURE = {"os", "socket", "time", "threading", "random", "trio", "pyfuse3"}
 KEEPERS = {
     "pyfuse3": ("privfs.fuse",),
     "trio": (
-        "privfs.notifier.link", "privfs.service", "privfs.control", "privfs.fuse", "privfs.cli",
+        "privfs.notifier.link", "privfs.service", "privfs.events", "privfs.control", "privfs.fuse", "privfs.cli",
     ),
     "unicorn": ("hwemu.cpu",),
     "click": ("privfs.cli", "kvmsim.cli"),
