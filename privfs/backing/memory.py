@@ -110,7 +110,7 @@ class Backing:
     def __init__(self, extent_limit: int | None = None, store: Store | None = None) -> None:
         if extent_limit is None:
             soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-            extent_limit = max(0, soft - FD_HEADROOM)
+            extent_limit = soft - min(FD_HEADROOM, soft // 2)
         self.store: Store = store if store is not None else Shmem()
         self._extent_limit = extent_limit
         self._files: dict[int, dict[int, Extent]] = {}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from privfs.backing import default_size
 from privfs.budget import Budget
 from privfs.machine import Machine, headroom_bytes
 from privfs.personality import Refused
@@ -127,6 +128,16 @@ def test_what_is_refused_is_not_taken_off_and_was_read_afresh(host: Host) -> Non
     host.memory(4096, 100)
     host.now += 1
     assert machine.room(1) == 0
+
+
+def test_the_default_budget_is_half_of_what_there_is(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(Machine.__init__.__kwdefaults__, "root", host.root)
+    assert default_size() == 2048 * MIB
+    host.cgroup("0::/a\n")
+    host.limit("a", max=MIB + 5000, current=0, stat="")
+    assert default_size() == 512 * 1024
 
 
 def test_a_budget_asks_the_machine_before_it_changes() -> None:
