@@ -30,8 +30,14 @@ def main() -> int:
     listing.add_argument("pattern", nargs="?", default="*", help="of row names, as in a shell")
     running = commands.add_parser("run", help="run rows on a target", description=apart.__doc__)
     running.add_argument("target", help="a target or a directory for fresh files")
-    running.add_argument("--against", choices=COLUMNS, help="compare with this column")
+    running.add_argument(
+        "--against",
+        choices=COLUMNS,
+        default="memfd",
+        help="what files in a directory are compared with (memfd)",
+    )
     running.add_argument("--rows", default="*", metavar="PATTERN")
+    running.add_argument("--vast", action="store_true", help="also rows that may take a terabyte")
     running.add_argument("--personality", choices=REFERENCE, help=argparse.SUPPRESS)
     running.add_argument("--mode", choices=[mode.value for mode in Mode], help=argparse.SUPPRESS)
     running.add_argument("--json", action="store_true", help="row names and outcomes, for scripts")
@@ -100,7 +106,8 @@ def _outcomes(
             mode = Mode(options.mode)
             hanging = {row.name for row in rows if row.answer(options.personality, mode) == "hangs"}
             _check_mode(target, mode)
-        found = {row.name: outcome for row, outcome in run(target, rows, hanging)}
+        vast = options.vast or bool(options.personality) or kind == "guest_memfd"
+        found = {row.name: outcome for row, outcome in run(target, rows, hanging, vast)}
         return found, {row.name: row.want[target.column] for row in rows if row.name in found}
 
 
@@ -114,7 +121,7 @@ def _target(options: argparse.Namespace) -> Iterator[Target]:
         target = GuestMemfd(int(which))
     elif os.path.isdir(options.target):
         column = REFERENCE[options.personality] if options.personality else options.against
-        target = Directory(options.target, column=column or "memfd")
+        target = Directory(options.target, column=column)
     else:
         raise SystemExit(f"{options.target}: neither a target nor a directory; see --help")
     if missing := target.why_not():

@@ -69,6 +69,7 @@ class Row:
     source: str
     fuse: tuple[Differs, ...] = ()
     since: tuple[int, int] = (0, 0)  #: the kernel that answers so; older ones are not asked
+    vast: bool = False  #: where it is allowed it takes a terabyte
 
     def answer(self, personality: str, mode: Mode) -> Outcome | None:
         """Return what a mount must answer, None if the row does not apply to it."""
@@ -115,6 +116,7 @@ def row(
     source: str,
     fuse: tuple[Differs, ...] = (),
     since: tuple[int, int] = (0, 0),
+    vast: bool = False,
 ) -> Row:
     """Make a row; "" takes the answer of the neighbour, None says that it does not apply.
 
@@ -132,4 +134,4 @@ def row(
         "resizable": shim if resizable == "" else resizable,
     }
     want = {column: outcome for column, outcome in given.items() if outcome is not None}
-    return Row(name, probe, arguments, start, want, source, fuse, since)
+    return Row(name, probe, arguments, start, want, source, fuse, since, vast)

@@ -140,6 +140,7 @@ def _fallocate() -> list[Row]:
                 row(
                     f"fallocate.{NAMES[mode]}.{name}", probe.fallocate, mode, offset, length,
                     **want, start=Start.HOLES, source="vfs, then gmem, shmem or ours", fuse=once,
+                    vast=mode != PUNCH | KEEP and name in _UNBOUNDED,
                 )
             )  # fmt: skip
     for kind, mode in _REFUSED.items():
