@@ -28,7 +28,7 @@ def actor(mount: object) -> Iterator[Cast]:
     """Return a function that starts an :class:`Actor`; they end before the mounts do."""
     cast: list[Actor] = []
 
-    def start(program: str, *arguments: str | os.PathLike[str]) -> Actor:
+    def start(program: str | Path, *arguments: str | os.PathLike[str]) -> Actor:
         cast.append(Actor(program, *arguments))
         return cast[-1]
 

@@ -20,12 +20,16 @@ PATIENCE = 60.0
 
 
 class Actor:
-    """``PROGRAM.py ARGUMENTS`` of this directory, its output collected as it comes."""
+    """``PROGRAM.py ARGUMENTS`` of this directory, or another PROGRAM by its path.
 
-    def __init__(self, program: str, *arguments: str | os.PathLike[str]) -> None:
+    Its output is collected as it comes.
+    """
+
+    def __init__(self, program: str | Path, *arguments: str | os.PathLike[str]) -> None:
         paths = os.pathsep.join([str(ROOT), str(HERE)])
+        named = [sys.executable, HERE / f"{program}.py"]
         self.process = subprocess.Popen(
-            [sys.executable, HERE / f"{program}.py", *arguments],
+            [*([program] if isinstance(program, Path) else named), *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=os.environ | {"PYTHONPATH": paths},
         )  # fmt: skip
