@@ -278,7 +278,9 @@ class Backing:
 
     def blocks(self, ino: int) -> int:
         """Return the memory that a file holds, in blocks of 512 bytes (sum of st_blocks)."""
-        return sum(self.store.held(extent.fd) for extent in self.extents(ino)) // BLOCK_SIZE
+        with self._lock:  # kill() takes an extent out before it closes it: ours are open
+            extents = self._files.get(ino, {}).values()
+            return sum(self.store.held(extent.fd) for extent in extents) // BLOCK_SIZE
 
     def resident(self, ino: int) -> Iterator[tuple[int, int]]:
         """Yield the ranges of touched file pages, ascending, each as long as can be.
