@@ -13,6 +13,7 @@
  *   hung       nothing any more                  liar      acknowledges without unmapping
  *   early      acknowledges, then unmaps         close     closes its socket and lives on
  *   crash      dies of SIGSEGV                   noring    ignores invalidations when it installs
+ *   reader     good, with a read-only file
  *
  * Commands are lines on stdin, each answered by a line:
  *
@@ -90,7 +91,7 @@ struct request {
 	struct record answer;
 };
 
-static enum { GOOD, HUNG, LIAR, EARLY, CLOSE, CRASH, NORING } mode;
+static enum { GOOD, HUNG, LIAR, EARLY, CLOSE, CRASH, NORING, READER } mode;
 static long slow_ms;
 static int sock, slot, file_fd;
 static const char *path;
@@ -319,7 +320,7 @@ static void misbehave(const struct record *record)
 {
 	static bool said;
 
-	if (!said && mode != GOOD)
+	if (!said && mode != GOOD && mode != READER)
 		say("zap %llu %llu %u", (unsigned long long)record->start,
 		    (unsigned long long)record->end, record->status);
 	said = true;
@@ -449,7 +450,7 @@ static void *lane(void *unused)
 /* ---- pages ---- */
 
 /* Have a page mapped; returns with `table` held for reading, or an errno and not held. */
-static int fault(uint64_t page, uint64_t start, uint64_t end)
+static int fault(uint64_t page, uint64_t start, uint64_t end, bool store)
 {
 	int flags = 0;
 
@@ -457,12 +458,12 @@ static int fault(uint64_t page, uint64_t start, uint64_t end)
 		return EFBIG;
 	for (;;) {
 		pthread_rwlock_rdlock(&table);
-		if (mapped[page])
+		if (mapped[page] && (writable || !store))
 			return 0;
 		pthread_rwlock_unlock(&table);
 		counts.faults++;
 		struct record grant = ask((struct record){
-			.op = GET, .flags = flags | (writable ? FLAG_WRITE : 0), .obj = inode,
+			.op = GET, .flags = flags | (store ? FLAG_WRITE : 0), .obj = inode,
 			.start = start, .end = end, .seq = page }, -1);
 		if (grant.status) {
 			counts.refused++;
@@ -486,7 +487,7 @@ static uint64_t window(uint64_t page)
 /* Read the word of a page, judge it, and if `store` write the next value. */
 static int access_page(uint64_t page, bool store, uint64_t *was)
 {
-	int failed = fault(page, window(page), window(page) + WINDOW);
+	int failed = fault(page, window(page), window(page) + WINDOW, store);
 
 	if (failed)
 		return failed;
@@ -606,7 +607,7 @@ static void answer(uint64_t page, int failed, uint64_t was)
 
 static void show_words(uint64_t page)
 {
-	int failed = fault(page, page, page + 1), count = 0;
+	int failed = fault(page, page, page + 1, false), count = 0;
 
 	if (failed)
 		return answer(page, failed, 0);
@@ -618,7 +619,7 @@ static void show_words(uint64_t page)
 
 static void show_granted(uint64_t page, uint64_t start, uint64_t end)
 {
-	int failed = fault(page, start, end);
+	int failed = fault(page, start, end, false);
 
 	if (failed)
 		return answer(page, failed, 0);
@@ -713,7 +714,7 @@ static void obey(char *line)
 static void find_mode(const char *name)
 {
 	static const char *const names[] = { "good", "hung", "liar", "early", "close", "crash",
-					     "noring" };
+					     "noring", "reader" };
 
 	if (sscanf(name, "slow=%ld", &slow_ms) == 1)
 		return;
@@ -777,9 +778,7 @@ int main(int argc, char **argv)
 		    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (base == MAP_FAILED)
 		die("reserve");
-	file_fd = open(path, O_RDWR | O_CLOEXEC);
-	if (file_fd < 0 && errno == EACCES)
-		file_fd = open(path, O_RDONLY | O_CLOEXEC);
+	file_fd = open(path, (mode == READER ? O_RDONLY : O_RDWR) | O_CLOEXEC);
 	if (file_fd < 0)
 		die(path);
 	connect_to_owner();
