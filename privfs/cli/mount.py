@@ -117,13 +117,20 @@ def _serve(
         raise Failure(Exit.FUSE, f"{error}; see: privfs doctor") from error
     try:
         serve(directory, wishes.mount_options(), ready, ending)
+    except* SystemExit as group:  # a signal while the mount was being set up
+        raise _first(group) from None
     except* OSError as group:  # most are MountErrors
         raise _explained(group) from group
 
 
-def _explained(error: BaseException) -> Failure:
+def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    return error
+
+
+def _explained(error: BaseException) -> Failure:
+    error = _first(error)
     assert isinstance(error, OSError)
     if isinstance(error, StoreError):
         return Failure(

@@ -28,6 +28,11 @@ IGNORED: Final = frozenset({
     "diratime", "nodiratime", "relatime", "norelatime", "strictatime", "lazytime", "nolazytime",
     "default_permissions",
 })  # fmt: skip
+#: Options that everybody knows and that cannot be had → what to do instead.
+_REFUSED: Final = {
+    "remount": "a mount keeps its options: unmount it and mount it again",
+    "ro": "there is no read-only mount; who may change what is decided by mode= and chmod",
+}
 _IGNORED_PREFIXES: Final = ("x-", "X-", "comment=", "subtype=", "setuid=")
 
 
@@ -178,6 +183,8 @@ def parse(texts: Iterable[str], wishes: Wishes | None = None) -> Wishes:
         if option is None:
             if name in IGNORED or part.startswith(_IGNORED_PREFIXES):
                 continue
+            if part in _REFUSED:
+                raise Failure(Exit.USAGE, f"mount option {part!r}: {_REFUSED[part]}")
             raise Failure(Exit.USAGE, f"unknown mount option {part!r}; known: {_known()}")
         if bool(given) != bool(option.value):
             raise Failure(Exit.USAGE, f"mount option {part!r}: write {_form(name)}")

@@ -17,6 +17,7 @@ import re
 import select
 import shutil
 import socket
+import stat
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ def clear(mountpoint: str) -> None:
         os.statvfs(mountpoint)  # asks the mount; a dead one's attributes may still be cached
         living = newest(mountpoint)
         if living is None or living.type != TYPE:
+            _may_mount_on(mountpoint)
             return
     except OSError as error:
         if error.errno == errno.ENOENT:
@@ -67,6 +69,20 @@ def clear(mountpoint: str) -> None:
         )
     log.warning("%s: a privfs that served it was killed; clearing its dead mount", mountpoint)
     unmount(mountpoint)
+
+
+def _may_mount_on(mountpoint: str) -> None:
+    """Refuse what fusermount3 would refuse (fusermount.c, check_perm), with what to do."""
+    if os.geteuid() == 0:
+        return
+    found = os.stat(mountpoint)
+    sticky = found.st_mode & stat.S_ISVTX and found.st_uid != os.getuid()
+    if sticky or not os.access(mountpoint, os.W_OK):
+        raise MountError(
+            errno.EACCES,
+            f"{mountpoint}: without root, only a directory of your own can be mounted on; "
+            f"mkdir one, or as root: chown {os.getuid()} {mountpoint}",
+        )
 
 
 def unmount(mountpoint: str, *, lazy: bool = True) -> None:
@@ -141,8 +157,8 @@ class Ground:
     pinned: bool
 
 
-def settle(mountpoint: str, sockets: dict[str, socket.socket]) -> Ground:
-    """Bind and listen on ``sockets`` (path inside the mount → socket).
+def settle(mountpoint: str, sockets: dict[str, tuple[socket.socket, int]]) -> Ground:
+    """Bind and listen on ``sockets`` (path inside the mount → socket, permissions).
 
     Makes requests into the mount: call it in a worker thread while the mount is served.
     """
@@ -151,12 +167,15 @@ def settle(mountpoint: str, sockets: dict[str, socket.socket]) -> Ground:
         raise MountError(errno.ENOENT, f"{mountpoint}: was unmounted while it was being set up")
     dev = os.stat(mountpoint).st_dev
     with _way_in(mountpoint) as (root, pinned):
-        for path, sock in sockets.items():
+        for path, (sock, mode) in sockets.items():
             folder, name = os.path.split(path)
             fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=root)
+            os.fchmod(sock.fileno(), mode)  # unix_bind_bsd: i_mode of the socket & ~umask
+            before = os.umask(0)
             try:
                 sock.bind(f"/proc/self/fd/{fd}/{name}")
             finally:
+                os.umask(before)
                 os.close(fd)
             sock.listen(64)
     return Ground(dev, found.id, pinned)

@@ -178,13 +178,14 @@ async def _main(
         ended = trio.Event()
         nursery.start_soon(_serve_fuse, ended)
         with _listeners() as (records, questions):
-            sockets = {SOCKET: records, control.SOCKET: questions}
+            # Users show descriptors of their files; questions are answered about all files.
+            sockets = {SOCKET: (records, 0o666), control.SOCKET: (questions, 0o600)}
             place = await trio.to_thread.run_sync(ground.settle, info.mountpoint, sockets)
             service.dev = place.dev
             info = replace(info, pinned=place.pinned)
             await nursery.start(service.run, records)
             nursery.start_soon(control.serve, service, info, questions)
-            nursery.start_soon(_obey_signals, service, ended)
+            await nursery.start(_obey_signals, service, ended)
             token = trio.lowlevel.current_trio_token()
             watch = ground.Watch(place, lambda: token.run_sync_soon(ended.set))
             try:
@@ -205,10 +206,16 @@ async def _serve_fuse(ended: trio.Event) -> None:
         ended.set()
 
 
-async def _obey_signals(service: Service, ended: trio.Event) -> None:
+async def _obey_signals(
+    service: Service,
+    ended: trio.Event,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
     """SIGTERM or SIGHUP ends the mount; the first SIGINT only names the users, if any."""
     warned = False
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        task_status.started()
         async for number in signals:
             users = [s.name for s in service.owner.sessions.values() if s.files]
             if number == signal.SIGINT and users and not warned:

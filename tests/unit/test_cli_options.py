@@ -59,7 +59,8 @@ def test_what_mount_8_passes_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("ro", "known: personality="),
+        ("ro", "no read-only mount"),
+        ("remount", "mount it again"),
         ("sise=1G", "unknown mount option 'sise=1G'"),
         ("size", "write size=BYTES"),
         ("size=", "write size=BYTES"),
