@@ -8,6 +8,7 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -143,6 +144,32 @@ def test_memfd_secret_is_still_what_it_was_refused_for() -> None:
             assert os.fstat(fd).st_blocks == 0  # although it holds a page
     finally:
         os.close(fd)
+
+
+# --- threads -----------------------------------------------------------------------------------
+
+
+def test_what_is_counted_is_not_closed_meanwhile() -> None:
+    """A large file is freed in a worker thread while the loop answers ``privfs status``."""
+    closed_early = []
+
+    class Slow(Shmem):
+        def held(self, fd: int) -> int:
+            killer = threading.Thread(target=backing.kill, args=(7, 0))
+            killer.start()
+            killer.join(0.1)  # it cannot finish before we return
+            closed_early.append(not killer.is_alive())
+            killers.append(killer)
+            return super().held(fd)
+
+    killers: list[threading.Thread] = []
+    backing = Backing(store=Slow())
+    backing.allocate(7, 0, 3)
+    assert backing.blocks(7) == 3 * 8
+    for killer in killers:
+        killer.join(10)
+    assert closed_early == [False]
+    assert backing.extents(7) == []
 
 
 # --- shmem in pieces of 2 MiB ------------------------------------------------------------------
