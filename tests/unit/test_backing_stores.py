@@ -151,7 +151,7 @@ def test_memfd_secret_is_still_what_it_was_refused_for() -> None:
 
 def test_what_is_counted_is_not_closed_meanwhile() -> None:
     """A large file is freed in a worker thread while the loop answers ``privfs status``."""
-    closed_early = []
+    closed_early: list[bool] = []
 
     class Slow(Shmem):
         def held(self, fd: int) -> int:
