@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import logging
 import os
 import stat
 import time
@@ -36,6 +37,8 @@ from privfs.service import Call, Service
 
 from pyfuse3 import EntryAttributes, FUSEError, RequestContext, SetattrFields  # isort: skip
 
+log = logging.getLogger(__name__)
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -54,6 +57,7 @@ def _translated(
         try:
             return await handler(*args, **kwargs)
         except (Refused, NamespaceError) as refused:
+            log.debug("%s: %s", handler.__name__, refused)  # the caller sees no more than an errno
             raise FUSEError(refused.errno) from refused
 
     return guarded

@@ -28,6 +28,8 @@ from privfs.personality import PERSONALITIES
 
 MIB = 1 << 20
 UNIT = HUGE_PAGE_SIZE // PAGE_SIZE
+_MAP_FIXED = 0x10
+_MADV_COLLAPSE = 25  # asm-generic/mman-common.h, Linux 6.1
 _SYS_MEMFD_SECRET = 447  # asm/unistd_64.h
 
 
@@ -170,6 +172,39 @@ def test_what_is_counted_is_not_closed_meanwhile() -> None:
         killer.join(10)
     assert closed_early == [False]
     assert backing.extents(7) == []
+
+
+# --- users that want huge pages ----------------------------------------------------------------
+
+
+def test_the_audit_finds_holes_that_a_user_let_the_kernel_fill() -> None:
+    """MADV_COLLAPSE allocates what is missing in a huge page (collapse_file, mm/khugepaged.c)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    libc.mmap.argtypes = (*libc.madvise.argtypes, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    libc.mmap.restype = ctypes.c_void_p
+    backing = Backing()
+    try:
+        backing.allocate(7, 0, UNIT)
+        backing.punch(7, 10, 20)
+        bitmap = BitMap([*range(10), *range(20, UNIT)])
+        with mmap.mmap(-1, 2 * HUGE_PAGE_SIZE) as room:
+            anchor = ctypes.c_char.from_buffer(room)
+            place = -(-ctypes.addressof(anchor) // HUGE_PAGE_SIZE) * HUGE_PAGE_SIZE
+            flags = mmap.MAP_SHARED | _MAP_FIXED
+            fd = backing.fd(7, 0)
+            assert libc.mmap(place, HUGE_PAGE_SIZE, mmap.PROT_WRITE, flags, fd, 0) == place
+            for page in (0, UNIT // 2):
+                ctypes.memset(place + page * PAGE_SIZE, 1, 1)
+            assert backing.audit(7, len(bitmap), bitmap.contains_range) == []
+            failed = libc.madvise(place, HUGE_PAGE_SIZE, _MADV_COLLAPSE)
+            del anchor
+        if failed or backing.blocks(7) * 512 != HUGE_PAGE_SIZE:
+            pytest.skip("the kernel collapsed nothing: needs Linux 6.1 and a free huge page")
+        names = [f.name for f in backing.audit(7, len(bitmap), bitmap.contains_range)]
+        assert names == ["reallocated", "held"]
+    finally:
+        backing.close()
 
 
 # --- shmem in pieces of 2 MiB ------------------------------------------------------------------
