@@ -20,6 +20,8 @@
  *    FOPEN_PASSTHROUGH and a backing id (fs/fuse/passthrough.c, Linux 6.9).
  *  - /dev/fuse is read without blocking: a request that is withdrawn between
  *    epoll and read must not stop the process, which holds the GIL there.
+ *  - libfuse looks at no length: a message is followed by zeros, so that one
+ *    which is cut short names nothing and means 0, and counts are bounded.
  *
  * All of it runs under the GIL, on the thread of pyfuse3's main loop. pyfuse3
  * has one session per process, hence the one static state.
@@ -120,6 +122,7 @@ static struct {
 } libfuse;
 
 #define RECEIVE_INIT 8192		/* FUSE_MIN_READ_BUFFER, enough until INIT is done */
+#define SLACK 256			/* zeros behind a message: more than any fuse_*_in */
 
 static struct {
 	struct fuse_session *session;	/* NULL: no session is ours */
@@ -481,7 +484,7 @@ EXPORT int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *bu
 	if (se != tap.session)
 		return libfuse.receive_buf(se, buf);
 	if (!buf->mem) {
-		buf->mem = malloc(tap.receive_size);	/* pyfuse3 frees it */
+		buf->mem = malloc(tap.receive_size + SLACK);	/* pyfuse3 frees it */
 		if (!buf->mem)
 			return -ENOMEM;
 	}
@@ -500,11 +503,26 @@ EXPORT int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *bu
 			return -errno;
 		}
 	}
+	if (n == 0) {			/* a relay of /dev/fuse has hung up */
+		libfuse.session_exit(se);
+		return 0;
+	}
 	if ((size_t)n < sizeof(struct fuse_in_header))
-		return -EIO;
+		return -EINTR;		/* nobody to answer */
+	memset((char *)buf->mem + n, 0, SLACK);
 	buf->size = n;
 	buf->flags = 0;
 	return n;
+}
+
+/* libfuse takes the count as it is and reads that many. */
+static void forgets_bound(struct fuse_batch_forget_in *batch, size_t size)
+{
+	size_t room = size > sizeof(*batch) ?
+		(size - sizeof(*batch)) / sizeof(struct fuse_forget_one) : 0;
+
+	if (batch->count > room)
+		batch->count = room;
 }
 
 EXPORT void fuse_session_process_buf(struct fuse_session *se, const struct fuse_buf *buf)
@@ -512,6 +530,7 @@ EXPORT void fuse_session_process_buf(struct fuse_session *se, const struct fuse_
 	static const struct fuse_getxattr_out no_names;
 	struct fuse_in_header *in = buf->mem;
 	void *body = in + 1;
+	size_t size = buf->size - sizeof(*in);
 	Request *meant;
 
 	if (se != tap.session) {
@@ -536,9 +555,17 @@ EXPORT void fuse_session_process_buf(struct fuse_session *se, const struct fuse_
 		answer(in->unique, 0, &no_names,
 		       ((struct fuse_getxattr_in *)body)->size ? 0 : sizeof(no_names));
 		return;
-	case FUSE_FORGET:
 	case FUSE_BATCH_FORGET:
+		forgets_bound(body, size);
 		break;
+	case FUSE_FORGET:
+		break;
+	case FUSE_WRITE:		/* libfuse subtracts its header from a smaller size */
+		if (size < sizeof(struct fuse_write_in)) {
+			answer(in->unique, -EIO, NULL, 0);
+			return;
+		}
+		/* fall through */
 	default:
 		if (request_begin(in) < 0) {
 			PyErr_WriteUnraisable(NULL);

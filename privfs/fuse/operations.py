@@ -156,7 +156,12 @@ class Files(lowlevel.Operations):
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for ino, lookups in inode_list:
-            self._bury(self._names.forget(ino, lookups))
+            try:
+                self._bury(self._names.forget(ino, lookups))
+            except (
+                NamespaceError
+            ) as refused:  # has no answer; the others count
+                log.info("%s", refused)
 
     @_translated
     async def statfs(self, ctx: RequestContext) -> pyfuse3.StatvfsData:
@@ -223,9 +228,13 @@ class Files(lowlevel.Operations):
         if self._live.holds(ino):
             self._names.open(ino)
             return self._live.open(ino)
+        file = self._service.owner.files.get(ino)
+        if file is None:  # the kernel opens directories, sockets and FIFOs in other ways
+            self._names.attributes(ino)
+            raise FUSEError(errno.ENXIO)
         if flags & os.O_DIRECT:
             raise FUSEError(errno.EINVAL)
-        if flags & os.O_TRUNC and self._service.owner.files[ino].size:
+        if flags & os.O_TRUNC and file.size:
             await self._call(ino, Resize(0))  # no SETATTR follows (FUSE_ATOMIC_O_TRUNC)
         self._names.open(ino)
         return lowlevel.private_file(ino)
@@ -244,7 +253,10 @@ class Files(lowlevel.Operations):
         text = self._live.read(fh, off, size)
         if text is not None:
             return text
-        if self._personality.eof_reads_empty and off >= self._service.owner.files[fh].size:
+        file = self._service.owner.files.get(fh)
+        if file is None:
+            raise FUSEError(errno.EBADF)
+        if self._personality.eof_reads_empty and off >= file.size:
             return b""
         await self._throttle.wait()
         raise FUSEError(self._personality.read_errno)
@@ -269,6 +281,8 @@ class Files(lowlevel.Operations):
         if file is None or not 0 <= offset < file.size:
             raise FUSEError(errno.ENXIO)
         page = offset // PAGE_SIZE
+        if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+            raise FUSEError(errno.EINVAL)
         if whence == os.SEEK_DATA:
             data = file.data_from(page)
             if data is None or data * PAGE_SIZE >= file.size:

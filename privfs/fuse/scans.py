@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from itertools import count
 
-from privfs.inode import DirectoryEntry
+from privfs.inode import DirectoryEntry, NamespaceError
 from privfs.namespace import Namespace
 
 _BATCH = 64
@@ -22,14 +23,15 @@ class Scans:
 
     def open(self, ino: int) -> int:
         """Open a directory; return its handle."""
+        last = self._names.last_cookie(ino)  # refuses what is no directory
         self._names.open(ino)
         handle = next(self._handles)
-        self._open[handle] = (ino, self._names.last_cookie(ino))
+        self._open[handle] = (ino, last)
         return handle
 
     def read(self, handle: int, offset: int) -> Iterator[DirectoryEntry]:
-        """Yield the entries behind a cookie."""
-        ino, last = self._open[handle]
+        """Yield the entries behind a cookie. Errors: EBADF."""
+        ino, last = self._scan("readdir", handle)
         if offset == 0:
             last = self._names.last_cookie(ino)
             self._open[handle] = (ino, last)
@@ -41,6 +43,14 @@ class Scans:
             offset = batch[-1].cookie
 
     def close(self, handle: int) -> tuple[int, ...]:
-        """Close a handle; return the inodes that are dead now."""
-        ino, _ = self._open.pop(handle)
+        """Close a handle; return the inodes that are dead now. Errors: EBADF."""
+        ino, _ = self._scan("releasedir", handle)
+        del self._open[handle]
         return self._names.release(ino)
+
+    def _scan(self, operation: str, handle: int) -> tuple[int, int]:
+        try:
+            return self._open[handle]
+        except KeyError:
+            why = "no such handle of a directory is open"
+            raise NamespaceError(errno.EBADF, operation, handle, why) from None
