@@ -18,6 +18,8 @@ import pytest
 from actors import Actor, Cast, until
 from mounts import Mounted, Mounter
 
+from privfs.machine import Machine
+
 pytest_plugins = ["actor_fixtures"]
 pytestmark = pytest.mark.fuse
 
@@ -28,6 +30,12 @@ ROOM = "size=2304M"
 KEEP_SIZE, PUNCH, ZERO_RANGE = 1, 3, 16
 #: How often a signal may come too late before a test gives up.
 TRIES = 5
+
+
+@pytest.fixture(autouse=True)
+def _memory() -> None:
+    if Machine().room(0) * 4096 < LONG + 256 * MIB:
+        pytest.skip(f"needs {(LONG >> 20) + 256} MiB of memory")
 
 
 def caller(actor: Cast, path: Path, disposition: str = "handle") -> Actor:
