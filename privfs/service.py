@@ -15,7 +15,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from typing import Final
 
@@ -26,6 +26,7 @@ from privfs.backing import Backing, BackingError, Extent
 from privfs.backing.shmem import Shmem
 from privfs.backing.undo import undo
 from privfs.events import Events
+from privfs.ladder import Ladder, Latencies
 from privfs.machine import Machine
 from privfs.notifier import effects as core
 from privfs.notifier.effects import Rung
@@ -43,27 +44,6 @@ _INLINE_PAGES: Final = 1024
 _COMPLAINT_SECONDS: Final = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Ladder:
-    """Seconds until a user that does not acknowledge is logged, killed, given up.
-
-    ``ack`` 0 means never: callers wait for ever, as they do in the kernel.
-    """
-
-    log: float = 0.1
-    ack: float = 2.0
-    kill: float = 2.0
-
-    def delay(self, rung: Rung) -> float:
-        """Return the seconds from the rung before (or from the beginning) to ``rung``."""
-        log = min(self.log, self.ack / 2) if self.ack else self.log
-        return {
-            Rung.LOG: log,
-            Rung.CONDEMN: max(self.ack - log, 0.0),  # never 0: it is the patience with SIGSTOP too
-            Rung.GIVE_UP: self.kill,
-        }[rung]
-
-
 @dataclass(slots=True)
 class Call:
     """A system call that has not been answered."""
@@ -74,24 +54,6 @@ class Call:
     event: trio.Event | None = None
     outcome: core.Answer | None = None
     interrupted: bool = False
-
-
-@dataclass(slots=True)
-class Latencies:
-    """Durations of the last invalidations, in seconds."""
-
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
-    total: int = 0
-
-    def add(self, seconds: float) -> None:
-        """Record one."""
-        self.recent.append(seconds)
-        self.total += 1
-
-    def percentile(self, share: float) -> float:
-        """Return the duration that ``share`` (0–1) of the recent ones did not exceed."""
-        ordered = sorted(self.recent)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0
 
 
 class Service:

@@ -54,7 +54,7 @@ class Wishes:
     def mount_options(self) -> MountOptions:
         """Return them as the mount takes them (loads pyfuse3)."""
         from privfs.fuse.mount import MountOptions
-        from privfs.service import Ladder
+        from privfs.ladder import Ladder
 
         return MountOptions(
             personality=self.personality,

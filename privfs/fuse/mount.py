@@ -30,11 +30,12 @@ from privfs.fuse.ground import MountError
 from privfs.fuse.live import LiveFiles
 from privfs.fuse.lowlevel import pyfuse3
 from privfs.fuse.operations import Files
+from privfs.ladder import Ladder
 from privfs.machine import Machine
 from privfs.namespace import Namespace
 from privfs.notifier.lane import SOCKET
 from privfs.personality import PAGE_SIZE, PERSONALITIES, Personality
-from privfs.service import Ladder, Service
+from privfs.service import Service
 
 log = logging.getLogger(__name__)
 
