@@ -214,7 +214,8 @@ class Arena:
         hpa = self._allocate(length)
         address = self._address + hpa - self.hpa_base
         prot = _PROT_READ | (_PROT_WRITE if writable else 0)
-        got = _libc.mmap(address, length, prot, _MAP_SHARED | _MAP_FIXED, fd, offset)
+        flags = _MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE  # the owner has allocated what is granted
+        got = _libc.mmap(address, length, prot, flags, fd, offset)
         if got == _MAP_FAILED:
             code = ctypes.get_errno()
             # MAP_FIXED may have removed the reservation before it failed

@@ -103,7 +103,7 @@ def test_an_empty_file_has_an_empty_map(mount: dict[str, Any]) -> None:
 STAT = {
     "inode": 7, "personality": "resizable", "size": 1 << 20, "allocated": 8192, "mapped": 4096,
     "held": 8192, "backing": {"store": "hugetlb", "page_size": 2 << 20},
-    "extents": 1, "users": ["vm(1)"],
+    "extents": 1, "users": ["vm(1)"], "seals": ["GROW"], "purpose": ["USER_INACCESSIBLE"],
     "operations": [{"step": "wait", "start": 0, "end": 4096}],
 }  # fmt: skip
 STATUS = {
@@ -127,6 +127,7 @@ def test_stat_shows_what_is_under_way(
     said = capsys.readouterr().out
     assert "Held:        8K in 1 extents" in said
     assert "Backing:     hugetlb, pages of 2M" in said
+    assert "Seals:       GROW" in said
     assert "Operations:  wait 0x0-0xfff" in said
     assert "Users:       vm(1)" in said
     assert call(["stat", "--json", "f"]) == 0
