@@ -187,6 +187,8 @@ class Files(lowlevel.Operations):
         self, ino: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None,
         ctx: RequestContext,
     ) -> EntryAttributes:  # fmt: skip
+        atime_ns = _time(attr.st_atime_ns) if fields.update_atime else None
+        mtime_ns = _time(attr.st_mtime_ns) if fields.update_mtime else None
         if ino in self._service.owner.files:
             if fields.update_size:
                 await self._call(ino, Resize(attr.st_size))
@@ -206,8 +208,8 @@ class Files(lowlevel.Operations):
             mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
             uid=attr.st_uid if fields.update_uid else None,
             gid=attr.st_gid if fields.update_gid else None,
-            atime_ns=attr.st_atime_ns if fields.update_atime else None,
-            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            atime_ns=atime_ns,
+            mtime_ns=mtime_ns,
         )  # fmt: skip
         return self._attributes(changed)
 
@@ -360,6 +362,13 @@ class Files(lowlevel.Operations):
 
 def _allocates(request: Request) -> bool:
     return isinstance(request, Fallocate) and request.mode in (0, FALLOC_FL_KEEP_SIZE)
+
+
+def _time(nanoseconds: int) -> int:
+    """Return a time that ``struct stat`` can hold; a reply could not be made with another."""
+    if not -(1 << 63) <= nanoseconds // 1_000_000_000 < 1 << 63:
+        raise FUSEError(errno.EINVAL)
+    return nanoseconds
 
 
 def _now() -> int:
