@@ -13,7 +13,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 from hwemu.cpu.api import Cpu, DescriptorTable, Regs, Sregs
@@ -85,18 +84,21 @@ def lay_out(backends: tuple[MemoryBackend, ...]) -> _Layout:
     layout.slots.append((Region(0, 0, 0, LOW_SIZE, 0), None))
     gpa = LOW_SIZE
     for backend in backends:
-        size = backend.size or Path(backend.path).stat().st_size - backend.offset
-        if size <= 0 or size % PAGE_SIZE or backend.offset % PAGE_SIZE:
+        status = os.stat(backend.path)
+        unit = max(PAGE_SIZE, status.st_blksize)  # the mount may be backed by huge pages
+        size = backend.size or status.st_size - backend.offset
+        if size <= 0 or size % unit or backend.offset % unit:
             raise ValueError(
                 f"{backend.path}: offset {backend.offset} and size {size} must be multiples of "
-                f"{PAGE_SIZE}, size not 0: truncate the file to its size first"
+                f"{unit}, size not 0: truncate the file to its size first"
             )
-        if backend.slots < 1 or size // PAGE_SIZE < backend.slots:
+        if backend.slots < 1 or size // unit < backend.slots:
             raise ValueError(
-                f"{backend.path}: {size} bytes cannot be cut into {backend.slots} slots"
+                f"{backend.path}: {size} bytes cannot be cut into {backend.slots} slots of whole "
+                f"pages of {unit} bytes: use fewer slots"
             )
         layout.ram.append(RamRange(gpa, size))
-        cut = size // backend.slots // PAGE_SIZE * PAGE_SIZE
+        cut = size // backend.slots // unit * unit
         for i in range(backend.slots):
             length = cut if i < backend.slots - 1 else size - cut * i
             layout.slots.append((
