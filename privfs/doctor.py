@@ -26,6 +26,8 @@ from privfs import probes
 from privfs.probes import Check, failed, passed, skipped
 from privfs.program import program
 
+_FUSE_DEVICE: Final = os.makedev(10, 229)  # linux/miscdevice.h: MISC_MAJOR, FUSE_MINOR
+
 # --- mounting ----------------------------------------------------------------------------------
 
 
@@ -33,9 +35,11 @@ def fuse_device() -> Check:
     """Whether we may open /dev/fuse, which mounting needs even through fusermount3."""
     name = "/dev/fuse"
     try:
-        if not stat.S_ISCHR(os.stat(name).st_mode):
-            return failed(name, "is no device", "rm /dev/fuse && mknod /dev/fuse c 10 229")
-        os.close(os.open(name, os.O_RDWR | os.O_CLOEXEC))
+        fd = os.open(name, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            device = os.fstat(fd).st_rdev
+        finally:
+            os.close(fd)
     except OSError as error:
         mend = f"as root: chmod 666 {name}"
         if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO):
@@ -43,6 +47,9 @@ def fuse_device() -> Check:
         elif error.errno == errno.EPERM:
             mend = "the container forbids the device: --device /dev/fuse --cap-add SYS_ADMIN"
         return failed(name, f"cannot be opened: {error.strerror}", mend)
+    if device != _FUSE_DEVICE:
+        mend = "as root: rm /dev/fuse && mknod --mode=666 /dev/fuse c 10 229"
+        return failed(name, "is not the FUSE device", mend)
     return passed(name, "present, may be opened")
 
 
@@ -79,7 +86,7 @@ def trial_mount() -> Check:
         last = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
         return failed(name, last.removeprefix("privfs: "), "mend what failed above")
     mount = json.loads(done.stdout)[0]
-    busy = "; umount(8) finds it busy, privfs umount does not" if mount["pinned"] else ""
+    busy = "; umount(8) finds it busy, privfs umount does not" if mount.get("pinned") else ""
     if mount["mode"] == "passthrough":
         return passed(name, "works; the kernel itself refuses read, write and mmap (passthrough)")
     reason = mount["passthrough_errno"]

@@ -256,3 +256,58 @@ def test_a_pinned_mount_ends_by_privfs_umount(house: Room, confined: list[str]) 
     assert run("privfs", "umount", place) == (0, "")
     assert gone(house, status["pid"])
     assert run("mountpoint", "-q", place)[0] != 0
+
+
+# --- doctor ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("broken", "check", "result", "remedy"),
+    [
+        ("chmod 600 /dev/fuse", "/dev/fuse", "FAIL", "chmod 666 /dev/fuse"),
+        ("mount --bind /dev/null /dev/fuse", "/dev/fuse", "FAIL", "mknod"),
+        ("hide fusermount3", "fusermount3", "FAIL", "apt install fuse3"),
+        ("plain fusermount3", "fusermount3", "FAIL", "chmod u+s"),
+        ("hide mount.fuse3", "mount -t fuse.privfs", "SKIP", "apt install fuse3"),
+        ("umount /usr/local/bin", "mount -t fuse.privfs", "SKIP", "ln -s"),
+        ("hide gcc", "gcc", "SKIP", "apt install gcc"),
+        (":", "allow_other", "SKIP", "echo user_allow_other >> /etc/fuse.conf"),
+        (":", "mounting", "SKIP", "mount as root"),
+    ],
+)
+def test_doctor_names_what_is_missing_and_what_mends_it(
+    house: Room, broken: str, check: str, result: str, remedy: str
+) -> None:
+    """Each machine is broken in a mount namespace of its own."""
+    script = """
+        hide() {  # whatever is called so is no program any more
+            for place in /bin /sbin /usr/bin /usr/sbin; do
+                if [ -e "$place/$1" ]; then mount --bind "$empty" "$place/$1"; fi
+            done
+        }
+        plain() {
+            cp "$(command -v "$1")" "$empty"
+            chmod 755 "$empty"
+            mount --bind "$empty" "$(readlink -f "$(command -v "$1")")"
+        }
+        empty=$1
+        : >"$empty"
+        chmod 644 "$empty"
+        mknod "$empty.fuse" c 10 229
+        chmod 666 "$empty.fuse"
+        mount --bind "$empty.fuse" /dev/fuse
+        BROKEN
+        shift
+        exec setpriv --reuid="$1" --regid="$1" --clear-groups "$2" -P -m privfs doctor --json
+    """.replace("BROKEN", broken)
+    scratch = house.place / f"broken{len(list(house.place.glob('broken*')))}"
+    done = house.run(
+        "unshare", "--mount", "sh", "-euc", script, "sh", scratch, str(USER), sys.executable, uid=0
+    )
+    found = json.loads(done.stdout[done.stdout.index("{") : done.stdout.rindex("}") + 1])
+    (row,) = (row for row in found["checks"] if row["check"] == check)
+    assert row["result"] == result, row
+    assert remedy in row["remedy"]
+    failed = any(row["result"] == "FAIL" for row in found["checks"])
+    assert (done.returncode, found["ok"]) == ((6, False) if failed else (0, True))
+    assert failed == (result == "FAIL")
