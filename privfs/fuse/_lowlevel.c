@@ -497,13 +497,14 @@ EXPORT int fuse_session_receive_buf(struct fuse_session *se, struct fuse_buf *bu
 			return -EINTR;
 		case ENODEV:		/* unmounted */
 		case ECONNABORTED:
+		case ECONNRESET:	/* a relay has hung up on our answers */
 			libfuse.session_exit(se);
 			return 0;
 		default:
 			return -errno;
 		}
 	}
-	if (n == 0) {			/* a relay of /dev/fuse has hung up */
+	if (n == 0) {			/* a relay has hung up */
 		libfuse.session_exit(se);
 		return 0;
 	}

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = 1
+S_IFMT, S_IFREG, S_IFDIR = 0o170000, 0o100000, 0o040000
 IN = struct.Struct("=IIQQIIIHH")  # struct fuse_in_header
 OUT = struct.Struct("=IiQ")  # struct fuse_out_header
 ATTR = struct.Struct("=6Q10I")  # struct fuse_attr

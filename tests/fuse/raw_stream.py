@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from tests.fuse.raw_kernel import IN, ROOT, SILENT, Op
+from tests.fuse.raw_kernel import IN, ROOT, S_IFDIR, S_IFMT, S_IFREG, Attributes, Op
 
 PAGE = 4096
 MAX64 = (1 << 64) - 1
@@ -29,6 +29,11 @@ _ODD = [
     b"y" * 70_000, b"\n\t\x1b[2J", "größe".encode(), b".privfs",
 ]  # fmt: skip
 _PRIVATE = [b"meminfo", b"sessions", b"socket", b"control", *_PLAIN]
+_IN_FOLDERS = {
+    Op.LOOKUP, Op.SYMLINK, Op.MKNOD, Op.MKDIR, Op.UNLINK, Op.RMDIR, Op.RENAME, Op.RENAME2, Op.LINK,
+    Op.CREATE, Op.OPENDIR,
+}  # fmt: skip
+_MAKES = {Op.LOOKUP, Op.SYMLINK, Op.MKNOD, Op.MKDIR, Op.LINK, Op.CREATE}
 _KINDS = [0, 0o010000, 0o020000, 0o040000, 0o060000, 0o100000, 0o120000, 0o140000, 0o170000]
 
 
@@ -37,7 +42,7 @@ class Stream:
 
     def __init__(self, seed: object) -> None:
         self.random = random.Random(str(seed))
-        self.inodes = [ROOT, 2, 3, 4]
+        self.folders, self.files, self.others = [ROOT, 2], [3, 4], [ROOT]
         self.handles = [0]
         self._unique = 1 << 32
         self._recent = [0]
@@ -56,8 +61,8 @@ class Stream:
             (Op.MKDIR, 4, lambda: struct.pack("=II", self._mode(), 18) + self._name()),
             (Op.UNLINK, 4, self._name),
             (Op.RMDIR, 3, self._name),
-            (Op.RENAME, 4, lambda: struct.pack("=Q", self._node()) + self._name() + self._name()),
-            (Op.RENAME2, 6, lambda: struct.pack("=QII", self._node(), self._flags(), 0)
+            (Op.RENAME, 4, lambda: struct.pack("=Q", self._folder()) + self._name() + self._name()),
+            (Op.RENAME2, 6, lambda: struct.pack("=QII", self._folder(), self._flags(), 0)
              + self._name() + self._name()),
             (Op.LINK, 3, lambda: struct.pack("=Q", self._node()) + self._name()),
             (Op.CREATE, 8, lambda: struct.pack("=IIII", self._open(), self._mode(), 18, 0)
@@ -109,8 +114,27 @@ class Stream:
         if self._one_in(40):
             return self._message(self._opcode(), self._node(), self._noise())
         ((op, maker),) = self.random.choices(self._makers, self._weights)
-        message = self._message(op, self._node(), maker())
+        nodeid = self._folder() if op in _IN_FOLDERS else self._node()
+        message = self._message(op, nodeid, maker())
         return self._damaged(message) if self._one_in(8) else message
+
+    def learn(self, op: int, body: bytes) -> None:
+        """Take up what a good answer tells: inodes and handles to come back to."""
+        if op in (Op.OPEN, Op.OPENDIR):
+            (handle,) = struct.unpack_from("=Q", body)
+            self.handles = [*self.handles[-20:], handle]
+        elif op in _MAKES:
+            found = Attributes.unpack(body[40:])
+            kinds = {S_IFDIR: self.folders, S_IFREG: self.files}
+            pool = kinds.get(found.mode & S_IFMT, self.others)
+            pool[:] = [pool[0], *pool[-12:], found.ino]
+
+    def cuts(self) -> Iterator[bytes]:
+        """Yield one message of each kind, cut at every byte behind its header."""
+        for op, maker in self._makers:
+            body = maker()
+            for length in range(min(len(body), 120)):
+                yield self._message(op, self._folder(), body[:length])
 
     # --- messages -----------------------------------------------------------------------------
 
@@ -141,7 +165,7 @@ class Stream:
                 return header[: self.random.randrange(1, IN.size)]
 
     def _opcode(self) -> int:
-        """Return any number but DESTROY, after which libfuse answers EIO to everything.
+        """Return any number but DESTROY, after which some libfuse answer EIO to everything.
 
         fuse_send_destroy() sends that for block devices and virtiofs only.
         """
@@ -176,12 +200,17 @@ class Stream:
         return self.random.choice([0, 1, 2, 0x241, 0x242, 0x4002, self._word()])
 
     def _node(self) -> int:
-        return self._edge() if self._one_in(20) else self.random.choice(self.inodes)
+        if self._one_in(20):
+            return self._edge()
+        return self.random.choice(self.random.choice([self.folders, self.files, self.others]))
+
+    def _folder(self) -> int:
+        return self._node() if self._one_in(5) else self.random.choice(self.folders)
 
     def _handle(self) -> int:
         if self._one_in(12):
             return self._edge() if self._one_in(2) else LIVE_HANDLE + self.random.randrange(50)
-        return self.random.choice([*self.handles, *self.inodes])
+        return self.random.choice(self.random.choice([self.handles, self.files]))
 
     def _name(self) -> bytes:
         if self._one_in(6):
@@ -225,8 +254,3 @@ class Stream:
         size = self._word() if self._one_in(3) else len(data)
         head = struct.pack("=QQIIQII", self._handle(), self._offset(), size, 0, 0, 0, 0)
         return head + data
-
-
-def is_answered(message: bytes) -> bool:
-    """Whether a message has an answer."""
-    return len(message) >= IN.size and IN.unpack_from(message)[1] not in SILENT
