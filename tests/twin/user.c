@@ -124,7 +124,8 @@ static pthread_mutex_t requests_lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t requests_changed = PTHREAD_COND_INITIALIZER;
 static struct request requests[REQUESTS];
 
-static volatile bool working, dropped, leaving;
+static volatile bool working, leaving;
+static volatile bool silent;	/* the lane has ended, and we live on: nothing is answered any more */
 static pthread_t worker;
 static bool worker_started;
 static struct { unsigned int seed; uint64_t first, end; } job;
@@ -180,7 +181,7 @@ static void transmit(const struct record *records, size_t count, int fd)
 	while (sendmsg(sock, &message, MSG_NOSIGNAL) < 0) {
 		if (errno == EINTR)
 			continue;
-		if (dropped)
+		if (silent)
 			return;
 		if (errno == EPIPE || errno == ECONNRESET)
 			return owner_gone();	/* returns when we are leaving */
@@ -203,9 +204,11 @@ static struct record ask(struct record record, int fd)
 	transmit(&record, 1, fd);
 
 	pthread_mutex_lock(&requests_lock);
-	while (!requests[i].answered)
+	while (!requests[i].answered && !silent)
 		pthread_cond_wait(&requests_changed, &requests_lock);
 	struct record answer = requests[i].answer;
+	if (!requests[i].answered)
+		answer.status = ENOTCONN;
 	requests[i].busy = false;
 	pthread_mutex_unlock(&requests_lock);
 	return answer;
@@ -316,6 +319,17 @@ static int install(const struct record *grant, uint64_t page)
 
 /* ---- the lane: the thread that receives; it makes no system call on the mount ---- */
 
+/* Answer no more, but go on touching what is mapped. */
+static void fall_silent(bool close)
+{
+	pthread_mutex_lock(&requests_lock);
+	silent = true;
+	pthread_cond_broadcast(&requests_changed);
+	pthread_mutex_unlock(&requests_lock);
+	if (close)
+		shutdown(sock, SHUT_RDWR);
+}
+
 static void misbehave(const struct record *record)
 {
 	static bool said;
@@ -326,11 +340,8 @@ static void misbehave(const struct record *record)
 	said = true;
 	switch (mode) {
 	case HUNG:
-		for (;;)
-			pause();
 	case CLOSE:
-		dropped = true;
-		shutdown(sock, SHUT_RDWR);
+		fall_silent(mode == CLOSE);
 		for (;;)
 			pause();
 	case CRASH:
@@ -384,7 +395,7 @@ static void *lane(void *unused)
 
 		if (length < 0 && errno == EINTR)
 			continue;
-		if (dropped)
+		if (silent)
 			for (;;)
 				pause();
 		if (length <= 0 && leaving)
@@ -469,6 +480,8 @@ static int fault(uint64_t page, uint64_t start, uint64_t end, bool store)
 			counts.refused++;
 			return grant.status;
 		}
+		if (mode == NORING)
+			usleep(1000);	/* what it does not look for is rare otherwise */
 		pthread_rwlock_wrlock(&table);
 		int failed = install(&grant, page);
 		pthread_rwlock_unlock(&table);
@@ -699,8 +712,7 @@ static void obey(char *line)
 			close(spare[--spares]);
 		say("fed");
 	} else if (!strcmp(word, "drop")) {
-		dropped = true;
-		shutdown(sock, SHUT_RDWR);
+		fall_silent(true);
 		say("dropped");
 	} else if (!strcmp(word, "leave")) {
 		stop_work_and_leave();

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What must hold, at any time and in peace; every failure is a Breach that says what differs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import watchful
+from crowd import PATIENCE, Crowd, Member
+from place import Breach, Place, until
+
+#: Threads that the mount keeps for a while after they had something to do.
+_IDLE_THREADS = 16
+_SETTLE = 30.0
+_EXPECTED_LOG = re.compile(
+    r"killing \S+: no acknowledgement|dead mount|was killed|cleared|stale|in use by"
+)
+
+
+def at_any_time(place: Place) -> None:
+    """Memory and bitmaps agree, and no freed memory was touched."""
+    findings = place.ask("audit")["findings"]
+    if findings:
+        raise Breach(f"audit: {findings[:3]}")
+    for line in place.log().splitlines():
+        if watchful.FOUND in line or not _EXPECTED_LOG.search(line):
+            raise Breach(f"the mount said: {line}")
+
+
+def user(member: Member) -> dict[str, int]:
+    """What a user in C read was what it may read."""
+    words = member.tell("stats", "^stats (.*)$")[1].split()
+    counts = {name: int(count) for name, count in zip(words[::2], words[1::2], strict=True)}
+    if counts["stale"] or counts["lost"]:
+        raise Breach(f"{member.name}: {counts}")
+    for word, code in re.findall(r"^(called|reply) (\d+)$", member.text, re.MULTILINE):
+        # No such file: it was unlinked before the call; else beyond an end that moves, no budget.
+        if int(code) not in (0, 2, 22, 28):
+            raise Breach(f"{member.name}: {word} {code}")
+    return counts
+
+
+def guest(member: Member) -> int:
+    """What a guest read was what it may read; returns its own punches."""
+    punches, reads, _, bad = map(
+        int, member.tell("stats", r"^stats (\d+) (\d+) (\d+) (\d+)$").groups()
+    )
+    if bad:
+        raise Breach(f"{member.name}: {bad} bad reads of {reads}: {member.tail()}")
+    if re.search(r"^errno ", member.text, re.MULTILINE):
+        raise Breach(f"{member.name}: a punch of its own failed: {member.tail()}")
+    return punches
+
+
+def in_peace(place: Place, crowd: Crowd, deaths: int) -> None:
+    """Nobody works and nobody is missing: every account must add up.
+
+    ``deaths`` is how many users may have been killed by the ladder.
+    """
+    for member in crowd.users.values():
+        user(member)
+    crowd.punches = sum(guest(member) for member in crowd.vms.values())
+
+    last: dict[str, Any] = {}
+
+    def settled(name: str, difference: Callable[[], str]) -> None:
+        def agrees() -> bool:
+            last[name] = difference()
+            return not last[name]
+
+        try:
+            until(agrees, name, _SETTLE)
+        except Breach:
+            raise Breach(f"{name}: {last[name]}") from None
+
+    settled("operations", lambda: _operations(place))
+    settled("sessions", lambda: _sessions(place, crowd))
+    settled("budget", lambda: _budget(place))
+    settled("descriptors and threads", lambda: _counts(place))
+    settled("sleepers", lambda: _sleepers(crowd))
+    status = place.ask("status")
+    if status["kills"] > deaths:
+        raise Breach(f"{status['kills']} users were killed, at most {deaths} should have been")
+    if status["failures"]:
+        raise Breach(f"{status['failures']} system calls failed with EIO")
+
+
+def _operations(place: Place) -> str:
+    found = place.ask("audit")
+    return "" if found == {"findings": [], "skipped": 0} else str(found)
+
+
+def _sessions(place: Place, crowd: Crowd) -> str:
+    rows = place.ask("status")["sessions"]
+    found = sorted(row["pid"] for row in rows if row["state"] == "open")
+    expected = sorted(m.pid for m in (*crowd.users.values(), *crowd.vms.values()))
+    behind = [row for row in rows if row["unacknowledged"] or row["state"] != "open"]
+    return "" if found == expected and not behind else f"{found}, not {expected}; {behind}"
+
+
+def _budget(place: Place) -> str:
+    status = place.ask("status")
+    memory = status["memory"]
+    names = [path for path in place.path.iterdir() if path.is_file()]
+    held = sum(place.ask("stat", ino=path.stat().st_ino)["held"] for path in names)
+    unlinked = status["files"] - len(names)
+    agrees = not memory["reserved"] and memory["used"] == memory["private"]
+    if unlinked == 0:
+        agrees = agrees and held == memory["private"]
+    return "" if agrees else f"{memory}, {held} bytes held, {unlinked} unlinked files"
+
+
+def _counts(place: Place) -> str:
+    status = place.ask("status")
+    fds, threads, children = place.counts()
+    expected = place.fds + 2 * len(status["sessions"]) + status["extents"]
+    good = fds == expected and children == place.children
+    if good and threads <= place.threads + _IDLE_THREADS:
+        return ""
+    return (
+        f"{fds} descriptors, not {expected}; {threads} threads, {place.threads} at first; "
+        f"{children} children, not {place.children}"
+    )
+
+
+def _sleepers(crowd: Crowd) -> str:
+    asleep = [m.name for m in crowd.everyone() if "D" in m.states()]
+    return f"state D for {PATIENCE:.0f} s: {', '.join(asleep)}" if asleep else ""
