@@ -29,7 +29,7 @@ _COMMANDS = (
 _SHELL = frozenset({"exec", "exit"})
 #: Debian's package of a program that has another name.
 _PACKAGES = {
-    "qemu-system-x86_64": "qemu-system-x86", "fuser": "psmisc", "filefrag": "e2fsprogs",
+    "qemu-system-x86_64": "qemu-system-x86", "fuser": "psmisc",
     "chattr": "e2fsprogs", "mkfs.ext4": "e2fsprogs", "losetup": "mount",
 }  # fmt: skip
 #: A program → what it needs besides.
