@@ -7,6 +7,7 @@ import enum
 import errno
 import json
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -154,6 +155,8 @@ class Kernel:
     def receive(self) -> tuple[int, Reply]:
         """Return the next answer."""
         if not select.select([self.sock], [], [], _ANSWER_SECONDS)[0]:
+            self.process.send_signal(signal.SIGABRT)  # it leaves a traceback
+            self.process.wait()
             raise AssertionError(f"no answer to {dict(self.awaited)}: {self.log()}")
         data = self.sock.recv(_SOCKET_BYTES)
         assert data, f"the mount ended with {self.process.wait(_ANSWER_SECONDS)}: {self.log()}"
