@@ -166,9 +166,11 @@ class Owner(OwnerState):
         code = refused if isinstance(refused, int) else 0
         if record.start != VERSION:
             code = errno.EPROTONOSUPPORT
-        old = self.sessions.get(record.end)
-        if record.end and not code and not (
-            old is not None and old.pid == session.pid and old.state is State.ZOMBIE
+        old = self.sessions.get(record.end) if record.end else None
+        if (
+            record.end
+            and not code
+            and not (old is not None and old.pid == session.pid and old.state is State.ZOMBIE)
         ):
             code = errno.ESRCH  # gone already, alive, or another's: there is nothing to replace
             old = None
