@@ -158,9 +158,7 @@ class Files(lowlevel.Operations):
         for ino, lookups in inode_list:
             try:
                 self._bury(self._names.forget(ino, lookups))
-            except (
-                NamespaceError
-            ) as refused:  # has no answer; the others count
+            except NamespaceError as refused:  # has no answer; the others count
                 log.info("%s", refused)
 
     @_translated
