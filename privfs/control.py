@@ -151,7 +151,7 @@ def answer(service: Service, info: MountInfo, line: bytes) -> bytes:
         reply: dict[str, Any] = {"ok": QUESTIONS[ask["ask"]](service, info, ask)}
     except ControlError as refused:
         reply = {"errno": refused.errno, "error": refused.strerror}
-    except (ValueError, TypeError, KeyError, OverflowError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         reply = {"errno": errno.EINVAL, "error": f"not a question: {error}"}
     return json.dumps(reply).encode() + b"\n"
 
@@ -185,7 +185,7 @@ def _wants_events(line: bytes) -> bool | None:
     """Return whether a question for events asks for faults too, None if it is another one."""
     try:
         ask = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):  # brackets in brackets, a thousand deep
         return None
     if isinstance(ask, dict) and ask.get("ask") == "events":
         return bool(ask.get("faults"))
