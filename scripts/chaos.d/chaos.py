@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import os
 import random
 import shutil
@@ -171,6 +172,7 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)
         raise Interrupted
 
+    faulthandler.register(signal.SIGUSR1)  # where does it wait?
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupted)
     journal = Journal(seed, given.seconds, given.quiet)

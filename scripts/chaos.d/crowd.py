@@ -33,7 +33,7 @@ class Member(Actor):
         self.heard = 0
         self.heard_at = time.monotonic()
 
-    def tell(self, line: str, pattern: str, timeout: float = PATIENCE * 2) -> re.Match[str]:
+    def tell(self, line: str, pattern: str, timeout: float = PATIENCE) -> re.Match[str]:
         """Send a line and wait for its answer."""
         try:
             self.send(line)
@@ -41,7 +41,7 @@ class Member(Actor):
         except (AssertionError, OSError) as error:
             raise Breach(f"{self.name} did not answer {line!r}: {error}: {self.tail()}") from error
 
-    def hear(self, pattern: str, timeout: float = PATIENCE * 2) -> re.Match[str]:
+    def hear(self, pattern: str, timeout: float = PATIENCE) -> re.Match[str]:
         """Wait for a line."""
         try:
             return self.expect(pattern, timeout)
@@ -159,17 +159,16 @@ class Crowd:
 
     def close(self) -> None:
         """End everyone."""
+        self.reap_orphans()
         for member in self.everyone():
             member.close()
         for group in (self.users, self.vms, self.callers, self.doomed):
             group.clear()
-        self.reap_orphans()
 
     def reap_orphans(self) -> None:
         """End the children whose parents were killed."""
-        for pid in self.orphans:
-            os.kill(pid, signal.SIGKILL)
-        self.orphans.clear()
+        while self.orphans:
+            os.kill(self.orphans.pop(), signal.SIGKILL)
 
     # --- views --------------------------------------------------------------------------------
 

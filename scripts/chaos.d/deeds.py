@@ -52,9 +52,11 @@ class World:
         audit.at_any_time(self.place)
 
     def close(self) -> None:
-        """Leave nothing."""
-        self.crowd.close()
-        self.place.clear()
+        """Leave nothing; whoever waits for the mount can only go when it has gone."""
+        try:
+            self.place.clear()
+        finally:
+            self.crowd.close()
 
     # --- users --------------------------------------------------------------------------------
 
@@ -302,7 +304,15 @@ class World:
         first, end = user_pages(file)
         if (self.place.path / file).stat().st_size < end * PAGE:
             os.truncate(self.place.path / file, end * PAGE)
-        self._at_once(file, first, end, "fill", "clear")
+
+        def ended() -> bool:
+            """Take its pages away, again if it had none mapped yet."""
+            if member.process.poll() is None:
+                self._at_once(file, first, end, "fill", "clear")
+                audit.at_any_time(self.place)
+            return member.process.poll() is not None
+
+        until(ended, f"end of {member.name}: {member.tail()}", PATIENCE)
         code = member.end()
         if code not in _CRASHED:
             raise Breach(f"{member.name} ended with {code}, not by the ladder: {member.tail()}")

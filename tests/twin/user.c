@@ -31,8 +31,8 @@
  *   drop                dropped                 close the socket and live on
  *   leave               left                    in order; ends the process
  *
- * "error P ERRNO" answers what the owner refuses.  "zap START END REASON" is printed at the first
- * invalidation by modes that do not do as they should.  Exit status 3: the owner is gone.
+ * "error P ERRNO" answers what the owner refuses.  "zap START END REASON" is printed by modes
+ * that do not do as they should, at the first invalidation of a page that they map.  Exit status 3: the owner is gone.
  */
 
 #define _GNU_SOURCE
@@ -330,10 +330,20 @@ static void fall_silent(bool close)
 		shutdown(sock, SHUT_RDWR);
 }
 
+static bool any_mapped(const struct record *record)
+{
+	for (uint64_t page = record->start; page < record->end && page < PAGES; page++)
+		if (mapped[page])
+			return true;
+	return false;
+}
+
 static void misbehave(const struct record *record)
 {
 	static bool said;
 
+	if (!any_mapped(record))
+		return;
 	if (!said && mode != GOOD && mode != READER)
 		say("zap %llu %llu %u", (unsigned long long)record->start,
 		    (unsigned long long)record->end, record->status);
