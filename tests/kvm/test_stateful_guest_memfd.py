@@ -154,7 +154,7 @@ def check(flags: int, examples: int) -> None:
             maker = vm
             counts = code(Nr.CACHESTAT, -1, 0, 0, 0) != errno.ENOSYS
 
-        run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        run_state_machine_as_test(
             Machine,
             settings=settings(
                 max_examples=examples, stateful_step_count=50, deadline=None,
@@ -173,4 +173,4 @@ def test_guest_memfd_answers_as_its_model(flags: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [0, 1, 3])
 def test_guest_memfd_answers_as_its_model_for_long(flags: int) -> None:
-    check(flags, 1500)
+    check(flags, 400)

@@ -233,7 +233,7 @@ def check(mount: Mounter, personality: str, examples: int, *options: str) -> Non
         mounted = made
         who = PERSONALITIES[personality]
 
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Machine,
         settings=settings(
             max_examples=examples, stateful_step_count=40, deadline=None,
@@ -255,4 +255,4 @@ def test_calls_on_a_mount_answer_as_the_model(mount: Mounter, personality: str) 
 def test_many_calls_answer_as_the_model(
     mount: Mounter, personality: str, options: tuple[str, ...]
 ) -> None:
-    check(mount, personality, 200, *options)
+    check(mount, personality, 60, *options)
