@@ -35,7 +35,7 @@ class World:
         self.place = place
         self.plan = plan
         self.crowd = Crowd(place, mutant, plan.seed)
-        self._deaths = 0  #: that may have been the ladder's since the mount began
+        self._allowed = audit.Allowed()
 
     def begin(self) -> None:
         """Mount, make the files that stay, boot the VMs."""
@@ -43,7 +43,7 @@ class World:
         for name in (*VMS, COMMON):
             self.place.create(name, FILE_PAGES)
         self.crowd.boot(VMS, self.plan.seed)
-        self._deaths = 0
+        self._allowed = audit.Allowed()
 
     def perform(self, deed: Deed) -> None:
         """Do a deed, then look at what must always hold."""
@@ -88,14 +88,15 @@ class World:
 
     def hang(self, name: str, file: str, mode: str, slot: int, seed: int, selfcall: int) -> None:
         self.enter(name, file, mode, slot, seed)
-        if selfcall:
+        if selfcall:  # the answer that lets it be killed is EIO
+            self._allowed.failures += 1
             first, end = user_pages(file)
             self.crowd.users[name].tell(f"call {first} {end}", "^calling$")
         self._doom(name)
 
     def _doom(self, name: str) -> None:
         self.crowd.doom(name)
-        self._deaths += 1
+        self._allowed.kills += 1
 
     def stop(self, name: str) -> None:
         self._member(name).signal(signal.SIGSTOP)
@@ -282,7 +283,7 @@ class World:
             member.tell("rest", "^resting$")
         self._see_them_die()
         crowd.reap_orphans()
-        audit.in_peace(self.place, crowd, self._deaths)
+        audit.in_peace(self.place, crowd, self._allowed)
         for name, member in crowd.users.items():
             member.tell(crowd.work[name], "^working$")
         for member in crowd.vms.values():

@@ -27,6 +27,7 @@ OPTIONS = ("size=256M", "quota=48M", f"t_ack={T_ACK}")
 HERE = Path(__file__).parent
 _READY = 60.0
 _END = 30.0
+_LOOKS = 20
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
@@ -70,7 +71,11 @@ class Place:
             if not answered or not json.loads(stream.readline() or b"null"):
                 raise Breach(f"the mount did not come up: {self.log()[-500:]}")
         self.ask("audit")
-        self.fds, self.threads, self.children = self.counts()
+        seen = []
+        for _ in range(_LOOKS):  # the connection that asked may not be closed yet
+            seen.append(self.counts())
+            time.sleep(0.02)
+        self.fds, self.threads, self.children = (min(counts) for counts in zip(*seen, strict=True))
 
     def counts(self) -> tuple[int, int, int]:
         """Return descriptors, threads and children of the process."""
