@@ -20,6 +20,10 @@ from plan import COMMON, FILE_PAGES, SMALL_PAGES, VMS, Deed, Plan, user_pages
 from privfs.notifier.lane import SOCKET
 
 _ENDS = {0, 1, 3, -signal.SIGKILL, -signal.SIGSEGV}  #: of a process whose owner has gone
+#: Deeds that wait for system calls to end, which may wait for whoever is stopped.
+_WAIT_FOR_OTHERS = {
+    "leave", "finish", "storm_a_guest", "fill", "quota", "behind", "remount", "calm",
+}  # fmt: skip
 _CRASHED = {-signal.SIGKILL, -signal.SIGSEGV}
 
 
@@ -36,6 +40,7 @@ class World:
         self.plan = plan
         self.crowd = Crowd(place, mutant, plan.seed)
         self._allowed = audit.Allowed()
+        self._stopped: list[Member] = []
 
     def begin(self) -> None:
         """Mount, make the files that stay, boot the VMs."""
@@ -47,9 +52,11 @@ class World:
 
     def perform(self, deed: Deed) -> None:
         """Do a deed, then look at what must always hold."""
+        if deed.name in _WAIT_FOR_OTHERS:
+            self._wake()
         getattr(self, deed.name)(*deed.arguments)
         self.crowd.check()
-        audit.at_any_time(self.place)
+        audit.at_any_time(self.place, self.crowd)
 
     def close(self) -> None:
         """Leave nothing; whoever waits for the mount can only go when it has gone."""
@@ -66,7 +73,7 @@ class World:
 
     def leave(self, name: str) -> None:
         member = self.crowd.users[name]
-        audit.user(member)
+        audit.user(self.place, member)
         member.tell("leave", "^left 0$")
         if code := member.end():
             raise Breach(f"{name} ended with {code}: {member.tail()}")
@@ -88,10 +95,8 @@ class World:
 
     def hang(self, name: str, file: str, mode: str, slot: int, seed: int, selfcall: int) -> None:
         self.enter(name, file, mode, slot, seed)
-        if selfcall:  # the answer that lets it be killed is EIO
-            self._allowed.failures += 1
-            first, end = user_pages(file)
-            self.crowd.users[name].tell(f"call {first} {end}", "^calling$")
+        if selfcall:
+            self.selfcall(name, *user_pages(file))
         self._doom(name)
 
     def _doom(self, name: str) -> None:
@@ -99,17 +104,38 @@ class World:
         self._allowed.kills += 1
 
     def stop(self, name: str) -> None:
-        self._member(name).signal(signal.SIGSTOP)
+        self._stopped.append(self._member(name))
+        self._stopped[-1].signal(signal.SIGSTOP)
 
     def cont(self, name: str) -> None:
         self._member(name).signal(signal.SIGCONT)
+
+    def _wake(self) -> None:
+        for member in self._stopped:
+            if member.process.poll() is None:
+                member.signal(signal.SIGCONT)
+        self._stopped.clear()
 
     def _member(self, name: str) -> Member:
         return self.crowd.vms[name] if name in VMS else self.crowd.users[name]
 
     def selfcall(self, name: str, start: int, end: int) -> None:
+        """Should it die of that, the ladder may have to lend a hand, and to end its call by EIO."""
+        self.crowd.self_callers.add(name)
+        self._allowed.kills += 1
+        self._allowed.failures += 1
         self.crowd.users[name].tell(f"call {start} {end}", "^calling$")
         self.crowd.calls += 1
+
+    def behind(self, name: str, seed: int) -> None:
+        """Kill a user whose call waits for the lock of a caller that waits for the user."""
+        member, file = self.crowd.users[name], self.crowd.files[name]
+        first, end = user_pages(file)
+        self.crowd.call("ahead", file, *map(str, (first, end, 50, seed)), "punch", "allocate")
+        self.selfcall(name, first, end)
+        until(lambda: "D" in member.states() or "\ncalled" in member.text, "its call", PATIENCE)
+        self.kill(name)
+        self.crowd.finished("ahead")
 
     def ask(self, name: str, what: str, start: int, end: int) -> None:
         """Without waiting: what is asked for may wait for a user that hangs."""
@@ -134,9 +160,11 @@ class World:
         self.crowd.judge(member)
         self.crowd.kill(member, "in a system call")
 
-    def _at_once(self, file: str, first: int, end: int, *kinds: str) -> None:
-        self.crowd.call("now", file, str(first), str(end), "0", "0", *kinds)
+    def _at_once(self, file: str, first: int, end: int, *kinds: str) -> int:
+        """Make calls and wait for them; return how many failed."""
+        member = self.crowd.call("now", file, str(first), str(end), "0", "0", *kinds)
         self.crowd.finished("now")
+        return member.text.count("errno ")
 
     # --- guests and files ---------------------------------------------------------------------
 
@@ -153,7 +181,8 @@ class World:
             self.cut_down(name)
         for name in names[killed:]:
             self.finish(name)
-        self._at_once(vm, first, end, "clear")
+        while self._at_once(vm, first, end, "clear"):
+            audit.at_any_time(self.place, self.crowd)
         member.tell("end", "^ended$")
         member.send("go")
 
@@ -251,8 +280,6 @@ class World:
     def remount(self, how: str, seed: int) -> None:
         """Take the mount away with callers waiting; everyone must notice, and nobody hang."""
         crowd = self.crowd
-        for member in (*crowd.users.values(), *crowd.vms.values()):
-            member.signal(signal.SIGCONT)
         first, end = user_pages(COMMON)
         crowd.call("late", COMMON, str(first), str(end), "100000", str(seed), "punch", "allocate")
         crowd.callers["late"].hear("^did 20$")
@@ -272,8 +299,6 @@ class World:
     def calm(self) -> None:
         """Let everything come to an end that should, and hold the accounts against each other."""
         crowd = self.crowd
-        for member in (*crowd.users.values(), *crowd.vms.values()):
-            member.signal(signal.SIGCONT)
         for name in list(crowd.callers):
             crowd.finished(name)
         for member in crowd.vms.values():
@@ -310,7 +335,7 @@ class World:
             """Take its pages away, again if it had none mapped yet."""
             if member.process.poll() is None:
                 self._at_once(file, first, end, "fill", "clear")
-                audit.at_any_time(self.place)
+                audit.at_any_time(self.place, self.crowd)
             return member.process.poll() is not None
 
         until(ended, f"end of {member.name}: {member.tail()}", PATIENCE)

@@ -15,8 +15,11 @@ that ended by itself.
 
 from __future__ import annotations
 
+import errno
+import os
 import select
 import sys
+from collections import deque
 from pathlib import Path
 
 import torture
@@ -40,6 +43,8 @@ class Guest:
         self.torture = torture.Torture(guest, own, seed)
         self.common = LOW_SIZE + own.stat().st_size
         self.punching = True
+        self.lines: deque[str] = deque()
+        self._rest = b""
         self.torture.start()
         first = self.torture.first_gfn - LOW_SIZE // PAGE_SIZE
         say(f"ready {first} {first + torture.Torture.PAGES}")
@@ -56,7 +61,7 @@ class Guest:
             self.torture.punch(1)
         except OSError as error:
             say(f"errno {error.errno}")
-            self.punching = False
+            self.punching = error.errno == errno.EIO
 
     def obey(self, line: str) -> bool:
         """Do a command; False ends the process."""
@@ -94,11 +99,20 @@ class Guest:
                 return False
         return True
 
+    def read(self) -> bool:
+        """Take what has come; a text stream would hide lines from select."""
+        data = os.read(0, 4096)
+        *whole, self._rest = (self._rest + data).split(b"\n")
+        self.lines.extend(line.decode() for line in whole)
+        return bool(data)
+
     def run(self) -> int:
         while not self.ended():
-            if select.select([sys.stdin], [], [], 0 if self.punching else 0.2)[0]:
-                line = sys.stdin.readline()
-                if not line or not self.obey(line):
+            if self.lines:
+                if not self.obey(self.lines.popleft()):
+                    return 0
+            elif select.select([0], [], [], 0 if self.punching else 0.2)[0]:
+                if not self.read():
                     return 0
             elif self.punching:
                 self.punch()

@@ -90,6 +90,7 @@ class Plan:
             (3, self._stop, len(self.stopped) < 2),
             (3, self._selfcall, bool(awake)),
             (5, self._ask, bool(awake)),
+            (2, self._behind, bool(awake)),
             (2, self._starve, bool(awake)),
             (12, self._caller, len(self.callers) < MAX_CALLERS),
             (4, self._finish, bool(self.callers)),
@@ -174,6 +175,15 @@ class Plan:
     def _selfcall(self) -> Deed:
         name = self._pick()
         return Deed("selfcall", (name, *self._pages(self.users[name])))
+
+    def _behind(self) -> Deed:
+        """Choose someone whose file still has a name."""
+        named = [n for n in self._awake() if self.users[n] in (COMMON, *VMS, *self.small)]
+        if not named:
+            return self._wait()
+        name = self.dice.choice(named)
+        del self.users[name]
+        return Deed("behind", (name, self._seed()))
 
     def _ask(self) -> Deed:
         name = self._pick()

@@ -24,7 +24,7 @@
  *   work SEED FIRST END working                 touch random pages for ever, in a thread
  *   rest                resting                 until here
  *   stats               stats NAME COUNT ...
- *   alloc S E, punch S E          reply ERRNO   through the owner
+ *   alloc S E, punch S E          reply ERRNO   through the owner, in a thread
  *   call S E            calling, called ERRNO   fallocate(2) on the mount, in a thread
  *   fork                child PID               a child that keeps the socket and nothing else
  *   starve, feed        starving, fed           no descriptor is free until `feed`
@@ -566,6 +566,13 @@ static void *call(void *range)
 	return NULL;
 }
 
+static void *ask_aside(void *record)
+{
+	say("reply %u", ask(*(struct record *)record, -1).status);
+	free(record);
+	return NULL;
+}
+
 static void rest(void)
 {
 	working = false;
@@ -702,9 +709,12 @@ static void obey(char *line)
 		    (unsigned long long)counts.zeroes, (unsigned long long)counts.stale,
 		    (unsigned long long)counts.lost);
 	} else if (!strcmp(word, "alloc") || !strcmp(word, "punch")) {
-		struct record reply = ask((struct record){ .op = word[0] == 'a' ? ALLOCATE : PUNCH,
-			.obj = inode, .start = a, .end = b }, -1);
-		say("reply %u", reply.status);
+		pthread_t thread;
+		struct record *record = malloc(sizeof(*record));
+		*record = (struct record){ .op = word[0] == 'a' ? ALLOCATE : PUNCH,
+			.obj = inode, .start = a, .end = b };
+		pthread_create(&thread, NULL, ask_aside, record);
+		pthread_detach(thread);
 	} else if (!strcmp(word, "call")) {
 		pthread_t thread;
 		uint64_t *range = malloc(2 * sizeof(*range));
