@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final, Self
 
 from kvmsim.exits import BadHvaExit, Exit, InternalErrorExit, MemoryFaultExit, MmioExit
+from kvmsim.kind import PrivateRule
 from kvmsim.memslot import Memslot
 from kvmsim.mmu import Mmu
-from kvmsim.region import SHARED_BIT
 from kvmsim.uapi import (
     ABIS,
     EHWPOISON,
@@ -39,12 +39,17 @@ from kvmsim.uapi import (
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What the guest did. ``data`` is what a write stores; only an MMIO exit needs it."""
+    """What the guest did. ``data`` is what a write stores; only an MMIO exit needs it.
+
+    ``private`` is what the processor said beside the address (PFERR_PRIVATE_ACCESS); it counts
+    for kinds of VMs with ``PrivateRule.ACCESS`` alone.
+    """
 
     write: bool = False
     fetch: bool = False
     length: int = 1
     data: bytes = b""
+    private: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +176,11 @@ _WRONG_TYPE: Final = "the access is of the other type than the gfn's attribute: 
 
 @dataclass(slots=True)
 class Fault:
-    """A fault of vCPU ``vcpu`` at ``gpa`` (bytes, with the shared bit as the guest set it)."""
+    """A fault of vCPU ``vcpu`` at ``gpa`` (bytes, with the shared bit as the guest set it).
+
+    :meth:`snapshot` fills in ``gfn``, without the shared bit, and whether the access is
+    ``private``.
+    """
 
     vcpu: int
     gpa: int
@@ -179,21 +188,20 @@ class Fault:
     state: State = State.NEW
     snap: int = -1
     slot: Memslot | None = None
-
-    @property
-    def private(self) -> bool:
-        """Whether the guest meant the private side."""
-        return not self.gpa & SHARED_BIT
-
-    @property
-    def gfn(self) -> int:
-        """The guest frame number, without the shared bit."""
-        return (self.gpa & ~SHARED_BIT) >> PAGE_SHIFT
+    gfn: int = -1
+    private: bool = False
 
     def snapshot(self, mmu: Mmu) -> None:
-        """Remember the counter. (KVM: ``fault->mmu_seq``, before an smp_rmb().)"""
+        """Remember the counter (KVM: ``fault->mmu_seq``, before an smp_rmb()), then decode gpa.
+
+        Where the attribute is the type, it is read anew for every try: such a fault can be of the
+        wrong type only if the attribute changes under it, and then it starts again.
+        """
         self._require("snapshot")
         self.snap = mmu.invalidate.seq
+        kind = mmu.kind
+        self.gfn = (self.gpa & ~kind.shared_bit) >> PAGE_SHIFT
+        self.private = _PRIVATE[kind.rule](self, mmu)
         self.state = State.SNAPPED
 
     def look_up(self, mmu: Mmu) -> Effect:
@@ -209,7 +217,7 @@ class Fault:
         # Unlocked in KVM, and only to save work: the check that counts is at the store.
         if mmu.invalidate.retry(gfn, self.snap):
             return self._after(self._stale(mmu))
-        if slot.file is None or not self.private:
+        if slot.file is None or not (self.private or slot.whole):
             return self._after(NeedShared(slot, slot.shared_page(gfn)))
         first, last = self._around(mmu, slot, mmu.window)
         start, end = slot.private_page(first), slot.private_page(last)
@@ -270,11 +278,11 @@ class Fault:
     def key(self) -> Hashable:
         """The whole state as a hashable value."""
         slot = self.slot and (self.slot.id, self.slot.base_gfn, self.slot.file, self.slot.file_page)
-        return (self.vcpu, self.gpa, self.access, self.state, self.snap, slot)
+        return (self.vcpu, self.gpa, self.access, self.state, self.snap, slot, self.private)
 
     def copy(self) -> Self:
         """An independent twin."""
-        return type(self)(self.vcpu, self.gpa, self.access, self.state, self.snap, self.slot)
+        return replace(self)
 
     def _around(self, mmu: Mmu, slot: Memslot, npages: int) -> tuple[int, int]:
         """The gfns of the aligned block of ``npages`` that are like ours: slot and attribute."""
@@ -287,7 +295,7 @@ class Fault:
 
     def _install(self, mmu: Mmu, first: int, last: int, hpa: int, *, writable: bool) -> Effect:
         """Store the leaves of gfns [first, last), in the half that was accessed."""
-        gpa = first << PAGE_SHIFT | (self.gpa & SHARED_BIT)
+        gpa = first << PAGE_SHIFT | (self.gpa & mmu.kind.shared_bit)
         try:
             mmu.stage2.map(gpa, hpa, last - first, writable=writable, executable=True)
         except MemoryError:
@@ -314,7 +322,8 @@ class Fault:
         if self.access.fetch:  # the emulator cannot fetch from a device
             return InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION)
         data = self.access.data if self.access.write else b""
-        return MmioExit(self.gpa & ~SHARED_BIT, self.access.length, self.access.write, data)
+        gpa = self.gfn << PAGE_SHIFT | self.gpa & (PAGE_SIZE - 1)
+        return MmioExit(gpa, self.access.length, self.access.write, data)
 
     def _memory_fault(self, number: int | None, reason: str) -> MemoryFaultExit:
         return MemoryFaultExit(self.gfn << PAGE_SHIFT, PAGE_SIZE, self.private, number, reason)
@@ -337,6 +346,15 @@ class Fault:
         """Only KVM_MEM_PRIVATE slots have types; elsewhere both sides are the userspace memory."""
         return None if slot is None or slot.file is None else self._mistyped(mmu)
 
+
+_PRIVATE: Final[Mapping[PrivateRule, Callable[[Fault, Mmu], bool]]] = {
+    PrivateRule.SHARED_BIT: lambda fault, mmu: not fault.gpa & mmu.kind.shared_bit,
+    PrivateRule.ATTRIBUTE: lambda fault, mmu: bool(
+        mmu.attributes.get(fault.gfn) & ABIS[mmu.abi].attribute_private
+    ),
+    PrivateRule.ACCESS: lambda fault, mmu: fault.access.private,
+    PrivateRule.NEVER: lambda fault, mmu: False,
+}
 
 _REFUSE: Final[Mapping[Abi, Callable[[Fault, Mmu, Memslot | None], Exit | None]]] = {
     "upstream": Fault._refuse_upstream,

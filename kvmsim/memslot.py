@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Self
 
+from kvmsim.kind import SHARED_BIT_KIND, VmKind
 from kvmsim.region import (
     ARCH,
     BIND,
@@ -36,7 +37,10 @@ from kvmsim.uapi import ABIS, KVM_MEM_READONLY, KVM_SET_USER_MEMORY_REGION, PAGE
 
 @dataclass(frozen=True, slots=True)
 class Memslot:
-    """One slot. Its private side is pages ``file_page`` … of ``file``; None: it has none."""
+    """One slot. Its private side is pages ``file_page`` … of ``file``; None: it has none.
+
+    ``whole``: the file serves shared accesses as well (KVM_MEMSLOT_GMEM_ONLY).
+    """
 
     id: int
     base_gfn: int
@@ -46,6 +50,7 @@ class Memslot:
     shared: SharedSide | None = None
     file: int | None = None
     file_page: int = 0
+    whole: bool = False
 
     @property
     def end_gfn(self) -> int:
@@ -97,10 +102,11 @@ class SlotChange:
 class Memslots:
     """The slots of one VM (one address space), by id, by gfn and by file page."""
 
-    __slots__ = ("_bases", "_by_base", "_by_file", "_by_id", "abi")
+    __slots__ = ("_bases", "_by_base", "_by_file", "_by_id", "abi", "kind")
 
-    def __init__(self, abi: Abi = "upstream") -> None:
+    def __init__(self, abi: Abi = "upstream", kind: VmKind = SHARED_BIT_KIND) -> None:
         self.abi: Abi = abi
+        self.kind: VmKind = kind
         self._by_id: dict[int, Memslot] = {}
         self._by_base: dict[int, Memslot] = {}
         self._bases: list[int] = []
@@ -153,9 +159,12 @@ class Memslots:
     def find_shared(
         self, side: SharedSide, start: int, end: int
     ) -> Iterator[tuple[Memslot, int, int]]:
-        """The slots whose shared side is pages [start, end) of ``side``, with gfns, clipped."""
+        """The slots whose shared side is pages [start, end) of ``side``, with gfns, clipped.
+
+        Not those that are served by their file alone: no leaf of theirs points there.
+        """
         for slot in self:
-            if slot.shared is side:
+            if slot.shared is side and not slot.whole:
                 page = slot.shared_page(slot.base_gfn)
                 first, last = max(start, page), min(end, page + slot.npages)
                 if first < last:
@@ -192,7 +201,8 @@ class Memslots:
                 region.slot, base, end - base, region.flags, region.userspace_addr, shared
             )
             if request.private:
-                new = replace(new, file=self._bind(request), file_page=request.file_pages[0])
+                file = self._bind(request)
+                new = replace(new, file=file.id, file_page=request.file_pages[0], whole=file.whole)
             refuse(ARCH, request)
             return SlotChange(Change.CREATE, None, new)
         refuse(MODIFY, request)
@@ -226,26 +236,26 @@ class Memslots:
     def key(self) -> Hashable:
         """The whole state as a hashable value; a shared side counts as present or not."""
         return tuple(
-            (s.id, s.base_gfn, s.npages, s.flags, s.userspace_addr, s.file, s.file_page)
+            (s.id, s.base_gfn, s.npages, s.flags, s.userspace_addr, s.file, s.file_page, s.whole)
             for s in self
         )
 
     def copy(self) -> Self:
         """An independent twin; slots are values and are not copied."""
-        twin = type(self)(self.abi)
+        twin = type(self)(self.abi, self.kind)
         twin._by_id, twin._by_base = self._by_id.copy(), self._by_base.copy()
         twin._bases = self._bases.copy()
         twin._by_file = {file: bound.copy() for file, bound in self._by_file.items()}
         return twin
 
-    def _bind(self, request: Request) -> int:
-        """kvm_gmem_bind(): the file id, if the slot may be bound to it."""
+    def _bind(self, request: Request) -> PrivateFile:
+        """kvm_gmem_bind(): the file, if the slot may be bound to it."""
         if isinstance(request.file, BadFd):
             closed = request.file is BadFd.CLOSED
             number = ABIS[self.abi].bad_fd_errno if closed else errno.EINVAL
             raise error(number, request.file.value, request)
         refuse(BIND, request)
-        return request.file.id
+        return request.file
 
     def _insert(self, slot: Memslot) -> None:
         self._by_id[slot.id] = slot

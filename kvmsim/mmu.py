@@ -12,6 +12,7 @@ from typing import Protocol
 
 from kvmsim.attributes import Attributes
 from kvmsim.invalidate import MmuInvalidate
+from kvmsim.kind import VmKind
 from kvmsim.memslot import Memslots
 from kvmsim.uapi import Abi
 
@@ -56,3 +57,8 @@ class Mmu:
     """Pages, a power of two: the aligned block of shared memory that one fault maps."""
     window: int = 512
     """Pages, a power of two: the aligned block of private memory that one request may name."""
+
+    @property
+    def kind(self) -> VmKind:
+        """What makes an access private here."""
+        return self.slots.kind

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Protocol, Self
 
 from kvmsim.uapi import (
     ABIS,
+    GUEST_MEMFD_FLAG_MMAP,
     KVM_MEM_GUEST_MEMFD,
     KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_MAX_NR_PAGES,
@@ -32,12 +33,6 @@ from kvmsim.uapi import (
 if TYPE_CHECKING:
     from kvmsim.memslot import Memslot, Memslots
 
-SHARED_BIT: Final = 1 << 39
-"""The gpa bit that selects the shared side of a gfn, as TDX's SHARED bit does."""
-
-MAX_GFN: Final = SHARED_BIT >> PAGE_SHIFT
-"""First gfn that no slot may reach: above it a gfn would alias the shared side of another."""
-
 _HVA_LIMIT: Final = (1 << 47) - PAGE_SIZE  # TASK_SIZE_MAX with four levels: access_ok()
 
 
@@ -50,10 +45,19 @@ class SharedSide(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class PrivateFile:
-    """A private file that an fd was resolved to: its identity and its size in pages."""
+    """A private file that an fd was resolved to: its identity, its size in pages, its flags.
+
+    ``flags`` are GUEST_MEMFD_FLAG_*. With MMAP every access of a slot goes through the file.
+    """
 
     id: int
     npages: int
+    flags: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether it serves the shared side as well (kvm_gmem_supports_mmap())."""
+        return bool(self.flags & GUEST_MEMFD_FLAG_MMAP)
 
 
 class BadFd(Enum):
@@ -132,11 +136,14 @@ class Request:
     @property
     def refused_flags(self) -> int:
         """The flags that this interface does not know, or not together."""
-        known = KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY
-        if not self.v1:
+        kind, abi = self.slots.kind, ABIS[self.slots.abi]
+        known = KVM_MEM_LOG_DIRTY_PAGES
+        if not kind.protected_state:
+            known |= KVM_MEM_READONLY
+        if not self.v1 and (kind.private_memory or not abi.private_slot_needs_private_memory):
             known |= KVM_MEM_GUEST_MEMFD
         if self.private:
-            known &= ~ABIS[self.slots.abi].private_slot_refuses
+            known &= ~abi.private_slot_refuses
         return self.region.flags & ~known
 
 
@@ -251,7 +258,11 @@ BIND: Final[tuple[_Check, ...]] = (
 )
 
 ARCH: Final[tuple[_Check, ...]] = (
-    (errno.EINVAL, "gfns reach the shared half", lambda r: r.gfns[1] > MAX_GFN),
+    (
+        errno.EINVAL,
+        "gfns reach the shared half, or beyond what the guest can address",
+        lambda r: r.gfns[1] > r.slots.kind.max_gfn,
+    ),
 )
 
 

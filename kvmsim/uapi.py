@@ -105,6 +105,18 @@ KVM_CAP_VM_TYPES: Final = 235
 KVM_CAP_PRE_FAULT_MEMORY: Final = 236
 KVM_CAP_GUEST_MEMFD_FLAGS: Final = 244
 
+# --- VM types (arch/x86/include/uapi/asm/kvm.h): the argument of KVM_CREATE_VM ----------------
+
+KVM_X86_DEFAULT_VM: Final = 0
+KVM_X86_SW_PROTECTED_VM: Final = 1
+KVM_X86_SNP_VM: Final = 4
+KVM_X86_TDX_VM: Final = 5
+
+# --- flags of KVM_CREATE_GUEST_MEMFD ---------------------------------------------------------
+
+GUEST_MEMFD_FLAG_MMAP: Final = 1 << 0
+GUEST_MEMFD_FLAG_INIT_SHARED: Final = 1 << 1
+
 # --- memslots --------------------------------------------------------------------------------
 
 KVM_MEM_LOG_DIRTY_PAGES: Final = 1 << 0
@@ -187,6 +199,8 @@ class AbiNumbers:
     """Whether a slot must lie inside its file and share no file page with another slot."""
     private_slot_refuses: int
     """Slot flags refused together with a private file."""
+    private_slot_needs_private_memory: bool
+    """Whether only VMs with private memory may bind one (kvm_arch_private_mem_supported())."""
 
 
 ABIS: Final[Mapping[Abi, AbiNumbers]] = MappingProxyType(
@@ -201,6 +215,7 @@ ABIS: Final[Mapping[Abi, AbiNumbers]] = MappingProxyType(
             bad_fd_errno=errno.EBADF,
             checks_file=True,
             private_slot_refuses=KVM_MEM_LOG_DIRTY_PAGES | KVM_MEM_READONLY,
+            private_slot_needs_private_memory=False,
         ),
         "v7": AbiNumbers(
             exit_memory_fault=37,  # KVM_EXIT_NOTIFY upstream
@@ -212,6 +227,7 @@ ABIS: Final[Mapping[Abi, AbiNumbers]] = MappingProxyType(
             bad_fd_errno=errno.EINVAL,
             checks_file=False,
             private_slot_refuses=0,
+            private_slot_needs_private_memory=True,
         ),
     }
 )

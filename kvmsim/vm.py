@@ -19,7 +19,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, fields
 from typing import Self
 
-from kvmsim.attributes import Attributes, check_request
+from kvmsim.attributes import GFN_LIMIT, Attributes, check_request
 from kvmsim.fault import (
     Effect,
     Fault,
@@ -32,9 +32,10 @@ from kvmsim.fault import (
     RetryReason,
 )
 from kvmsim.invalidate import MmuInvalidate
+from kvmsim.kind import SHARED_BIT_KIND, VmKind
 from kvmsim.memslot import Memslots, SlotChange
 from kvmsim.mmu import Backing, Mmu, SecondStage
-from kvmsim.region import MAX_GFN, SHARED_BIT, BadFd, PrivateFile, Region, SharedSide
+from kvmsim.region import BadFd, PrivateFile, Region, SharedSide
 from kvmsim.uapi import ABIS, PAGE_SHIFT, Abi, KvmError
 
 
@@ -109,12 +110,12 @@ class Vm:
         backing: Backing,
         *,
         abi: Abi = "upstream",
+        kind: VmKind = SHARED_BIT_KIND,
         around: int = 16,
         window: int = 512,
     ) -> None:
-        self.mmu = Mmu(
-            Memslots(abi), Attributes(), MmuInvalidate(), stage2, backing, abi, around, window
-        )
+        slots = Memslots(abi, kind)
+        self.mmu = Mmu(slots, Attributes(), MmuInvalidate(), stage2, backing, abi, around, window)
         self._counters = _Counters()
         self._changing = False
 
@@ -122,6 +123,11 @@ class Vm:
     def abi(self) -> Abi:
         """Which interface this VM has."""
         return self.mmu.abi
+
+    @property
+    def kind(self) -> VmKind:
+        """What makes an access private in this VM."""
+        return self.mmu.kind
 
     # --- memslots ------------------------------------------------------------------------
 
@@ -138,7 +144,7 @@ class Vm:
         change = self.mmu.slots.plan(region, shared=shared, file=file, v1=v1)
         taken = change.taken
         gfns = [] if taken is None else [(taken.base_gfn, taken.end_gfn)]
-        return self._begin(gfns, halves=_BOTH, then=change)
+        return self._begin(gfns, halves=self.kind.halves, then=change)
 
     def set_user_memory_region2(
         self,
@@ -166,14 +172,13 @@ class Vm:
         if self.abi == "v7":
             raise KvmError(errno.ENOTTY, operation, "v7 has KVM_MEMORY_ENCRYPT_REG_REGION")
         self._require_unchanging(operation)
-        supported = ABIS[self.abi].attribute_private
+        supported = ABIS[self.abi].attribute_private if self.kind.private_memory else 0
         start, end = check_request(operation, address, size, attributes, flags, supported=supported)
         around = self.mmu.attributes.run(start)
         if around.value == attributes and end <= around.end:
             return Invalidation(Zapped(), bracketed=False)
-        return self._begin(
-            [(start, end)], halves=_BOTH, then=_StoreAttributes(start, end, attributes)
-        )
+        then = _StoreAttributes(start, end, attributes)
+        return self._begin([(start, end)], halves=self.kind.halves, then=then)
 
     def set_memory_attributes(
         self, address: int, size: int, attributes: int, flags: int = 0
@@ -186,18 +191,22 @@ class Vm:
         operation = f"KVM_MEMORY_ENCRYPT_{'REG' if private else 'UNREG'}_REGION"
         if self.abi != "v7":
             raise KvmError(errno.ENOTTY, operation, "use KVM_SET_MEMORY_ATTRIBUTES")
+        if not self.kind.private_memory:
+            raise KvmError(errno.ENOTTY, operation, "this kind of VM has no private memory")
         self._require_unchanging(operation)
         start, end = check_request(operation, address, size, 0, 0, supported=0)
         value = ABIS[self.abi].attribute_private if private else 0
         then = _StoreAttributes(start, end, value)
-        return self.end(self._begin([(start, end)], halves=_BOTH, then=then))
+        return self.end(self._begin([(start, end)], halves=self.kind.halves, then=then))
 
     # --- invalidations from below --------------------------------------------------------
 
     def begin_invalidate_file(self, file: int, start: int, end: int) -> Invalidation:
         """Zap the private side of every slot bound to pages [start, end) of ``file``."""
-        found = self.mmu.slots.find_file(file, start, end)
-        return self._begin([(first, last) for _, first, last in found], halves=_PRIVATE)
+        found = list(self.mmu.slots.find_file(file, start, end))
+        gfns = [(first, last) for _, first, last in found]
+        whole = any(slot.whole for slot, _, _ in found)
+        return self._begin(gfns, halves=self.kind.halves if whole else _PRIVATE)
 
     def invalidate_file(self, file: int, start: int, end: int) -> Zapped:
         """The same with its end: what the acknowledging thread calls."""
@@ -209,7 +218,8 @@ class Vm:
         gfns = [(first, last) for _, first, last in found]
         # A plain slot of v7 has the userspace memory on both sides.
         both = any(slot.file is None for slot, _, _ in found)
-        return self.end(self._begin(gfns, halves=_BOTH if both else _SHARED))
+        halves = self.kind.halves
+        return self.end(self._begin(gfns, halves=halves if both else halves[-1:]))
 
     def end(self, invalidation: Invalidation) -> Zapped:
         """Make the change that was begun and let faults on its range succeed again."""
@@ -248,7 +258,7 @@ class Vm:
 
     # --- what there is -------------------------------------------------------------------
 
-    def memory(self, start: int = 0, end: int = MAX_GFN) -> MemoryUse:
+    def memory(self, start: int = 0, end: int = GFN_LIMIT) -> MemoryUse:
         """Pages of slots in gfns [start, end), by attribute."""
         private = shared = unbacked = 0
         for slot, first, last in self.mmu.slots.find_range(start, end):
@@ -275,7 +285,9 @@ class Vm:
     def copy(self, stage2: SecondStage, backing: Backing) -> Self:
         """An independent twin over a copied second stage and backing."""
         mmu = self.mmu
-        twin = type(self)(stage2, backing, abi=mmu.abi, around=mmu.around, window=mmu.window)
+        twin = type(self)(
+            stage2, backing, abi=mmu.abi, kind=mmu.kind, around=mmu.around, window=mmu.window
+        )
         twin.mmu.slots = mmu.slots.copy()
         twin.mmu.attributes = mmu.attributes.copy()
         twin.mmu.invalidate = mmu.invalidate.copy()
@@ -306,7 +318,8 @@ class Vm:
             for start, end in gfns:
                 invalidate.range_add(start, end)
         for start, end in gfns:
-            npages = min(end, MAX_GFN) - start  # attributes may be set where no slot can be
+            # Attributes may be set where no slot can be.
+            npages = min(end, self.kind.max_gfn) - start
             if npages <= 0:
                 continue
             for half in halves:
@@ -339,5 +352,3 @@ class Vm:
 
 
 _PRIVATE = (0,)
-_SHARED = (SHARED_BIT,)
-_BOTH = (0, SHARED_BIT)

@@ -26,8 +26,9 @@ from kvmsim.fault import (
     State,
 )
 from kvmsim.invalidate import MmuInvalidate
+from kvmsim.kind import SHARED_BIT
 from kvmsim.mmu import Mmu
-from kvmsim.region import SHARED_BIT, PrivateFile, Region
+from kvmsim.region import PrivateFile, Region
 from kvmsim.uapi import KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE, PAGE_SIZE
 from kvmsim.vm import Invalidation, Vm
 

@@ -28,7 +28,7 @@ SANS_IO = {
     "privfs.notifier.effects", "privfs.notifier.user", "privfs.operation", "privfs.budget",
     "privfs.seals",
     "kvmsim.uapi", "kvmsim.mmu", "kvmsim.memslot", "kvmsim.region", "kvmsim.attributes",
-    "kvmsim.invalidate", "kvmsim.fault", "kvmsim.exits", "kvmsim.vm",
+    "kvmsim.invalidate", "kvmsim.fault", "kvmsim.exits", "kvmsim.vm", "kvmsim.kind",
     "kvmsim.script", "hwemu.stage2",
     "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
 }  # fmt: skip

@@ -25,9 +25,10 @@ from kvmsim.fault import (
     State,
 )
 from kvmsim.invalidate import MmuInvalidate
+from kvmsim.kind import SHARED_BIT
 from kvmsim.memslot import Memslots
 from kvmsim.mmu import Mmu
-from kvmsim.region import SHARED_BIT, PrivateFile, Region
+from kvmsim.region import PrivateFile, Region
 from kvmsim.uapi import (
     ABIS,
     EHWPOISON,

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvmsim.kind import MAX_GFN
 from kvmsim.memslot import Change, Memslot, Memslots
-from kvmsim.region import MAX_GFN, BadFd, PrivateFile, Region
+from kvmsim.region import BadFd, PrivateFile, Region
 from kvmsim.uapi import (
     KVM_MEM_GUEST_MEMFD,
     KVM_MEM_LOG_DIRTY_PAGES,

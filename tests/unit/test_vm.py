@@ -24,7 +24,8 @@ from kvmsim.fault import (
     Retry,
     RetryReason,
 )
-from kvmsim.region import MAX_GFN, SHARED_BIT, PrivateFile, Region
+from kvmsim.kind import MAX_GFN, SHARED_BIT
+from kvmsim.region import PrivateFile, Region
 from kvmsim.uapi import ABIS, KVM_MEM_GUEST_MEMFD, PAGE_SIZE, Abi, KvmError
 from kvmsim.vm import MemoryUse, Vm, Zapped
 from privfs.notifier.user import User

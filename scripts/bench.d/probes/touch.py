@@ -18,7 +18,7 @@ import time
 from kvmsim import exits
 from kvmsim.emulator import Emulator, MemoryBackend, VmConfig, prepare_process, set_entry
 from kvmsim.hostmem import HostMemory
-from kvmsim.region import SHARED_BIT
+from kvmsim.kind import SHARED_BIT
 from kvmsim.uapi import PAGE_SIZE
 from kvmsim.vmm.loader import LAYOUT, LOW_SIZE, EntryState
 
