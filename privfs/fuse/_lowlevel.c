@@ -50,6 +50,8 @@
 #define INIT_EXT (1u << 30)		/* FUSE_INIT_EXT: flags2 is valid */
 #define INIT2_PASSTHROUGH (1u << 5)	/* FUSE_PASSTHROUGH >> 32 */
 #define OPEN_DIRECT_IO (1u << 0)
+#define OPEN_NONSEEKABLE (1u << 2)
+#define OPEN_STREAM (1u << 4)
 #define OPEN_NOFLUSH (1u << 5)
 #define OPEN_PASSTHROUGH (1u << 7)
 
@@ -679,10 +681,10 @@ static PyObject *bind_libfuse(PyObject *module, PyObject *path)
 
 static PyObject *arm(PyObject *module, PyObject *args)
 {
-	int passthrough, direct_io;
+	int passthrough, direct_io, seekable;
 
 	(void)module;
-	if (!PyArg_ParseTuple(args, "pp:arm", &passthrough, &direct_io))
+	if (!PyArg_ParseTuple(args, "ppp:arm", &passthrough, &direct_io, &seekable))
 		return NULL;
 	if (tap.session) {
 		PyErr_SetString(PyExc_RuntimeError, "a session is active: close it first");
@@ -694,6 +696,8 @@ static PyObject *arm(PyObject *module, PyObject *args)
 	tap.passthrough_errno = 0;
 	tap.backing_id = 0;
 	tap.open_flags = OPEN_DIRECT_IO | OPEN_NOFLUSH;
+	if (!seekable)			/* as a file without ->llseek, and without f_pos to lock */
+		tap.open_flags |= OPEN_NONSEEKABLE | OPEN_STREAM;
 	tap.receive_size = RECEIVE_INIT;
 	Py_RETURN_NONE;
 }
@@ -812,7 +816,7 @@ static PyMethodDef methods[] = {
 	{"bind_libfuse", bind_libfuse, METH_O,
 	 "bind_libfuse(path) -> version: find the libfuse behind pyfuse3's object file."},
 	{"arm", arm, METH_VARARGS,
-	 "arm(passthrough, direct_io): the next session that pyfuse3 opens is ours."},
+	 "arm(passthrough, direct_io, seekable): the next session that pyfuse3 opens is ours."},
 	{"attached", attached, METH_NOARGS, "Whether a session went through this module."},
 	{"serve_init", serve_init, METH_VARARGS,
 	 "serve_init(timeout_ms) -> (passthrough errno, protocol, kernel's protocol)"},

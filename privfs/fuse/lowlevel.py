@@ -332,15 +332,20 @@ def init(
     options: Collection[str] = DEFAULT_OPTIONS,
     *,
     mode: Mode = Mode.PASSTHROUGH,
+    seekable: bool = True,
 ) -> Status:
     """Mount ``ops`` on ``mountpoint``, answer the kernel's INIT and say what was granted.
 
     ``options`` are libfuse's mount options. Where passthrough is not possible the mount falls back
-    to direct_io; :class:`Status` says why. Raises RuntimeError when pyfuse3 does not go through
-    this module or the mount fails; then nothing stays mounted.
+    to direct_io; :class:`Status` says why. Without ``seekable`` lseek, pread and pwrite of private
+    files are ESPIPE, as of files that have no llseek; passthrough cannot be told so
+    (FOPEN_PASSTHROUGH_MASK, fs/fuse/passthrough.c) and leaves them seekable.
+
+    Raises RuntimeError when pyfuse3 does not go through this module or the mount fails; then
+    nothing stays mounted.
     """
     global _status
-    _lowlevel.arm(mode is not Mode.DIRECT_IO, mode is Mode.PASSTHROUGH_DIRECT_IO)
+    _lowlevel.arm(mode is not Mode.DIRECT_IO, mode is Mode.PASSTHROUGH_DIRECT_IO, seekable)
     mounted = False
     try:
         pyfuse3.init(_Served(ops), mountpoint, set(options))

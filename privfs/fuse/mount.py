@@ -130,7 +130,9 @@ def serve(
         fuse_options.add("allow_other")
     mode = _mode(personality, options)
     try:
-        status = lowlevel.init(files, mountpoint, fuse_options, mode=mode)
+        status = lowlevel.init(
+            files, mountpoint, fuse_options, mode=mode, seekable=not personality.metadata["lseek"]
+        )
     except RuntimeError as error:
         raise MountError(errno.EIO, str(error)) from error
     info = control.MountInfo(

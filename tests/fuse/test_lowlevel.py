@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,8 @@ class TestFS(lowlevel.Operations):
         say(op="read", file=self.name(fh), time=trio.current_time())
         if self.name(fh) == "text":
             return TEXT[off : off + size]
+        if self.name(fh) == "stubborn":
+            await self.behave("stubborn", lowlevel.current_request().pid)
         await self.throttle.wait()
         raise pyfuse3.FUSEError(errno.EPERM)
 
@@ -169,10 +172,11 @@ async def commands(ops: TestFS, quit: trio.CancelScope) -> None:
     lowlevel.terminate()  # the test has gone
 
 
-async def serve(mountpoint: str, mode: str, fast: bool) -> None:
+async def serve(mountpoint: str, mode: str, *options: str) -> None:
     ops = TestFS()
-    status = lowlevel.init(ops, mountpoint, mode=lowlevel.Mode(mode))
-    if fast:
+    seekable = "unseekable" not in options
+    status = lowlevel.init(ops, mountpoint, mode=lowlevel.Mode(mode), seekable=seekable)
+    if "fast" in options:
         lowlevel.install_fastwait()
     try:
         say(
@@ -233,9 +237,9 @@ print(0 if r == 0 else ctypes.get_errno())
 class Daemon:
     """A test file system in a process of its own, and what it says."""
 
-    def __init__(self, mountpoint: Path, mode: str, *, fast: bool, unprivileged: bool) -> None:
+    def __init__(self, mountpoint: Path, mode: str, *options: str, unprivileged: bool) -> None:
         self.mountpoint = mountpoint
-        command = [sys.executable, __file__, str(mountpoint), mode, *["fast"] * fast]
+        command = [sys.executable, __file__, str(mountpoint), mode, *options]
         if unprivileged:
             command = ["unshare", "--user", "--map-root-user", "--mount", *command]
         self.process = subprocess.Popen(
@@ -335,10 +339,10 @@ def start(tmp_path: Path) -> Iterator:
         pytest.skip(reason)
     daemons: list[Daemon] = []
 
-    def begin(mode: str = "passthrough", *, fast: bool = False, unprivileged: bool = False):
+    def begin(mode: str = "passthrough", *options: str, unprivileged: bool = False):
         mountpoint = tmp_path / f"mnt{len(daemons)}"
         mountpoint.mkdir()
-        daemons.append(Daemon(mountpoint, mode, fast=fast, unprivileged=unprivileged))
+        daemons.append(Daemon(mountpoint, mode, *options, unprivileged=unprivileged))
         return daemons[-1]
 
     yield begin
@@ -368,7 +372,7 @@ ZERO = 16  # FALLOC_FL_ZERO_RANGE
 @pytest.mark.fuse
 @pytest.mark.parametrize("fast", [False, True])
 def test_fallocate_arrives_and_its_errno_comes_back(start, fast):
-    daemon = start(fast=fast)
+    daemon = start("passthrough", *["fast"] * fast)
     with opened(daemon.root / "private") as fd:
         for mode in (0, 1, PUNCH, ZERO, ZERO | 1):
             for offset, length in ((0, PAGE), (3 * PAGE, 5 * PAGE), (1 << 62, 1 << 40)):
@@ -421,7 +425,7 @@ def test_extended_attributes_are_refused_without_the_handlers(start):
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("what", ["fallocate", "ftruncate"])
 def test_a_signal_interrupts_a_willing_handler(start, what, fast):
-    daemon = start(fast=fast)
+    daemon = start("passthrough", *["fast"] * fast)
     child = daemon.call("slow", what)
     os.kill(child.pid, signal.SIGUSR1)
     assert daemon.expect("interrupted")["killed"] is False
@@ -546,6 +550,44 @@ def test_direct_io_by_itself_without_privilege(start):
 
 
 @pytest.mark.fuse
+def test_direct_io_files_that_are_not_seekable(start):
+    """As files without llseek: every call at an offset is refused and wakes nobody."""
+    daemon = start("direct_io", "unseekable")
+    with opened(daemon.root / "private") as fd:
+        for whence in (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END, os.SEEK_DATA, os.SEEK_HOLE):
+            assert errno_of(os.lseek, fd, 0, whence) == errno.ESPIPE
+        assert errno_of(os.pread, fd, 10, 0) == errno.ESPIPE
+        assert errno_of(os.pwrite, fd, b"x", 0) == errno.ESPIPE
+    assert daemon.quiet()
+    direct_io_rules(daemon)
+
+
+@pytest.mark.fuse
+def test_a_reader_does_not_wait_for_another_where_there_is_no_position(start):
+    """FOPEN_STREAM: no lock of f_pos is held while a READ is under way (FMODE_ATOMIC_POS)."""
+    daemon = start("direct_io", "unseekable")
+    with opened(daemon.root / "stubborn") as fd, ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(errno_of, os.read, fd, 10) for _ in range(2)]
+        daemon.expect("read")
+        daemon.expect("read")  # while the first one is not answered
+        daemon.tell("release")
+        assert [one.result(timeout=20) for one in both] == [errno.EPERM, errno.EPERM]
+        daemon.expect("released")
+        daemon.expect("released")
+
+
+@pytest.mark.fuse
+@pytest.mark.root
+def test_passthrough_leaves_files_seekable(start, root_only):
+    daemon = start("passthrough", "unseekable")
+    if daemon.ready["passthrough_errno"] == errno.EOPNOTSUPP:
+        pytest.skip("the kernel has no FUSE passthrough (Linux 6.9, CONFIG_FUSE_PASSTHROUGH)")
+    with opened(daemon.root / "private") as fd:
+        assert os.lseek(fd, PAGE, os.SEEK_SET) == PAGE
+        assert errno_of(os.pread, fd, 10, 0) == errno.EINVAL
+
+
+@pytest.mark.fuse
 def test_populate_in_direct_io_mode_is_throttled_and_can_be_killed(start):
     daemon = start("direct_io")
     path = str(daemon.root / "private")
@@ -594,7 +636,7 @@ def test_a_caller_in_a_request_is_freed_when_the_daemon_dies(start):
 @pytest.mark.fuse
 @pytest.mark.parametrize("fast", [False, True])
 def test_terminate_interrupts_the_willing_and_waits_for_the_others(start, fast):
-    daemon = start(fast=fast)
+    daemon = start("passthrough", *["fast"] * fast)
     willing, other = daemon.call("slow"), daemon.call("stubborn")
     daemon.tell("terminate")
     assert daemon.expect("interrupted")["killed"] is False
@@ -705,4 +747,4 @@ def test_read_throttle_spaces_back_to_back_reads():
 
 if __name__ == "__main__":
     logging.basicConfig(stream=sys.stderr)
-    trio.run(serve, sys.argv[1], sys.argv[2], len(sys.argv) > 3)
+    trio.run(serve, *sys.argv[1:])

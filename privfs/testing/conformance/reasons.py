@@ -46,10 +46,9 @@ REASONS: Final[dict[str, Reason]] = {
     ),
     "seekable": _kernel(
         "A FUSE file has ->llseek. Files without it lack FMODE_PREAD, and pread is ESPIPE before "
-        "anything else. FOPEN_NONSEEKABLE would do that, but not together with passthrough (the "
-        "open fails with EIO); without passthrough it is not asked for either, so that a program "
-        "meets one behaviour. SEEK_SET and SEEK_CUR never leave the kernel, SEEK_END asks for the "
-        "size."
+        "anything else. Without passthrough FOPEN_NONSEEKABLE and FOPEN_STREAM say so; together "
+        "with passthrough the kernel fails such an open with EIO (FOPEN_PASSTHROUGH_MASK). "
+        "SEEK_SET and SEEK_CUR then never leave the kernel, SEEK_END asks for the size."
     ),
     "readahead": _kernel(
         "ksys_readahead() wants address_space operations, which FUSE has; it starts no READ that "
@@ -106,7 +105,8 @@ REASONS: Final[dict[str, Reason]] = {
         "comes. The daemon lets 50 a second through, so that it costs nobody else anything."
     ),
     "page-cache-splice": _kernel(
-        "fuse_splice_read() goes by the page cache and ends at the end of the file by itself."
+        "fuse_splice_read() goes by the page cache and ends at the end of the file by itself; a "
+        "file that is not seekable is refused before."
     ),
     "named": Reason(
         Cause.FILES,

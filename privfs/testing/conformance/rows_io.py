@@ -12,11 +12,20 @@ import os
 from typing import Any, Final
 
 from privfs.testing.conformance import probes_io as probe
-from privfs.testing.conformance.row import PAGE, SIZE, Outcome, Probe, Row, fuse, row
+from privfs.testing.conformance.row import (
+    PAGE,
+    SIZE,
+    Differs,
+    Outcome,
+    Probe,
+    Row,
+    fuse,
+    row,
+)
 
 _RW: Final = "vfs_read, vfs_write: FMODE_CAN_READ, FMODE_CAN_WRITE"
 _POSITIONED: Final = "ksys_pread64: FMODE_PREAD"
-_OTHERS: Final = ("guest_memfd", "shim", "resizable")
+_UNSEEKABLE: Final = ("guest_memfd", "shim")
 
 
 def _moved(name: str, call: Probe, *arguments: Any, memfd: Outcome, gm: Outcome = "EINVAL",
@@ -26,13 +35,11 @@ def _moved(name: str, call: Probe, *arguments: Any, memfd: Outcome, gm: Outcome 
 
 
 def _positioned(name: str, call: Probe, *arguments: Any, memfd: Outcome, v7: Outcome = "EPERM",
-                v7_too: Outcome = "", answer: Outcome = "EINVAL") -> Row:  # fmt: skip
-    """A call at an offset: a mount is seekable, so it reaches the refusal of reading."""
-    differs = fuse("seekable", answer, only=_OTHERS)
-    if v7_too:
-        differs += fuse("seekable", v7_too, only=("v7",))
-    return row(name, call, *arguments, gm="ESPIPE", memfd=memfd, v7=v7, source=_POSITIONED,
-               fuse=differs)  # fmt: skip
+                answer: Outcome = "EINVAL", differs: tuple[Differs, ...] = ()) -> Row:  # fmt: skip
+    """A call at an offset: what is seekable reaches the refusal of reading, ``answer``."""
+    return row(name, call, *arguments, gm="ESPIPE", memfd=memfd, v7=v7, resizable=answer,
+               source=_POSITIONED,
+               fuse=fuse("seekable", passthrough=answer, only=_UNSEEKABLE) + differs)  # fmt: skip
 
 
 _PLAIN: Final = [
@@ -55,7 +62,8 @@ _PLAIN: Final = [
     _positioned("pread.past-eof", probe.pread, 2 * SIZE, PAGE, memfd="0", v7="0"),
     row("pread.negative", probe.pread, -PAGE, PAGE, gm="EINVAL", memfd="EINVAL",
         source=_POSITIONED),
-    _positioned("pread.zero-bytes", probe.pread, 0, 0, memfd="0", answer="0", v7_too="0"),
+    _positioned("pread.zero-bytes", probe.pread, 0, 0, memfd="0", answer="0",
+                differs=fuse("zero-bytes", "0", only=("v7",))),
     _positioned("pwrite", probe.pwrite, 0, PAGE, memfd=str(PAGE)),
     _positioned("pwrite.past-eof", probe.pwrite, 2 * SIZE, PAGE, memfd=str(PAGE)),
     _positioned("pwrite.zero-bytes", probe.pwrite, 0, 0, memfd="0", v7="0", answer="0"),
@@ -82,7 +90,7 @@ _SPLICED: Final = [
         2 * SIZE,
         memfd="0",
         v7="0",
-        fuse=fuse("page-cache-splice", direct_io="0"),
+        fuse=fuse("page-cache-splice", direct_io="0", only=("resizable",)),
     ),
     _moved("splice.to", probe.splice_to, None, memfd=str(PAGE)),
     _moved("splice.to-offset", probe.splice_to, 0, memfd=str(PAGE)),

@@ -295,7 +295,8 @@ SET, CUR, END, DATA, HOLE = os.SEEK_SET, os.SEEK_CUR, os.SEEK_END, os.SEEK_DATA,
 def _seek(name: str, offset: int, whence: int, answer: Outcome) -> Row:
     return row(
         f"lseek.{name}", probe.lseek, offset, whence, gm="ESPIPE", memfd=answer,
-        resizable=answer, source="no ->llseek: vfs_llseek", fuse=fuse("seekable", answer),
+        resizable=answer, source="no ->llseek: vfs_llseek",
+        fuse=fuse("seekable", passthrough=answer),
     )  # fmt: skip
 
 
