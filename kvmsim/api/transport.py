@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How the API reaches a KVM: handles, ioctls, the memory of struct kvm_run, memory of the host.
+
+Two transports exist, :mod:`kvmsim.api.real` for /dev/kvm and :mod:`kvmsim.api.simulated` for the
+simulator's device. What is above them does not know which one it has.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Final, Protocol
+
+from kvmsim import uapi
+from kvmsim.uapi.encoding import KVMIO
+
+FALLOC_FL_KEEP_SIZE: Final = 1
+FALLOC_FL_PUNCH_HOLE: Final = 2
+
+_REQUESTS: Final[dict[int, str]] = {
+    value: name
+    for name, value in vars(uapi).items()
+    if name.startswith("KVM_") and isinstance(value, int) and value >> 8 & 0xFF == KVMIO
+}
+
+
+def request_name(request: int) -> str:
+    """The name of an ioctl request, its number if kvmsim.uapi does not know it."""
+    return _REQUESTS.get(request, f"ioctl {request:#x}")
+
+
+class IoctlError(OSError):
+    """A call on a KVM handle that was refused; nothing was changed.
+
+    ``errno`` is what the kernel answers, ``operation`` the name of the ioctl or system call.
+    """
+
+    def __init__(self, number: int, operation: str, reason: str = "") -> None:
+        name = errno.errorcode.get(number, str(number)).replace("ENOTSUP", "EOPNOTSUPP")
+        super().__init__(number, f"{operation}: {name}: {reason or os.strerror(number)}")
+        self.operation = operation
+
+
+class Memory(Protocol):
+    """Memory of the VMM's process; ``address`` is what a slot's ``userspace_addr`` may be."""
+
+    address: int
+    size: int
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read bytes; IoctlError with EFAULT where the host may not touch the memory."""
+        ...
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write bytes; IoctlError with EFAULT where the host may not touch the memory."""
+        ...
+
+    def discard(self, offset: int, size: int) -> None:
+        """Give pages back: they read as zeros from here on (page-aligned bytes)."""
+        ...
+
+    def close(self) -> None:
+        """Unmap. Idempotent."""
+        ...
+
+
+class Transport(Protocol):
+    """A KVM device and the process that uses it. Handles are small integers, as fds are."""
+
+    name: str
+    abi: uapi.Abi
+
+    def open(self) -> int:
+        """Open the device; OSError if it cannot be."""
+        ...
+
+    def ioctl(self, handle: int, request: int, argument: int | bytearray = 0) -> int:
+        """Make an ioctl; its result, or a new handle. A bytearray may be written to."""
+        ...
+
+    def map_run(self, vcpu: int, size: int) -> memoryview:
+        """Map struct kvm_run and what follows it; valid until the handle is closed."""
+        ...
+
+    def run(self, vcpu: int) -> int:
+        """KVM_RUN: 0 or -errno. Only one thread at a time for each vCPU."""
+        ...
+
+    def cancel(self, vcpu: int) -> None:
+        """From any thread: the KVM_RUN under way, else the next one, answers -EINTR."""
+        ...
+
+    def allocate(self, size: int) -> Memory:
+        """Allocate ordinary memory of the process, page-aligned and zero."""
+        ...
+
+    def map_file(self, file: int, offset: int, size: int) -> Memory:
+        """Map part of a guest_memfd (GUEST_MEMFD_FLAG_MMAP)."""
+        ...
+
+    def fallocate(self, file: int, mode: int, offset: int, size: int) -> None:
+        """fallocate(2) of a guest_memfd: allocation, or a punch."""
+        ...
+
+    def close_handle(self, handle: int) -> None:
+        """Close a handle."""
+        ...
+
+    def close(self) -> None:
+        """Give back whatever is still open. Idempotent."""
+        ...
