@@ -25,7 +25,7 @@ from collections.abc import Hashable
 
 from pyroaring import BitMap
 
-from privfs import extents, seals
+from privfs import seals
 from privfs.budget import Budget
 from privfs.operation import (
     COMPATIBLE,
@@ -176,7 +176,8 @@ class MemFile:
         All of it is allocated, in the extent of ``page``, inside the file and untouched by any
         destructive operation.  ``page`` itself must be PRESENT.
         """
-        low, high = extents.extent_range(extents.extent_of(page))
+        layout = self.personality.layout
+        low, high = layout.extent_range(layout.extent_of(page))
         low, high = max(low, start), min(high, end, self.size // PAGE_SIZE)
         for claim in self._claims():
             if claim.kind not in COMPATIBLE:
@@ -198,12 +199,15 @@ class MemFile:
     def add_seals(self, mask: int, *, stores: bool) -> None:
         """Add seals, as F_ADD_SEALS; ``stores`` says whether a user may be storing.
 
-        EINVAL for unknown seals or a file that has none, EPERM once sealed against more, EBUSY
-        for F_SEAL_WRITE while there are such users (``mapping_deny_writable``).
+        EINVAL for unknown seals or a file that has none, and for F_SEAL_WRITE where no user can
+        be kept from storing; EPERM once sealed against more, EBUSY for F_SEAL_WRITE while there
+        are users that may store (``mapping_deny_writable``).
         """
         what = f"add seals {mask:#x}"
         if self.personality.seals is None or mask & ~int(seals.ALL_SEALS):
             raise Refused(errno.EINVAL, f"{what}: not on files of {self.personality.name}")
+        if mask & seals.Seal.WRITE and not self.personality.read_only_users:
+            raise Refused(errno.EINVAL, f"{what}: descriptors of this memory are never read-only")
         seals.check(self.seals, seals.Deed.SEAL, what)
         if mask & seals.Seal.WRITE and not self.seals & seals.Seal.WRITE and stores:
             raise Refused(errno.EBUSY, f"{what}: users hold grants for stores; let them leave")
@@ -397,15 +401,13 @@ class MemFile:
         return not held and not self._doomed(active)
 
     def _doomed(self, active: Operation) -> tuple[tuple[int, int], ...]:
-        """Extents that lie wholly in a range that leaves the file."""
-        if active.kind not in (Kind.RESIZE, Kind.DESTROY):
+        """Extents that lie wholly in a range that leaves the file, or in any that is freed."""
+        layout = self.personality.layout
+        if not layout.whole and active.kind not in (Kind.RESIZE, Kind.DESTROY):
             return ()
-        floor = active.size if active.size is not None else 0
-        return tuple(
-            (index, instance)
-            for index, instance in self.instances.items()
-            if extents.extent_range(index)[0] * PAGE_SIZE >= floor
-        )
+        gone = layout.within(active.start, active.end)
+        fewer = gone if len(gone) < len(self.instances) else sorted(self.instances)
+        return tuple((i, self.instances[i]) for i in fewer if i in gone and i in self.instances)
 
     def _allocated(self, active: Operation, upto: int | None) -> None:
         start, end = active.start, active.start if upto is None else upto
@@ -413,7 +415,7 @@ class MemFile:
         if end > start:
             added = end - start - self.pages.range_cardinality(start, end)
             self.pages.add_range(start, end)
-            for index, _, _ in extents.split(start, end):
+            for index, _, _ in self.personality.layout.split(start, end):
                 if index not in self.instances:
                     self.instances[index] = self._next_instance
                     self._next_instance += 1

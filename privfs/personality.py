@@ -22,6 +22,8 @@ import errno
 from dataclasses import dataclass
 from typing import Final
 
+from privfs.extents import GROWING, Layout
+
 PAGE_SIZE: Final = 4096
 #: 32-bit page numbers: 16 TiB, the largest file (``EFBIG`` beyond).
 MAX_BYTES: Final = PAGE_SIZE << 32
@@ -102,6 +104,10 @@ class Personality:
     source: str
     #: Bytes that come and go together; a mount on a store of larger pages replaces it.
     page_size: int = PAGE_SIZE
+    #: Where its extents lie and when they end; the mount's store decides.
+    layout: Layout = GROWING
+    #: Whether a user can be kept from storing: its descriptors of memory can be read-only.
+    read_only_users: bool = True
 
 
 _KEEP = FALLOC_FL_KEEP_SIZE

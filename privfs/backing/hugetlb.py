@@ -29,6 +29,7 @@ class Hugetlb(MemfdStore):
 
     name: str = "hugetlb"
     locates: bool = False
+    pooled: bool = True
 
     def __init__(self, page_size: int = DEFAULT_PAGE_SIZE) -> None:
         check_page_size(page_size)

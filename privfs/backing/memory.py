@@ -5,7 +5,7 @@ An extent's memfd comes from the mount's store at its first allocation, with the
 extent (sparse), sealed F_SEAL_GROW and F_SEAL_SEAL, belongs to one range of one file for all its
 life, and dies by ftruncate(0). Because of F_SEAL_GROW (memfd_create(2), fcntl(2)) nobody, not even
 a user that holds a descriptor of it, can make the dead memfd hold memory again: every old mapping
-answers SIGBUS.
+answers SIGBUS. (Where extents come and go whole, they die by the last close, and have no seals.)
 F_SEAL_SEAL keeps users from adding F_SEAL_SHRINK or F_SEAL_WRITE, which would make our own
 ftruncate(0) or hole punch fail with EPERM (shmem_setattr, shmem_fallocate in mm/shmem.c).
 
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from privfs.backing.shmem import Shmem
 from privfs.backing.store import Store
-from privfs.extents import PAGE_SIZE, chunks, extent_range, split
+from privfs.extents import PAGE_SIZE, chunks
 
 BLOCK_SIZE = 512  # the unit of st_blocks, stat(2)
 FD_HEADROOM = 256  # descriptors left to sockets, pidfds, worker threads and the mount
@@ -129,7 +129,8 @@ class Backing:
         """
         with self._lock:
             alive = self._files.get(ino, {})
-            wanted = frozenset((ino, i) for i, _, _ in split(start, end) if i not in alive)
+            indexes = (i for i, _, _ in self.store.layout.split(start, end))
+            wanted = frozenset((ino, i) for i in indexes if i not in alive)
             if not wanted:
                 return
             claimed = {
@@ -160,7 +161,7 @@ class Backing:
         """
         self._require_whole("allocate", ino, start, end)
         advice = {**_ADVICE, **self.store.advice}
-        for index, low, high in split(start, end):
+        for index, low, high in self.store.layout.split(start, end):
             first = low
             try:
                 extent = self._files.get(ino, {}).get(index) or self._create(ino, index)
@@ -196,7 +197,7 @@ class Backing:
             self._alive += 1
             self._created += 1
             generation = self._created
-        start, end = extent_range(index)
+        start, end = self.store.layout.extent_range(index)
         try:
             name = f"privfs:{ino}:{index}:{generation}"
             fd = self.store.create(name, (end - start) * PAGE_SIZE)
@@ -217,13 +218,18 @@ class Backing:
         Pages in extents that do not exist are holes already. Every mapping of the range loses its
         pages; a later touch through such a mapping would allocate, which audit() finds. Raises
         OSError only if the kernel fails, which a memfd under our seals gives no cause for.
+        Where extents come and go whole, those of the range end.
         """
         self._require_whole("punch", ino, start, end)
-        for index, first, last in split(start, end):
-            extent = self._files.get(ino, {}).get(index)
-            if extent is not None:
-                offset = (first - extent.start) * PAGE_SIZE
-                self.store.punch(extent.fd, offset, (last - first) * PAGE_SIZE)
+        for extent in self.extents(ino):
+            first, last = max(start, extent.start), min(end, extent.end)
+            if first >= last:
+                continue
+            if self.store.layout.whole:
+                self.kill(ino, extent.index)
+                continue
+            offset = (first - extent.start) * PAGE_SIZE
+            self.store.punch(extent.fd, offset, (last - first) * PAGE_SIZE)
 
     def kill(self, ino: int, index: int) -> None:
         """End one extent: its memory is freed and can never come back. Unknown: nothing to do."""
@@ -266,7 +272,7 @@ class Backing:
                 errno.ENOENT,
                 "extent",
                 ino,
-                extent_range(index),
+                self.store.layout.extent_range(index),
                 0,
                 f"extent {index} is not alive; allocate a page of it first",
             )

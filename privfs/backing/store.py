@@ -2,19 +2,23 @@
 """What a store of memory must be able to do, whatever kind of pages it hands out.
 
 A store makes the memfds of extents and performs on one of them what the extents' keeper asks for;
-it remembers nothing about them.  Every store keeps two promises: a memfd that was ended can never
-hold memory again, whoever else has a descriptor of it (F_SEAL_GROW), and what memory a memfd
-holds can be counted to the page.  A kind of memory that cannot keep both has no store.
+it remembers nothing about them.  Every store can count to the page what a living memfd holds, and
+hands no memory to another owner through a memfd that somebody may have kept.  What becomes of
+memory that was given up differs: :class:`Promise` says it, and where a promise is not made the
+mount says so wherever it shows figures, instead of showing some that nobody can know.
 """
 
 from __future__ import annotations
 
 import ctypes
+import enum
 import errno
 import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from typing import Final, Protocol
+
+from privfs.extents import GROWING, Layout
 
 _FALLOC_FL_KEEP_SIZE: Final = 1  # linux/falloc.h
 _FALLOC_FL_PUNCH_HOLE: Final = 2
@@ -28,11 +32,23 @@ _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int6
 _fallocate.restype = ctypes.c_int
 
 
+class Promise(enum.Enum):
+    """What a store may promise of memory that was given up; the value says what is so without."""
+
+    RECLAIM = "memory that was given up is free when the last user has let go of it, not before"
+    AUDIT = "memory that was given up cannot be audited: nobody sees who still holds some"
+
+
 class Store(Protocol):
     """One kind of memory.  All offsets and lengths are bytes, multiples of ``page_size``."""
 
     name: str  #: as ``-o backing=`` writes it
     page_size: int  #: bytes that come and go together
+    layout: Layout  #: where extents lie; ``whole`` where a memfd cannot be punched
+    promises: frozenset[Promise]
+    read_only: bool  #: whether a descriptor can be given out that does not allow stores
+    pooled: bool  #: whether the memory was set aside, so that the machine needs not be asked
+    prompt: int  #: bytes that take no more than about 1 ms to come or go
     undoes: int  #: bytes: an allocation that fails within such a piece leaves nothing of it
     locates: bool  #: whether :meth:`touched` knows; where not, an audit can only count
     advice: Mapping[int, str]  #: errno of an allocation that ran out → what to do
@@ -44,10 +60,16 @@ class Store(Protocol):
         """Give a range memory; what has some keeps its contents.  OSError."""
 
     def punch(self, fd: int, offset: int, length: int) -> None:
-        """Give the memory of a range back; every mapping loses it.  OSError."""
+        """Give the memory of a range back; every mapping loses it.  OSError.
+
+        Never asked for where extents go whole.
+        """
 
     def end(self, fd: int) -> None:
-        """Give all memory back, for good.  OSError."""
+        """Give all memory back, for good, at the latest with our close of ``fd``.  OSError.
+
+        Without :attr:`Promise.RECLAIM`: with the last close or unmap of all who have it.
+        """
 
     def held(self, fd: int) -> int:
         """Return the bytes of memory that the memfd holds."""
@@ -59,6 +81,11 @@ class Store(Protocol):
 class MemfdStore:
     """What all memfds have in common: seals, fallocate(2), the count of their blocks."""
 
+    layout: Layout = GROWING
+    promises: frozenset[Promise] = frozenset(Promise)
+    read_only: bool = True
+    pooled: bool = False
+    prompt: int = 4 << 20
     _flags = 0
 
     def create(self, name: str, size: int) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from privfs.backing.memory import Backing
-from privfs.extents import extent_range, split
 from privfs.memfile import MemFile
 from privfs.operation import OpId, Perform
 
@@ -27,8 +26,9 @@ def undo(backing: Backing, file: MemFile, ino: int, perform: Perform, upto: int)
         return upto
     for first, last in _missing(file, start, upto):
         backing.punch(ino, first, last)
-    for index, _, _ in split(start, end):
-        if index not in file.instances and not _shared(file, op, *extent_range(index)):
+    layout = backing.store.layout
+    for index, _, _ in layout.split(start, end):
+        if index not in file.instances and not _shared(file, op, *layout.extent_range(index)):
             backing.kill(ino, index)
     return start
 

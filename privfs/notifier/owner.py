@@ -194,6 +194,8 @@ class Owner(OwnerState):
                 code = errno.ENOENT
             elif ino in session.files:
                 code = errno.EEXIST
+            elif not writable and not self.personality.read_only_users:
+                code = errno.EACCES
             elif (refused := _promised(file, record.start)) is not None:
                 code = refused.errno
             else:

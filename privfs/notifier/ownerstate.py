@@ -12,7 +12,6 @@ from collections import Counter, deque
 from collections.abc import Hashable
 from typing import Final, NamedTuple, Self
 
-from privfs import extents
 from privfs.budget import Budget
 from privfs.memfile import Look, MemFile
 from privfs.notifier.effects import (
@@ -166,11 +165,11 @@ class OwnerState:
             self._faults[op] = get
             return self._run(get.ino, file.submit(op, FaultIn(page)))
         out: list[Effect] = []
-        index = extents.extent_of(page)
+        index = file.personality.layout.extent_of(page)
         instance = file.instances[index]
         if (get.ino, instance) not in session.known or record.flags & Flag.EXTENT:
             session.known.add((get.ino, instance))
-            first, last = extents.extent_range(index)
+            first, last = file.personality.layout.extent_range(index)
             memfd = (get.ino, index, session.files[get.ino])
             out.append(
                 Send(get.sid, Record(
@@ -218,6 +217,7 @@ class OwnerState:
         wait = Wait(self.users[ino].copy(), perform.start, perform.end, self._patience)
         self._waits[ino, perform.op] = wait
         out: list[Effect] = []
+        flags = Flag.EXTENT if self.personality.layout.whole else Flag.NONE
         for sid in sorted(wait.sids):
             session = self.sessions[sid]
             if session.talks:
@@ -227,7 +227,7 @@ class OwnerState:
                 reason = _REASONS[perform.kind]
                 out.append(
                     Send(sid, Record(
-                        Op.INVALIDATE, 0, reason, 0, ino, perform.start, perform.end, seq))
+                        Op.INVALIDATE, flags, reason, 0, ino, perform.start, perform.end, seq))
                 )  # fmt: skip
         out.append(Arm(ino, perform.op, Rung.LOG))
         return out

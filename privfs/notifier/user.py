@@ -219,8 +219,12 @@ class User:
             if len(file.ring) == file.ring.maxlen:
                 file.floor = file.ring[0][0]
             file.ring.append((record.seq, record.start, record.end))
-            if record.status in (Reason.TRUNCATE, Reason.REVOKE):
-                dead = tuple(i for i, (first, _) in file.extents.items() if first >= record.start)
+            if record.flags & Flag.EXTENT or record.status in (Reason.TRUNCATE, Reason.REVOKE):
+                dead = tuple(
+                    instance
+                    for instance, (first, last) in file.extents.items()
+                    if record.start <= first and last <= record.end
+                )
                 for instance in dead:
                     del file.extents[instance]
         return Zap(record.obj, record.start, record.end, record.seq, Reason(record.status), dead)

@@ -53,7 +53,7 @@ class Flag(enum.IntFlag):
     NONE = 0
     FD = 1  #: takes the next file descriptor of the frame
     WRITE = 2  #: GET: the access is a store
-    EXTENT = 4  #: GET: send the extent's descriptor again
+    EXTENT = 4  #: GET: send the extent's descriptor again; INVALIDATE: extents die with the range
 
 
 class Reason(enum.IntEnum):
@@ -154,7 +154,7 @@ LAYOUT: Final[dict[Op, Fields]] = {
         To.USER,
         {"obj": "inode", "status": "reason", "seq": "its own seq", **_RANGE},
         "zap the range and acknowledge; also after UNREGISTER has crossed it",
-        ranged=True, reasoned=True,
+        flags=Flag.EXTENT, ranged=True, reasoned=True,
     ),
     Op.ACK: Fields(
         To.OWNER, {"seq": "the seq acknowledged"},

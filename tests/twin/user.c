@@ -269,7 +269,8 @@ static void zap(const struct record *record)
 	note(record);
 	if (mode != LIAR) {
 		unmap(record->start, record->end);
-		if (record->status == REASON_TRUNCATE || record->status == REASON_REVOKE)
+		if (record->flags & FLAG_EXTENT || record->status == REASON_TRUNCATE ||
+		    record->status == REASON_REVOKE)
 			for (int i = 0; i < EXTENTS; i++)
 				if (extents[i].end && extents[i].start >= record->start &&
 				    extents[i].end <= record->end) {

@@ -6,29 +6,39 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from privfs import extents
-from privfs.extents import MAX_PAGES, chunks, extent_of, extent_range, split
+from privfs.extents import GROWING, MAX_PAGES, Layout, chunks
 
 MIB = 256  # pages
 GIB = 1024 * MIB
+
+EQUAL = Layout(2 * MIB, 0, whole=True)
+LAYOUTS = st.sampled_from([GROWING, EQUAL, Layout(1, 8), Layout(4, 4)])
 
 RANGES = st.tuples(st.integers(0, MAX_PAGES), st.integers(0, MAX_PAGES)).map(sorted)
 
 
 def test_the_published_geometry() -> None:
-    assert extents.EXTENT_COUNT == 76
+    assert GROWING.count == 76
     assert MAX_PAGES * extents.PAGE_SIZE == 16 << 40
-    assert extent_range(0) == (0, 64 * MIB)
-    assert extent_range(63) == (4 * GIB - 64 * MIB, 4 * GIB)
+    assert GROWING.extent_range(0) == (0, 64 * MIB)
+    assert GROWING.extent_range(63) == (4 * GIB - 64 * MIB, 4 * GIB)
     for k in range(12):
-        assert extent_range(64 + k) == (4 * GIB << k, 4 * GIB << (k + 1))
+        assert GROWING.extent_range(64 + k) == (4 * GIB << k, 4 * GIB << (k + 1))
 
 
-def test_the_extents_tile_the_file() -> None:
+def test_equal_extents_go_on_to_the_end() -> None:
+    assert EQUAL.count == MAX_PAGES // (2 * MIB)
+    assert EQUAL.extent_range(EQUAL.count - 1) == (MAX_PAGES - 2 * MIB, MAX_PAGES)
+    assert EQUAL.extent_of(5 * GIB + 3) == 5 * 512
+
+
+@pytest.mark.parametrize("layout", [GROWING, Layout(4, 4), Layout(1 << 20, 0)])
+def test_the_extents_tile_the_file(layout: Layout) -> None:
     position = 0
-    for index in range(extents.EXTENT_COUNT):
-        start, end = extent_range(index)
+    for index in range(layout.count):
+        start, end = layout.extent_range(index)
         assert start == position
-        assert extent_of(start) == extent_of(end - 1) == index
+        assert layout.extent_of(start) == layout.extent_of(end - 1) == index
         position = end
     assert position == MAX_PAGES
 
@@ -36,19 +46,21 @@ def test_the_extents_tile_the_file() -> None:
 @pytest.mark.parametrize("page", [-1, MAX_PAGES])
 def test_pages_outside_are_refused(page: int) -> None:
     with pytest.raises(ValueError, match="outside"):
-        extent_of(page)
+        GROWING.extent_of(page)
 
 
 @pytest.mark.parametrize("index", [-1, 76])
 def test_indexes_outside_are_refused(index: int) -> None:
     with pytest.raises(ValueError, match="outside"):
-        extent_range(index)
+        GROWING.extent_range(index)
 
 
 @pytest.mark.parametrize(("start", "end"), [(-1, 0), (2, 1), (0, MAX_PAGES + 1)])
 def test_bad_ranges_are_refused(start: int, end: int) -> None:
     with pytest.raises(ValueError, match="page range"):
-        list(split(start, end))
+        list(GROWING.split(start, end))
+    with pytest.raises(ValueError, match="page range"):
+        GROWING.within(start, end)
     with pytest.raises(ValueError, match="page range"):
         list(chunks(start, end))
 
@@ -58,18 +70,27 @@ def test_a_chunk_of_nothing_is_refused() -> None:
         list(chunks(0, 1, pages=0))
 
 
-@given(RANGES)
-def test_split_covers_exactly_and_stays_within_extents(bounds: list[int]) -> None:
+@given(RANGES, LAYOUTS)
+def test_split_covers_exactly_and_stays_within_extents(bounds: list[int], layout: Layout) -> None:
     start, end = bounds
+    if not layout.doubles:
+        end = min(end, start + 1000 * layout.pages)
     position = start
     previous = -1
-    for index, first, last in split(start, end):
-        low, high = extent_range(index)
+    for index, first, last in layout.split(start, end):
+        low, high = layout.extent_range(index)
         assert first == position
         assert low <= first < last <= high
         assert index > previous
         position, previous = last, index
     assert position == end or start == end
+
+
+@given(st.integers(0, 40), st.integers(0, 40), LAYOUTS, st.integers(0, 17))
+def test_within_is_what_split_cuts_nothing_off(a: int, b: int, layout: Layout, up: int) -> None:
+    start, end = sorted((a << up, b << up))
+    whole = [i for i, *cut in layout.split(start, end) if tuple(cut) == layout.extent_range(i)]
+    assert list(layout.within(start, end)) == whole
 
 
 @given(st.integers(0, 1 << 20), st.integers(0, 3000), st.integers(1, 400))
@@ -84,4 +105,4 @@ def test_chunks_cover_exactly_and_are_short(start: int, length: int, pages: int)
 
 def test_default_chunks_stay_within_extents() -> None:
     for low, high in chunks(5, 5 * GIB + 7):
-        assert extent_of(low) == extent_of(high - 1)
+        assert GROWING.extent_of(low) == GROWING.extent_of(high - 1)

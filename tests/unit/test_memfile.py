@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from privfs import extents
 from privfs.budget import Budget
+from privfs.extents import GROWING
 from privfs.memfile import Look, MemFile
 from privfs.operation import (
     COMPATIBLE,
@@ -317,7 +317,7 @@ def test_the_window_is_what_is_allocated_around_a_page() -> None:
 
 
 def test_the_window_ends_with_its_extent_and_with_the_file() -> None:
-    edge = extents.extent_range(0)[1]
+    edge = GROWING.extent_range(0)[1]
     bench = Bench(pages=100).with_pages(size=edge + 2)
     assert bench.run(allocate(edge - 2, edge + 2)) == 0
     assert bench.file.window(edge - 1, 0, MAX_PAGES) == (edge - 2, edge)
@@ -479,7 +479,7 @@ def test_freeing_cannot_be_abandoned() -> None:
 
 
 def test_extents_die_only_when_they_leave_the_file_and_never_come_back() -> None:
-    first, second = extents.extent_range(1)[0], extents.extent_range(2)[0]
+    first, second = GROWING.extent_range(1)[0], GROWING.extent_range(2)[0]
     bench = Bench().with_pages(0, first, second, size=second + 4)
     file = bench.file
     assert file.instances == {0: 1, 1: 2, 2: 3}
