@@ -29,6 +29,7 @@ from privfs.events import Events
 from privfs.ladder import Ladder, Latencies
 from privfs.machine import Machine
 from privfs.notifier import effects as core
+from privfs.notifier.dying import harmless
 from privfs.notifier.effects import Rung
 from privfs.notifier.fds import Peer, check_private_file, identify, thread_group
 from privfs.notifier.link import Hub
@@ -376,6 +377,8 @@ class Service:
                 if waiting and due > now:
                     break
                 heapq.heappop(self._timers)
+                if waiting and self._beyond_return(waiting):
+                    waiting = self.owner.waiting_for(ino, op)
                 if not waiting:  # proven long ago: do not wake up for it
                     self._began.pop((ino, op), None)
                     continue
@@ -383,6 +386,14 @@ class Service:
                     calls = self._calls.values()
                     self.owner.identify({c.op: thread_group(c.tid) for c in calls if c.tid})
                 self._apply(self.owner.timer(ino, op, self._stopped(waiting)))
+
+    def _beyond_return(self, sids: frozenset[int]) -> bool:
+        """Count the killed that cannot exit before we answer somebody as dead; True if any."""
+        found = [sid for sid in sids if (peer := self.hub.peer(sid)) and harmless(peer.pid)]
+        for sid in found:
+            log.info("%s is dead but for calls that sleep", self.owner.sessions[sid].name)
+            self.exited(sid)
+        return bool(found)
 
     def _stopped(self, sids: frozenset[int]) -> frozenset[int]:
         return frozenset(

@@ -20,8 +20,8 @@ TWIN = ROOT / "tests" / "twin" / "build" / "user"
 #: No system call may take longer: some users hang one after the other, others are stopped.
 PATIENCE = 35.0
 _BOOT = 90.0
-#: What callers may meet: pages beyond an end that moves, no budget; and EIO, see audit.py.
-_CALLER_ERRNOS = {22, 28, 5}
+#: What callers may meet: pages beyond an end that moves, no budget.
+_CALLER_ERRNOS = {22, 28}
 
 
 class Member(Actor):
@@ -79,7 +79,6 @@ class Crowd:
     vms: dict[str, Member] = field(default_factory=dict)
     callers: dict[str, Member] = field(default_factory=dict)
     doomed: dict[str, Member] = field(default_factory=dict)
-    self_callers: set[str] = field(default_factory=set)
     orphans: list[int] = field(default_factory=list)
     punches: int = 0
     calls: int = 0

@@ -56,7 +56,7 @@ class World:
             self._wake()
         getattr(self, deed.name)(*deed.arguments)
         self.crowd.check()
-        audit.at_any_time(self.place, self.crowd)
+        audit.at_any_time(self.place)
 
     def close(self) -> None:
         """Leave nothing; whoever waits for the mount can only go when it has gone."""
@@ -73,7 +73,7 @@ class World:
 
     def leave(self, name: str) -> None:
         member = self.crowd.users[name]
-        audit.user(self.place, member)
+        audit.user(member)
         member.tell("leave", "^left 0$")
         if code := member.end():
             raise Breach(f"{name} ended with {code}: {member.tail()}")
@@ -121,7 +121,6 @@ class World:
 
     def selfcall(self, name: str, start: int, end: int) -> None:
         """Should it die of that, the ladder may have to lend a hand, and to end its call by EIO."""
-        self.crowd.self_callers.add(name)
         self._allowed.kills += 1
         self._allowed.failures += 1
         self.crowd.users[name].tell(f"call {start} {end}", "^calling$")
@@ -160,11 +159,10 @@ class World:
         self.crowd.judge(member)
         self.crowd.kill(member, "in a system call")
 
-    def _at_once(self, file: str, first: int, end: int, *kinds: str) -> int:
-        """Make calls and wait for them; return how many failed."""
-        member = self.crowd.call("now", file, str(first), str(end), "0", "0", *kinds)
+    def _at_once(self, file: str, first: int, end: int, *kinds: str) -> None:
+        """Make calls and wait for them."""
+        self.crowd.call("now", file, str(first), str(end), "0", "0", *kinds)
         self.crowd.finished("now")
-        return member.text.count("errno ")
 
     # --- guests and files ---------------------------------------------------------------------
 
@@ -181,8 +179,7 @@ class World:
             self.cut_down(name)
         for name in names[killed:]:
             self.finish(name)
-        while self._at_once(vm, first, end, "clear"):
-            audit.at_any_time(self.place, self.crowd)
+        self._at_once(vm, first, end, "clear")
         member.tell("end", "^ended$")
         member.send("go")
 
@@ -335,7 +332,7 @@ class World:
             """Take its pages away, again if it had none mapped yet."""
             if member.process.poll() is None:
                 self._at_once(file, first, end, "fill", "clear")
-                audit.at_any_time(self.place, self.crowd)
+                audit.at_any_time(self.place)
             return member.process.poll() is not None
 
         until(ended, f"end of {member.name}: {member.tail()}", PATIENCE)

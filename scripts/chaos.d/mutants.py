@@ -14,6 +14,7 @@ from typing import Any
 import watchful
 
 from kvmsim.running import RunningVm, Vcpu
+from privfs import service
 from privfs.backing import Backing
 from privfs.memfile import Look, MemFile
 from privfs.notifier import link
@@ -69,6 +70,10 @@ def skip_hung() -> None:
 
 def no_ladder() -> None:
     _replace(Owner, "timer", lambda _: lambda self, ino, op, stopped=frozenset(): [])
+
+
+def exit_only() -> None:
+    _replace(service, "harmless", lambda _: lambda pid: False)
 
 
 def no_park() -> None:
@@ -141,6 +146,7 @@ MUTANTS = {
     "eof-is-ack": Mutant("the end of a socket counts as a proof", eof_is_ack),
     "skip-hung": Mutant("a user that does not answer is left out", skip_hung),
     "no-ladder": Mutant("a user that does not answer is waited for, for ever", no_ladder),
+    "exit-only": Mutant("who is killed in a call behind its waiter's is waited for", exit_only),
     "no-park": Mutant("a fault is served while its page is being invalidated", no_park),
     "no-free": Mutant("a punch leaves the memory where it is", no_free),
     "needless-eio": Mutant("a punch that several users must acknowledge is given up", callers_eio),

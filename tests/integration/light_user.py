@@ -6,7 +6,8 @@ invalidation and then, told by MODE, acknowledges (``ack``), waits for the comma
 time (``held``), or never does (``hang``).  Commands, one a line:
 
 ``get PAGE``, ``punch START END`` (through the owner), ``fallocate PATH START END`` (punch through
-the mount, in a thread of its own), ``drop`` (end the socket and live on), ``ack``, ``leave``.
+the mount) and ``fsync PATH``, each in a thread of its own, ``drop`` (end the socket and live on),
+``ack``, ``leave``.
 """
 
 from __future__ import annotations
@@ -112,6 +113,9 @@ class LightUser:
                     target=lambda: say(f"fallocated {punch(path, int(start), int(end))}"),
                     daemon=True,
                 ).start()
+            case ["fsync", path]:
+                fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                threading.Thread(target=os.fsync, args=(fd,), daemon=True).start()
             case ["drop"]:
                 self.lane._sock.shutdown(socket.SHUT_RDWR)
             case ["leave"]:

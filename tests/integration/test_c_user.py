@@ -268,6 +268,28 @@ def test_a_user_that_calls_the_mount_itself(mount: Mounter, user: User) -> None:
     mounted.audit()
 
 
+@pytest.mark.parametrize("mode", ["slow=60000", "hung"])
+def test_a_user_that_waits_behind_its_waiter(
+    mount: Mounter, user: User, actor: Cast, mode: str
+) -> None:
+    """Its call waits for the inode's lock, whose holder waits for its death: no EIO for either."""
+    mounted = mount(SHORT, expected_log=KILLING)
+    path = private_file(mounted)
+    dying = user(path, mode, label="dying", slot=2)
+    value(dying, "touch 3")
+    caller = actor("storm", path, "3", "4", "1", "0")
+    caller.expect("ready")
+    until(lambda: bool(mounted.stat("ram")["operations"]), "the caller waits")
+    dying.ask("call 3 4", "^calling$")
+    if mode != "hung":
+        dying.signal(signal.SIGKILL)
+    caller.expect("done 1 0")
+    assert dying.wait() == -signal.SIGKILL
+    until(lambda: not mounted.stat("ram")["operations"], "end of all calls")
+    assert mounted.ask("status")["failures"] == 0
+    mounted.audit()
+
+
 def test_a_child_that_keeps_the_socket_open(mount: Mounter, user: User) -> None:
     """The death of the user counts, not the end of its socket."""
     mounted = mount()

@@ -20,8 +20,8 @@ MARGIN = 200
 #: Found in seconds; the others only have to be found in a minute.
 QUICK = ("free-first", "no-flush", "liar")
 SLOW = (
-    "first-ack", "eof-is-ack", "skip-hung", "no-ladder", "no-park", "no-free", "needless-eio",
-    "lose-budget", "keep-fds", "no-drain", "early-ack", "no-ring",
+    "first-ack", "eof-is-ack", "skip-hung", "no-ladder", "exit-only", "no-park", "no-free",
+    "needless-eio", "lose-budget", "keep-fds", "no-drain", "early-ack", "no-ring",
 )  # fmt: skip
 
 Chaos = Callable[..., subprocess.Popen[str]]
