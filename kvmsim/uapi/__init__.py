@@ -15,45 +15,19 @@ from struct import Struct
 from types import MappingProxyType
 from typing import Final, Literal
 
+from kvmsim.uapi.capabilities import *  # noqa: F403
+from kvmsim.uapi.encoding import KVMIO as KVMIO
+from kvmsim.uapi.encoding import io as io
+from kvmsim.uapi.encoding import ior as ior
+from kvmsim.uapi.encoding import iow as iow
+from kvmsim.uapi.encoding import iowr as iowr
+from kvmsim.uapi.requests import *  # noqa: F403
+
 PAGE_SHIFT: Final = 12
 PAGE_SIZE: Final = 1 << PAGE_SHIFT
 U64: Final = 1 << 64
 
 EHWPOISON: Final = 133  # asm-generic/errno.h; the errno module has it on no Python yet
-
-# --- ioctl encoding (include/uapi/asm-generic/ioctl.h) ---------------------------------------
-
-KVMIO: Final = 0xAE
-_IOC_WRITE: Final = 1
-_IOC_READ: Final = 2
-
-
-def _ioc(direction: int, nr: int, size: int) -> int:
-    """One ioctl request number: direction:2, size:14, type:8, nr:8 from the top."""
-    if not 0 <= nr <= 0xFF or not 0 <= size < 1 << 14:
-        raise ValueError(f"ioctl nr {nr:#x} size {size} does not fit the request encoding")
-    return direction << 30 | size << 16 | KVMIO << 8 | nr
-
-
-def io(nr: int) -> int:
-    """``_IO(KVMIO, nr)``: no argument, or an integer."""
-    return _ioc(0, nr, 0)
-
-
-def ior(nr: int, size: int) -> int:
-    """``_IOR(KVMIO, nr, size)``: by name the kernel writes; KVM uses it for inputs as well."""
-    return _ioc(_IOC_READ, nr, size)
-
-
-def iow(nr: int, size: int) -> int:
-    """``_IOW(KVMIO, nr, size)``: the kernel reads a struct of ``size`` bytes."""
-    return _ioc(_IOC_WRITE, nr, size)
-
-
-def iowr(nr: int, size: int) -> int:
-    """``_IOWR(KVMIO, nr, size)``: the kernel reads and writes a struct of ``size`` bytes."""
-    return _ioc(_IOC_READ | _IOC_WRITE, nr, size)
-
 
 # --- argument structs, little-endian as on x86 -----------------------------------------------
 
