@@ -15,16 +15,22 @@ from __future__ import annotations
 
 
 class Shootdown:
-    """Flush epochs for ``nvcpus`` vCPUs, numbered from 0."""
+    """Flush epochs for vCPUs numbered from 0: ``nvcpus`` at first, more by :meth:`add`."""
 
     __slots__ = ("_consumed", "_epoch", "_in_guest")
 
-    def __init__(self, nvcpus: int) -> None:
-        if nvcpus < 1:
-            raise ValueError(f"shootdown for {nvcpus} vCPUs: need at least one")
+    def __init__(self, nvcpus: int = 0) -> None:
+        if nvcpus < 0:
+            raise ValueError(f"shootdown for {nvcpus} vCPUs: none is the least")
         self._epoch = 0
         self._consumed = [0] * nvcpus
         self._in_guest = [False] * nvcpus
+
+    def add(self) -> int:
+        """One more vCPU, outside guest code and with nothing to forget; its number."""
+        self._consumed.append(self._epoch)
+        self._in_guest.append(False)
+        return len(self._consumed) - 1
 
     @property
     def epoch(self) -> int:

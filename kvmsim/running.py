@@ -19,6 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from hwemu.arena import new_table_pool
 from hwemu.cpu import api as cpu_api
@@ -38,8 +39,9 @@ from kvmsim.fault import (
     RetryReason,
 )
 from kvmsim.hostmem import HostMemory
+from kvmsim.kind import SHARED_BIT_KIND, VmKind
 from kvmsim.private import PrivateMemory, Session
-from kvmsim.uapi import KVM_INTERNAL_ERROR_EMULATION
+from kvmsim.uapi import KVM_INTERNAL_ERROR_EMULATION, Abi
 from kvmsim.vm import Vm, Zapped
 from privfs.notifier.lane import LinkError
 from privfs.notifier.user import Granted
@@ -66,6 +68,19 @@ class State(enum.Enum):
 Handler = Callable[[int, exits.Exit], bool]
 
 
+class Supervisor(Protocol):
+    """What else the owner of a VM may want to decide, in the runner thread."""
+
+    def enter(self, index: int) -> bool:
+        """A vCPU is about to run guest code; False if it was halted instead."""
+
+    def msr(self, index: int, access: cpu_api.MsrExit) -> int | None:
+        """Return what a register that the engine does not keep holds (0 for a write); None: #GP."""
+
+    def ended(self, why: str) -> None:
+        """Learn that no vCPU will run any more."""
+
+
 @dataclass(slots=True)
 class Vcpu:
     """One vCPU: its engine and where it stands."""
@@ -76,6 +91,9 @@ class Vcpu:
     exit: exits.Exit | None = None  #: decided while it waited; handled when it is taken
     stopped_at: tuple[Fault, Effect] | None = None
     again: bool = False  #: the next request asks for the extent's memfd too
+    awaited: Fault | None = None  #: the fault whose page makes it runnable again
+    interrupted: bool = False  #: leaves at its next turn, whatever it waits for
+    polled: bool = False  #: ends its slices even when no other is runnable
     faults: int = 0
     zapped: deque[tuple[int, int]] = field(default_factory=deque)  #: since its last flush
 
@@ -98,19 +116,29 @@ class RunningVm:
     attributes, table and grants, never while anything is waited for.
     """
 
-    def __init__(self, host: HostMemory, vcpus: int, label: str) -> None:
+    def __init__(
+        self,
+        host: HostMemory,
+        vcpus: int,
+        label: str,
+        *,
+        abi: Abi = "upstream",
+        kind: VmKind = SHARED_BIT_KIND,
+        supervisor: Supervisor | None = None,
+    ) -> None:
         self.lock = threading.Lock()
         self.label = label
         self.host = host
         self.private = PrivateMemory(self, host, label)
         self._pool = new_table_pool(POOL_SIZE)
         self.stage2 = Stage2(self._pool, POOL_HPA)
-        self.vm = Vm(self.stage2, self.private)
-        self.shootdown = Shootdown(vcpus)
+        self.vm = Vm(self.stage2, self.private, abi=abi, kind=kind)
+        self.shootdown = Shootdown()
         self.statistics = RunnerStatistics()
-        self.vcpus = [self._make_vcpu(i) for i in range(vcpus)]
+        self.vcpus: list[Vcpu] = []
         self.stop_reason = ""
         self._handler: Handler = lambda vcpu, exit: False
+        self._supervisor = supervisor
         self._pending: dict[tuple[Session, int], tuple[Vcpu, Fault]] = {}
         self._work = threading.Condition(self.lock)
         self._gate = threading.Condition()
@@ -123,9 +151,13 @@ class RunningVm:
         self._runner: threading.Thread | None = None
         self._ticker: threading.Thread | None = None
         self._ended = threading.Event()
+        for _ in range(vcpus):
+            self.add_vcpu()
 
-    def _make_vcpu(self, index: int) -> Vcpu:
+    def add_vcpu(self) -> Vcpu:
+        """Make another vCPU, also while others run; it is IDLE."""
         vcpu: Vcpu
+        index = len(self.vcpus)
 
         def on_fault(gpa: int, access: cpu_api.Access) -> bool:
             return self._on_fault(vcpu, gpa, access)
@@ -134,6 +166,9 @@ class RunningVm:
             self.host.arena, self._pool, POOL_HPA, self.stage2.root_hpa, index, on_fault
         )
         vcpu = Vcpu(index, engine)
+        with self.lock, self._gate:
+            self.shootdown.add()
+            self.vcpus.append(vcpu)
         return vcpu
 
     # --- life ---------------------------------------------------------------------------------
@@ -149,6 +184,11 @@ class RunningVm:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for the end of the VM; False after ``timeout`` seconds."""
         return self._ended.wait(timeout)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it has ended, or is about to."""
+        return self._stopping
 
     def stop(self, why: str) -> None:
         """End the VM from any thread."""
@@ -188,6 +228,23 @@ class RunningVm:
         with self._work:
             self.vcpus[index].state = State.HALTED
 
+    def interrupt(self, index: int) -> None:
+        """Have a vCPU leave with InterruptedExit, from any thread, whatever it waits for.
+
+        Nothing is lost: its next run goes on where it stood. Another exit that it is about to
+        leave with comes first; :meth:`forget_interrupt` then.
+        """
+        vcpu = self.vcpus[index]
+        with self._work:
+            vcpu.interrupted = True
+            self._work.notify_all()
+        vcpu.cpu.kick()
+
+    def forget_interrupt(self, index: int) -> None:
+        """Take back what is left of :meth:`interrupt`; runner thread, vCPU halted."""
+        with self._work:
+            self.vcpus[index].interrupted = False
+
     # --- zaps and proofs ----------------------------------------------------------------------
 
     def bound_pages(self, file: int, start: int, end: int) -> Iterable[tuple[int, int]]:
@@ -221,7 +278,9 @@ class RunningVm:
 
     def flush_zapped(self, zapped: Zapped) -> None:
         """Request and prove a flush of every vCPU (no lock held)."""
-        self.drain(self._request_flush(zapped))
+        with self.lock:
+            epoch = self._request_flush(zapped)
+        self.drain(epoch)
 
     # --- grants -------------------------------------------------------------------------------
 
@@ -251,6 +310,9 @@ class RunningVm:
 
     def _arrived(self, vcpu: Vcpu, fault: Fault, grant: PageGrant) -> None:
         effect = self.vm.page_arrived(fault, grant)
+        if vcpu.awaited is not fault:
+            return  # it was interrupted meanwhile: the instruction will fault again, or not
+        vcpu.awaited = None
         vcpu.again = effect == Retry(RetryReason.INSTANCE)
         if isinstance(effect, LeaveGuest):
             vcpu.exit = effect.exit
@@ -271,6 +333,8 @@ class RunningVm:
             self.stop(f"internal error: {error}")
         finally:
             self._ended.set()
+            if self._supervisor is not None:
+                self._supervisor.ended(self.stop_reason)
 
     def _next(self) -> Vcpu | None:
         """Do what was posted, then take the next runnable vCPU in turn; None at the end."""
@@ -285,7 +349,7 @@ class RunningVm:
                         self._last += 1
                     for step in range(len(self.vcpus)):
                         vcpu = self.vcpus[(self._last + step) % len(self.vcpus)]
-                        if vcpu.state is State.RUNNABLE:
+                        if vcpu.state is State.RUNNABLE or vcpu.interrupted:
                             self._last = vcpu.index
                             return vcpu
                     self._work.wait()
@@ -298,6 +362,15 @@ class RunningVm:
         if vcpu.exit is not None:
             left, vcpu.exit = vcpu.exit, None
             self._deliver(vcpu, left)
+            return
+        if vcpu.interrupted:
+            with self._work:
+                vcpu.interrupted = False
+                vcpu.awaited = None
+                vcpu.state = State.HALTED
+            self._deliver(vcpu, exits.InterruptedExit())
+            return
+        if self._supervisor is not None and not self._supervisor.enter(vcpu.index):
             return
         self._left(vcpu, self._in_guest(vcpu, vcpu.cpu.run))
 
@@ -354,7 +427,11 @@ class RunningVm:
                     )
                     self._deliver(vcpu, exits.InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION))
             case cpu_api.MsrExit():
-                vcpu.cpu.inject(_GP, 0)  # kvm_inject_gp: an MSR that does not exist
+                value = self._supervisor.msr(vcpu.index, left) if self._supervisor else None
+                if value is None:
+                    vcpu.cpu.inject(_GP, 0)  # kvm_inject_gp: an MSR that does not exist
+                elif not left.is_write:
+                    vcpu.cpu.complete(value)
             case cpu_api.ShutdownExit():
                 self._deliver(vcpu, exits.ShutdownExit())
             case cpu_api.CpuError(reason):
@@ -388,6 +465,7 @@ class RunningVm:
                 with self.lock:
                     record = session.lane.get(ino, page, start, end, write=write, again=vcpu.again)
                     self._pending[session, record.req] = (vcpu, fault)
+                    vcpu.awaited = fault
                     vcpu.state = State.WAITS
                 self.statistics.pages_asked += 1
                 session.lane.send(record)
@@ -404,7 +482,8 @@ class RunningVm:
     def _tick(self) -> None:
         """End a slice when another vCPU is waiting for its turn; exits do not end it."""
         while not self._ended.wait(SLICE):
-            if sum(1 for vcpu in self.vcpus if vcpu.state is State.RUNNABLE) > 1:
+            runnable = [vcpu for vcpu in self.vcpus if vcpu.state is State.RUNNABLE]
+            if len(runnable) > 1 or any(vcpu.polled for vcpu in runnable):
                 self._slice_over = True
                 self._kick()
 

@@ -155,8 +155,23 @@ def test_entering_twice_is_an_error() -> None:
     shootdown.enter(0)
     with pytest.raises(RuntimeError, match="twice"):
         shootdown.enter(0)
-    with pytest.raises(ValueError, match="at least one"):
-        Shootdown(0)
+    with pytest.raises(ValueError, match="none is the least"):
+        Shootdown(-1)
+
+
+def test_a_vcpu_that_comes_later_has_nothing_to_forget() -> None:
+    shootdown = Shootdown()
+    epoch = shootdown.request()
+    assert shootdown.drained(epoch)
+    assert shootdown.add() == 0
+    assert not shootdown.enter(0)
+    assert shootdown.drained(epoch)
+    newer = shootdown.request()
+    assert shootdown.stragglers(newer) == (0,)
+    shootdown.leave(0)
+    assert shootdown.add() == 1
+    assert shootdown.enter(0)
+    assert not shootdown.enter(1)
 
 
 def test_every_order_of_zap_and_entry_is_safe() -> None:
