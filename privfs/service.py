@@ -32,6 +32,7 @@ from privfs.notifier import effects as core
 from privfs.notifier.dying import harmless
 from privfs.notifier.effects import Rung
 from privfs.notifier.fds import Peer, check_private_file, identify, thread_group
+from privfs.notifier.fenced import runs_no_more
 from privfs.notifier.link import Hub
 from privfs.notifier.owner import Owner
 from privfs.notifier.wire import Op, Record
@@ -181,6 +182,8 @@ class Service:
             found = self._identify(fd)
         elif record.op == Op.HELLO:
             peer = self.hub.peer(sid)
+            elif fd is not None:
+                found = self.hub.keep_fence(sid, fd) or None
             if self.ladder.ack > 0 and peer is not None and not peer.may_kill():
                 found = errno.EPERM  # we could never prove its death
         if self.events.wanted:
@@ -384,8 +387,19 @@ class Service:
                     continue
                 if rung is Rung.CONDEMN:
                     calls = self._calls.values()
+                elif rung is Rung.GIVE_UP:
+                    self._fence_off(waiting)
                     self.owner.identify({c.op: thread_group(c.tid) for c in calls if c.tid})
                 self._apply(self.owner.timer(ino, op, self._stopped(waiting)))
+    def _fence_off(self, sids: frozenset[int]) -> None:
+        """Do without the exit of the killed who run no more, where a fence stops the kernel."""
+        if not isinstance(self.backing.store, Shmem):
+            return  # userfaultfd knows other pages too, but no user fences them
+        for sid in sids:
+            peer = self.hub.peer(sid)
+            if peer is not None and runs_no_more(peer.pid):
+                self._apply(self.owner.fenced(sid))
+
 
     def _beyond_return(self, sids: frozenset[int]) -> bool:
         """Count the killed that cannot exit before we answer somebody as dead; True if any."""

@@ -7,15 +7,18 @@ and the live files in ``.privfs/``.  Ranges are bytes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from privfs import seals
 from privfs.memfile import MemFile
 from privfs.notifier.owner import Owner
+from privfs.notifier.wire import Fence
 from privfs.personality import PAGE_SIZE
 
 #: Rows that one map may have; a caller that wants more asks again from where it ends.
 MAX_ROWS = 65_536
+#: What users and people call the fences.
+FENCES: Final = {Fence.NONE: "none", Fence.MPROTECT: "mprotect", Fence.USERFAULTFD: "uffd"}
 
 
 def file_map(owner: Owner, ino: int, start: int = 0) -> dict[str, Any]:
@@ -95,13 +98,14 @@ def _mapped(owner: Owner, ino: int, file: MemFile) -> int:
 
 
 def sessions(owner: Owner) -> list[dict[str, Any]]:
-    """Return one row a user: name, state, files, unacknowledged invalidations."""
+    """Return one row a user: name, state, fence, files, unacknowledged invalidations."""
     return [
         {
             "session": session.sid,
             "user": session.name,
             "pid": session.pid,
             "state": session.state.value,
+            "fence": FENCES[session.fence],
             "files": sorted(session.files),
             "unacknowledged": len(session.sent),
             "granted": sum(len(pages) for pages in session.granted.values()) * PAGE_SIZE,
@@ -141,11 +145,11 @@ def meminfo_text(owner: Owner) -> str:
 
 def sessions_text(owner: Owner) -> str:
     """Return one line a user."""
-    lines = [f"{'SESSION':>7} {'USER':<28} {'STATE':<9} {'UNACKED':>7} FILES\n"]
+    lines = [f"{'SESSION':>7} {'USER':<28} {'STATE':<9} {'FENCE':<8} {'UNACKED':>7} FILES\n"]
     for row in sessions(owner):
         files = ",".join(map(str, row["files"])) or "-"
         lines.append(
             f"{row['session']:>7} {row['user']:<28} {row['state']:<9} "
-            f"{row['unacknowledged']:>7} {files}\n"
+            f"{row['fence']:<8} {row['unacknowledged']:>7} {files}\n"
         )
     return "".join(lines)

@@ -128,6 +128,14 @@ def backing_text(backing: dict[str, Any]) -> str:
     return f"{backing['store']}, pages of {tables.size(backing['page_size'])}"
 
 
+def _unpromised(backing: dict[str, Any]) -> dict[str, str]:
+    """Return the row that says what this kind of memory does not promise, if anything."""
+    from privfs.backing.store import Promise
+
+    broken = [p.value for p in Promise if not backing["promises"][p.name.lower()]]
+    return {"Beware": "; ".join(broken)} if broken else {}
+
+
 def stat_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
     """Return the counts of one file as lines."""
     size = _sizes(in_bytes)
@@ -140,6 +148,7 @@ def stat_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
         "Inode": found["inode"],
         "Personality": found["personality"],
         "Backing": backing_text(found["backing"]),
+        **_unpromised(found["backing"]),
         "Size": size(found["size"]),
         "Allocated": size(found["allocated"]),
         "Mapped": size(found["mapped"]),
@@ -211,6 +220,7 @@ def status_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
         "Mount": f"{found['mountpoint']} (pid {found['pid']})",
         "Personality": found["personality"],
         "Backing": backing_text(found["backing"]),
+        **_unpromised(found["backing"]),
         "Refusal": mode,
         "Memory": f"{size(memory['total'])} budget, {size(memory['used'])} used, "
         f"{size(memory['free'])} free",
@@ -221,13 +231,13 @@ def status_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
     }
     lines = [f"{name + ':':<14} {value}" for name, value in rows.items()]
     users = [
-        [s["user"] or "-", str(s["pid"]), s["state"], str(len(s["files"])), size(s["granted"]),
-         str(s["unacknowledged"])]
+        [s["user"] or "-", str(s["pid"]), s["state"], s["fence"], str(len(s["files"])),
+         size(s["granted"]), str(s["unacknowledged"])]
         for s in found["sessions"]
     ]  # fmt: skip
     if users:
-        head = ["USER", "PID", "STATE", "FILES", "GRANTED", "UNACKED"]
-        lines += ["", *tables.columns(head, users, " > >>>")]
+        head = ["USER", "PID", "STATE", "FENCE", "FILES", "GRANTED", "UNACKED"]
+        lines += ["", *tables.columns(head, users, " >  >>>")]
     return lines
 
 

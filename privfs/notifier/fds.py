@@ -104,6 +104,11 @@ def check_private_file(identity: Identity, dev: int) -> int:
     return 0
 
 
+def is_userfault(fd: int) -> bool:
+    """Return True if a descriptor is a userfaultfd(2), by its link in /proc, which asks nobody."""
+    return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[userfaultfd]"
+
+
 class _Closer:
     """Closes descriptors in an expendable thread: a close may send FLUSH to ourselves."""
 

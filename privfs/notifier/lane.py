@@ -31,7 +31,7 @@ from privfs.notifier.user import (
     User,
     Zap,
 )
-from privfs.notifier.wire import Flag, Record, To, WireError, pack, parse
+from privfs.notifier.wire import Fence, Flag, Record, To, WireError, pack, parse
 from privfs.seals import ALL_PURPOSES
 
 log = logging.getLogger(__name__)
@@ -110,16 +110,26 @@ class Lane:
         """True while the owner answers."""
         return not self._gone
 
-    def start(self, path: str, label: str = "", replaces: int = 0) -> None:
+    def start(
+        self,
+        path: str,
+        label: str = "",
+        replaces: int = 0,
+        fence: Fence = Fence.NONE,
+        userfault: int = -1,
+    ) -> None:
         """Connect to the socket at ``path`` and say HELLO; raises LinkError when refused.
 
         ``replaces`` is the ``session`` of a lane that broke, everything of which is unmapped.
+        ``fence`` covers all that will be mapped; ``userfault`` is its descriptor if it is a
+        userfaultfd, of which the owner gets a copy.
         """
         try:
             connect(self._sock, path)
             self._thread = threading.Thread(target=self._run, name=f"lane {label}", daemon=True)
             self._thread.start()
-            opened = self._ask(lambda: self.user.hello(label, replaces))
+            fds = [userfault] if fence is Fence.USERFAULTFD else []
+            opened = self._ask(lambda: self.user.hello(label, replaces, fence), fds)
             assert isinstance(opened, Opened)
             if opened.status:
                 why = os.strerror(opened.status)

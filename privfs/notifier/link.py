@@ -9,6 +9,8 @@ that finds no room waits in the peer's own queue, so a slow user delays nobody e
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import logging
 import os
 import socket
@@ -20,7 +22,14 @@ from typing import Final, Protocol
 
 import trio
 
-from privfs.notifier.fds import FrameLost, Peer, close_later, receive_frame, send_frame
+from privfs.notifier.fds import (
+    FrameLost,
+    Peer,
+    close_later,
+    is_userfault,
+    receive_frame,
+    send_frame,
+)
 from privfs.notifier.wire import MAX_FDS, MAX_RECORDS, Flag, Record, To, WireError, pack, parse
 
 log = logging.getLogger(__name__)
@@ -60,13 +69,14 @@ class HubStatistics:
 
 
 class _Line:
-    """One session's socket, queue and pidfd."""
+    """One session's socket, queue, pidfd and, if it has one, copy of its userfaultfd."""
 
-    __slots__ = ("blocked", "closing", "peer", "queue", "scope", "sock", "wake")
+    __slots__ = ("blocked", "closing", "fence", "peer", "queue", "scope", "sock", "wake")
 
     def __init__(self, sock: socket.socket, peer: Peer) -> None:
         self.sock: socket.socket | None = sock
         self.peer = peer
+        self.fence = -1
         self.queue: deque[tuple[Record, Memfd | None]] = deque()
         self.blocked = False
         self.closing = False
@@ -157,6 +167,20 @@ class Hub:
             line = self._lines.get(sid)
             if line is not None:
                 self._flush(sid, line)
+
+    def keep_fence(self, sid: int, fd: int) -> int:
+        """Keep a copy of a session's userfaultfd, so that its fence stands; an errno if not.
+
+        Nothing is ever asked of it: only that it stays open counts.
+        """
+        line = self._lines.get(sid)
+        if line is None or line.fence >= 0 or not is_userfault(fd):
+            return errno.EINVAL
+        try:
+            line.fence = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        except OSError as error:
+            return error.errno or errno.EMFILE
+        return 0
 
     def peer(self, sid: int) -> Peer | None:
         """Return the process of a session."""
@@ -296,6 +320,8 @@ class Hub:
         self._close_socket(line)
         trio.lowlevel.notify_closing(line.peer.pidfd)
         os.close(line.peer.pidfd)
+        if line.fence >= 0:
+            close_later([line.fence])  # the last close waits for its process's mmap_lock
 
     def _close_socket(self, line: _Line) -> None:
         if line.sock is not None:

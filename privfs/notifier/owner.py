@@ -6,7 +6,8 @@ the shell must perform them.  It never waits; a system call waits for its :class
 
 An invalidation is proven when every user of the file has acknowledged its exact seq, has
 unregistered, or is proven dead.  A user that does neither meets the ladder (:class:`Rung`): a
-log line, then SIGKILL and proof of exit, then ``EIO`` with nothing freed.
+log line, then SIGKILL and proof of exit, or of a fence that holds (:meth:`Owner.fenced`), then
+``EIO`` with nothing freed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from privfs.memfile import MemFile
 from privfs.notifier.effects import Answer, Arm, Effect, Note, Rung, Send
 from privfs.notifier.ownerstate import Get, OwnerState
 from privfs.notifier.session import Event, Session, State
-from privfs.notifier.wire import MAX_GRANT, VERSION, Op, Record, words_label
+from privfs.notifier.wire import MAX_GRANT, VERSION, Fence, Op, Record, words_label
 from privfs.operation import Destroy, Fallocate, OpId, Request
 from privfs.personality import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE, Refused
 from privfs.seals import Seal
@@ -49,10 +50,7 @@ class Owner(OwnerState):
 
         ``caller`` is its process, 0 if that is not known yet (:meth:`identify`).
         """
-        if caller and any(
-            s.pid == caller and s.state in (State.KILLED, State.UNPROVEN)
-            for s in self.sessions.values()
-        ):
+        if caller and any(s.pid == caller and s.condemned for s in self.sessions.values()):
             return [Answer(op, errno.EIO, "the caller is being killed")]
         if ino not in self.files:
             return [Answer(op, errno.ENOENT, f"{request}: inode {ino} has been revoked")]
@@ -68,7 +66,7 @@ class Owner(OwnerState):
     @property
     def condemning(self) -> bool:
         """True while a user has been killed and its exit not seen: its calls must be refused."""
-        return any(s.state in (State.KILLED, State.UNPROVEN) for s in self.sessions.values())
+        return any(s.condemned for s in self.sessions.values())
 
     def performed(
         self, ino: int, op: OpId, failed: int = 0, upto: int | None = None
@@ -127,6 +125,32 @@ class Owner(OwnerState):
         session = self.sessions.get(sid)
         return self._end(session, Event.EXIT) if session else []
 
+    def fenced(self, sid: int) -> list[Effect]:
+        """No thread of a killed process will return to its program, though it has not exited.
+
+        If it has a fence, that is a proof for the files that it may store to: nothing but the
+        process itself could lift the fence, and without one the rest of a system call could still
+        touch, and so allocate, what is freed.
+        """
+        session = self.sessions.get(sid)
+        if session is None or not session.condemned or session.fence is not Fence.USERFAULTFD:
+            return []
+        inos = [ino for ino, writable in session.files.items() if writable]
+        if not inos:
+            return []
+        session.feed(Event.FENCE)
+        what = ", ".join(map(str, inos))
+        out: list[Effect] = [
+            Note(f"{session.name} does not exit, but is fenced off from inode {what}", True)
+        ]
+        for ino in inos:
+            self._detach(session, ino)
+        for key in [k for k, w in self._waits.items() if k[0] in inos and sid in w.sids]:
+            out += self._proven(key, sid)
+        for ino in inos:
+            out += self._reap(ino)
+        return out
+
     def timer(self, ino: int, op: OpId, stopped: frozenset[int] = frozenset()) -> list[Effect]:
         """An armed rung is due; ``stopped`` are sessions whose process is SIGSTOPped now."""
         wait = self._waits.get((ino, op))
@@ -163,6 +187,7 @@ class Owner(OwnerState):
             return self.broken(session.sid, "second HELLO")
         session.feed(Event.HELLO)
         session.label = words_label(record.obj, record.seq)
+        session.fence = Fence(record.status)
         code = refused if isinstance(refused, int) else 0
         if record.start != VERSION:
             code = errno.EPROTONOSUPPORT

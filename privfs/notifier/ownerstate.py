@@ -292,7 +292,7 @@ class OwnerState:
 
     def _condemn(self, session: Session, where: str) -> list[Effect]:
         """Kill a user that does not answer; its own system calls end now, or it could not exit."""
-        if session.state is State.KILLED or session.state is State.UNPROVEN:
+        if session.condemned:
             return []
         out: list[Effect] = [Note(f"killing {session.name}: no acknowledgement for {where}", True)]
         if session.talks:

@@ -3,7 +3,8 @@
 
 :data:`TRANSITIONS` is the life of a session.  A session leaves the wait sets only when it is GONE,
 and it is GONE only when its process is proven dead or it has unregistered everything: the end of
-its socket proves nothing, because a process may run on without it.
+its socket proves nothing, because a process may run on without it.  FENCED is as good as dead for
+the files that its fence covers, those that it may store to.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Final
 
 from pyroaring import BitMap
 
+from privfs.notifier.wire import Fence
+
 
 class State(enum.Enum):
     """Life of a session."""
@@ -23,6 +26,7 @@ class State(enum.Enum):
     ZOMBIE = "zombie"  #: socket closed, the process may still map pages
     KILLED = "killed"  #: SIGKILL sent, exit not yet seen
     UNPROVEN = "unproven"  #: SIGKILL sent long ago, exit never seen
+    FENCED = "fenced"  #: the same, but its fence stops whatever is left of it
     GONE = "gone"
 
 
@@ -34,6 +38,7 @@ class Event(enum.Enum):
     BYE = "bye"  #: orderly end, nothing registered
     CONDEMN = "condemn"  #: did not acknowledge in time
     GIVE_UP = "give up"
+    FENCE = "fence"  #: no thread returns to its program, and a userfaultfd stops the kernel
     EXIT = "exit"  #: the pidfd became readable
     REPLACED = "replaced"  #: the same process opened another session in its place
 
@@ -55,11 +60,17 @@ TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
     (State.KILLED, Event.BREAK): State.KILLED,
     (State.KILLED, Event.CONDEMN): State.KILLED,
     (State.KILLED, Event.GIVE_UP): State.UNPROVEN,
+    (State.KILLED, Event.FENCE): State.FENCED,
     (State.KILLED, Event.EXIT): State.GONE,
     (State.UNPROVEN, Event.BREAK): State.UNPROVEN,
     (State.UNPROVEN, Event.CONDEMN): State.UNPROVEN,
     (State.UNPROVEN, Event.GIVE_UP): State.UNPROVEN,
+    (State.UNPROVEN, Event.FENCE): State.FENCED,
     (State.UNPROVEN, Event.EXIT): State.GONE,
+    (State.FENCED, Event.BREAK): State.FENCED,
+    (State.FENCED, Event.CONDEMN): State.FENCED,
+    (State.FENCED, Event.FENCE): State.FENCED,
+    (State.FENCED, Event.EXIT): State.GONE,
 }
 
 
@@ -78,13 +89,14 @@ class Session:
     was granted and has not given up.
     """
 
-    __slots__ = ("calling", "calls", "files", "granted", "known", "label", "next_seq", "pid",
-                 "sent", "sid", "state")  # fmt: skip
+    __slots__ = ("calling", "calls", "fence", "files", "granted", "known", "label", "next_seq",
+                 "pid", "sent", "sid", "state")  # fmt: skip
 
     def __init__(self, sid: int, pid: int) -> None:
         self.sid = sid
         self.pid = pid
         self.label = ""
+        self.fence = Fence.NONE
         self.state = State.NEW
         self.next_seq = 1
         self.calls = 0
@@ -104,6 +116,11 @@ class Session:
         """True while records may be exchanged."""
         return self.state is State.OPEN
 
+    @property
+    def condemned(self) -> bool:
+        """True once it was sent SIGKILL, until its exit is seen."""
+        return self.state in (State.KILLED, State.UNPROVEN, State.FENCED)
+
     def feed(self, event: Event) -> None:
         """Take one transition, or raise :class:`IllegalEvent` and stay."""
         try:
@@ -116,7 +133,8 @@ class Session:
     def key(self) -> Hashable:
         """Return the state as a hashable value."""
         return (
-            self.sid, self.state.value, self.next_seq, self.calls, frozenset(self.calling),
+            self.sid, self.state.value, int(self.fence), self.next_seq, self.calls,
+            frozenset(self.calling),
             tuple(self.files.items()), tuple(self.sent.items()), tuple(sorted(self.known)),
         )  # fmt: skip
 
@@ -124,6 +142,7 @@ class Session:
         """Return an independent copy."""
         twin = Session.__new__(type(self))
         twin.sid, twin.pid, twin.label, twin.state = self.sid, self.pid, self.label, self.state
+        twin.fence = self.fence
         twin.next_seq = self.next_seq
         twin.calls = self.calls
         twin.calling = self.calling.copy()

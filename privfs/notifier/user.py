@@ -17,7 +17,16 @@ from collections import deque
 from collections.abc import Hashable
 from typing import Final, NamedTuple
 
-from privfs.notifier.wire import VERSION, Flag, Op, Reason, Record, WireError, label_words
+from privfs.notifier.wire import (
+    VERSION,
+    Fence,
+    Flag,
+    Op,
+    Reason,
+    Record,
+    WireError,
+    label_words,
+)
 from privfs.seals import ALL_PURPOSES
 
 #: Processed invalidations that a file remembers; older grants are refused.
@@ -132,15 +141,17 @@ class User:
 
     # --- records to send ----------------------------------------------------------------------
 
-    def hello(self, label: str = "", replaces: int = 0) -> Record:
+    def hello(self, label: str = "", replaces: int = 0, fence: Fence = Fence.NONE) -> Record:
         """Open the session; ``label`` (16 bytes) names it in ``privfs map`` and in logs.
 
         ``replaces`` is the id of a session of this process whose socket has broken: everything
-        that it had mapped is unmapped.  ESRCH answers when there is none such.
+        that it had mapped is unmapped.  ESRCH answers when there is none such.  ``fence`` covers
+        all that will be mapped; a userfaultfd is sent along.
         """
         low, high = label_words(label)
+        flags = Flag.FD if fence is Fence.USERFAULTFD else Flag.NONE
         req = self._begin(Op.HELLO, 0)
-        return Record(Op.HELLO, req=req, start=VERSION, end=replaces, obj=low, seq=high)
+        return Record(Op.HELLO, flags, int(fence), req, low, VERSION, replaces, high)
 
     def register(self, purpose: int = ALL_PURPOSES) -> Record:
         """Become a user of the file whose descriptor is sent along.

@@ -65,6 +65,14 @@ class Reason(enum.IntEnum):
     REVOKE = 4
 
 
+class Fence(enum.IntEnum):
+    """What keeps a process that should not from touching pages (``status`` of HELLO)."""
+
+    NONE = 0
+    MPROTECT = 1  #: PROT_NONE where nothing is granted: it dies of its own mistakes
+    USERFAULTFD = 2  #: userfaultfd(2), a copy of which comes along: also where it hangs
+
+
 class Record(NamedTuple):
     """One record.  ``obj`` is an inode number unless :data:`LAYOUT` says otherwise."""
 
@@ -95,8 +103,9 @@ class Fields:
     """The contract of one op.
 
     ``uses`` names the fields with a meaning; all others must be zero.  ``ranged`` demands
-    ``start < end <= 2**32``, ``reasoned`` a :class:`Reason` in ``status``.  ``meaning`` goes
-    into the protocol page.
+    ``start < end <= 2**32``, ``reasoned`` a :class:`Reason` in ``status``, ``fenced`` a
+    :class:`Fence` there, with its descriptor if it is one.  ``meaning`` goes into the protocol
+    page.
     """
 
     to: To
@@ -106,6 +115,7 @@ class Fields:
     needs_fd: bool = False
     ranged: bool = False
     reasoned: bool = False
+    fenced: bool = False
 
 
 _RANGE = {"start": "first page", "end": "page after the last"}
@@ -114,9 +124,10 @@ LAYOUT: Final[dict[Op, Fields]] = {
     Op.HELLO: Fields(
         To.OWNER,
         {"req": "request", "start": "version", "end": "id of the session that it replaces, or 0",
-         "obj": "label, bytes 0–7", "seq": "label, bytes 8–15"},
+         "status": "fence", "obj": "label, bytes 0–7", "seq": "label, bytes 8–15"},
         "first record of a session; promises that nothing is mapped for it, nor any more for the "
         "session of the same process that it replaces",
+        flags=Flag.FD, fenced=True,
     ),
     Op.WELCOME: Fields(
         To.USER,
@@ -233,10 +244,16 @@ def _check(record: Record, to: To) -> None:
         raise WireError(f"{name}: bad range [{record.start:#x}, {record.end:#x})")
     if fields.reasoned and record.status not in _REASONS:
         raise WireError(f"{name}: unknown reason {record.status}")
+    if fields.fenced:
+        if record.status not in _FENCES:
+            raise WireError(f"{name}: unknown fence {record.status}")
+        if bool(record.flags & Flag.FD) != (record.status == Fence.USERFAULTFD):
+            raise WireError(f"{name}: a userfaultfd comes with its fence, and with no other")
 
 
 _VALUES = ("status", "req", "obj", "start", "end", "seq")
 _REASONS: Final = frozenset(int(reason) for reason in Reason)
+_FENCES: Final = frozenset(int(fence) for fence in Fence)
 _LAYOUT_BY_NUMBER: Final = {int(op): fields for op, fields in LAYOUT.items()}
 _UNUSED: Final = {
     int(op): tuple(v for v in _VALUES if v not in fields.uses) for op, fields in LAYOUT.items()

@@ -102,19 +102,24 @@ def test_an_empty_file_has_an_empty_map(mount: dict[str, Any]) -> None:
 
 STAT = {
     "inode": 7, "personality": "resizable", "size": 1 << 20, "allocated": 8192, "mapped": 4096,
-    "held": 8192, "backing": {"store": "hugetlb", "page_size": 2 << 20},
+    "held": 8192,
+    "backing": {
+        "store": "hugetlb", "page_size": 2 << 20, "promises": {"reclaim": True, "audit": True},
+    },
     "extents": 1, "users": ["vm(1)"], "seals": ["GROW"], "purpose": ["USER_INACCESSIBLE"],
     "operations": [{"step": "wait", "start": 0, "end": 4096}],
 }  # fmt: skip
 STATUS = {
     "mountpoint": "/m", "pid": 5, "personality": "resizable", "mode": "direct_io",
-    "backing": {"store": "shmem", "page_size": 4096},
+    "backing": {
+        "store": "secretmem", "page_size": 2 << 20, "promises": {"reclaim": False, "audit": False},
+    },
     "passthrough_errno": errno.EPERM, "memory": {"total": 1 << 20, "used": 4096, "free": 0},
     "files": 1, "extents": 1, "kills": 2, "failures": 0,
     "invalidations": {"total": 3, "p50_us": 50.0, "p99_us": 2500.0},
     "sessions": [
-        {"user": "vm", "pid": 9, "state": "ready", "files": [7], "granted": 4096,
-         "unacknowledged": 1}
+        {"user": "vm", "pid": 9, "state": "ready", "fence": "uffd", "files": [7],
+         "granted": 4096, "unacknowledged": 1}
     ],
 }  # fmt: skip
 
@@ -126,7 +131,7 @@ def test_stat_shows_what_is_under_way(
     assert call(["stat", "f"]) == 0
     said = capsys.readouterr().out
     assert "Held:        8K in 1 extents" in said
-    assert "Backing:     hugetlb, pages of 2M" in said
+    assert "Backing:     hugetlb, pages of 2M\nSize:" in said
     assert "Seals:       GROW" in said
     assert "Operations:  wait 0x0-0xfff" in said
     assert "Users:       vm(1)" in said
@@ -141,10 +146,14 @@ def test_status_shows_users_and_why_there_is_no_passthrough(
     assert call(["status", "/m"]) == 0
     said = capsys.readouterr().out
     assert "direct_io (passthrough: Operation not permitted)" in said
+    backing = said.partition("Backing:")[2].partition("Refusal:")[0].split("\n")
+    assert backing[0].strip() == "secretmem, pages of 2M"
+    assert backing[1].startswith("Beware:        memory that was given up is free when the last ")
+    assert backing[1].endswith("; " + Promise.AUDIT.value)
     assert "3, p50 50 µs, p99 2.5 ms; 2 users killed, 0 failed" in said
     assert said.splitlines()[-2:] == [
-        "USER PID STATE FILES GRANTED UNACKED",
-        "vm     9 ready     1      4K       1",
+        "USER PID STATE FENCE FILES GRANTED UNACKED",
+        "vm     9 ready uffd      1      4K       1",
     ]
 
 

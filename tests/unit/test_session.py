@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 
 from privfs.notifier.session import TRANSITIONS, Event, IllegalEvent, Session, State
+from privfs.notifier.wire import Fence
 
 MISSING = [(s, e) for s in State for e in Event if (s, e) not in TRANSITIONS]
 
@@ -39,6 +40,17 @@ def test_gone_is_final_and_only_an_orderly_end_or_a_proof_leads_there() -> None:
     assert {s for s, e in leads if e is Event.BYE} == {State.NEW, State.OPEN, State.ZOMBIE}
 
 
+def test_who_was_killed_stays_so_until_its_exit_is_seen() -> None:
+    """Neither giving up nor a fence makes up for the exit: it only makes it less urgent."""
+    condemned = {state for state in State if session(state).condemned}
+    assert condemned == {State.KILLED, State.UNPROVEN, State.FENCED}
+    for (state, event), after in TRANSITIONS.items():
+        if state in condemned:
+            assert after in condemned or event is Event.EXIT
+        if after is State.FENCED:
+            assert state in condemned
+
+
 def test_only_an_open_session_talks() -> None:
     assert [state for state in State if session(state).talks] == [State.OPEN]
 
@@ -58,11 +70,12 @@ def test_a_copy_is_independent() -> None:
     twin = subject.copy()
     assert twin.key() == subject.key()
     assert (twin.sid, twin.pid, twin.label) == (subject.sid, subject.pid, subject.label)
-    twins = [subject.copy() for _ in range(5)]
+    twins = [subject.copy() for _ in range(6)]
     twins[0].files.clear()
     twins[1].sent.clear()
     twins[2].known.clear()
     twins[3].feed(Event.BREAK)
     twins[4].calling.add(5)
-    assert len({subject.key(), *(twin.key() for twin in twins)}) == 6
+    twins[5].fence = Fence.USERFAULTFD
+    assert len({subject.key(), *(twin.key() for twin in twins)}) == 7
     assert subject.sent == {3: (1, "op")}

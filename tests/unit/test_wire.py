@@ -11,6 +11,7 @@ from privfs.notifier.wire import (
     MAX_PAGES,
     MAX_RECORDS,
     RECORD,
+    Fence,
     Flag,
     Op,
     Reason,
@@ -42,6 +43,8 @@ def sample(op: Op) -> Record:
         record = record._replace(start=14, end=15)
     if fields.reasoned:
         record = record._replace(status=Reason.TRUNCATE)
+    if fields.fenced:
+        record = record._replace(status=Fence.USERFAULTFD, flags=int(Flag.FD))
     return record
 
 
@@ -112,6 +115,23 @@ def test_the_whole_file_is_a_range(op: Op) -> None:
 def test_an_invalidation_has_a_reason(status: int) -> None:
     with pytest.raises(WireError, match="unknown reason"):
         parse(pack([sample(Op.INVALIDATE)._replace(status=status)]), To.USER)
+
+
+@pytest.mark.parametrize("status", [max(Fence) + 1, 0xFFFF])
+def test_a_fence_is_one_that_we_know(status: int) -> None:
+    with pytest.raises(WireError, match=f"unknown fence {status}"):
+        parse(pack([sample(Op.HELLO)._replace(status=status)]), To.OWNER)
+
+
+@pytest.mark.parametrize("fence", Fence)
+@pytest.mark.parametrize("flags", [Flag.NONE, Flag.FD])
+def test_a_userfaultfd_is_the_only_fence_with_a_descriptor(fence: Fence, flags: Flag) -> None:
+    frame = pack([sample(Op.HELLO)._replace(status=fence, flags=int(flags))])
+    if (fence is Fence.USERFAULTFD) == (flags is Flag.FD):
+        assert parse(frame, To.OWNER)[0].status == fence
+    else:
+        with pytest.raises(WireError, match="comes with its fence"):
+            parse(frame, To.OWNER)
 
 
 @pytest.mark.parametrize("op", [0, max(Op) + 1, 255])
