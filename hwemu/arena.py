@@ -7,7 +7,9 @@ anonymous memory over it (`Arena.retire`): the file can then be truncated withou
 stale access meets zeros instead of somebody's memory.
 
 The reservation is MADV_DONTFORK and MADV_DONTDUMP. Its address space is handed out next-fit, so
-that an address is not used again soon after it was retired.
+that an address is not used again soon after it was retired. As a large page of a file is aligned
+in physical memory, so is a placement: it lies as far behind a multiple of 2 MiB as its offset in
+the file, and second-stage leaves of that size are possible.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 from dataclasses import dataclass
 
 PAGE_SIZE = 4096
+TWO_MIB = 2 << 20
 GIB = 1 << 30
 HPA_LIMIT = 1 << 40
 
@@ -124,7 +127,7 @@ class Arena:
             )
         self.size = size
         self.hpa_base = hpa_base
-        self._address = self._map_anonymous(0, size)
+        self._address = self._reserve(size, hpa_base)
         # free stretches, sorted by start; next-fit cursor
         self._free: list[tuple[int, int]] = [(hpa_base, hpa_base + size)]
         self._cursor = hpa_base
@@ -146,6 +149,19 @@ class Arena:
         if self._address == 0:
             raise ArenaError(f"arena {operation}: the arena is closed")
 
+    def _reserve(self, size: int, hpa_base: int) -> int:
+        """Address space of which every address equals its hpa modulo 1 GiB.
+
+        So the kernel's large pages (THP, hugetlb) can be where the second stage has large leaves.
+        """
+        raw = self._map_anonymous(0, size + GIB)
+        address = raw + (hpa_base - raw) % GIB
+        end = raw + size + GIB
+        for start, length in ((raw, address - raw), (address + size, end - address - size)):
+            if length:
+                _libc.munmap(start, length)
+        return address
+
     @staticmethod
     def _map_anonymous(address: int, length: int) -> int:
         flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE | (_MAP_FIXED if address else 0)
@@ -163,27 +179,20 @@ class Arena:
                 code = ctypes.get_errno()
                 raise ArenaError(f"arena madvise({advice}): {os.strerror(code)}")
 
-    def _allocate(self, length: int) -> int:
+    def _allocate(self, length: int, unit: int, offset: int) -> int:
+        """Take ``length`` bytes whose hpa is ``offset`` modulo ``unit``."""
         start = bisect.bisect_left(self._free, (self._cursor, 0))
-        if start:
-            # the cursor may be in the middle of a stretch that joined behind it
-            lower, upper = self._free[start - 1]
-            if lower < self._cursor and upper - self._cursor >= length:
-                self._free[start - 1] = (lower, self._cursor)
-                if upper - self._cursor > length:
-                    self._free.insert(start, (self._cursor + length, upper))
-                self._cursor += length
-                return self._cursor - length
-        for step in range(len(self._free)):
+        # the cursor may be in the middle of a stretch that joined behind it: first what follows it
+        for step in range(-1 if start else 0, len(self._free)):
             index = (start + step) % len(self._free)
             lower, upper = self._free[index]
-            if upper - lower >= length:
-                if upper - lower == length:
-                    del self._free[index]
-                else:
-                    self._free[index] = (lower + length, upper)
-                self._cursor = lower + length
-                return lower
+            first = max(lower, self._cursor) if step < 0 else lower
+            hpa = first + (offset - first) % unit
+            if hpa + length <= upper:
+                rest = ((lower, hpa), (hpa + length, upper))
+                self._free[index : index + 1] = [part for part in rest if part[0] < part[1]]
+                self._cursor = hpa + length
+                return hpa
         raise ArenaFullError(
             f"arena place of {length} bytes: no free stretch that long in {self.size} bytes; "
             "retire ranges first"
@@ -201,9 +210,11 @@ class Arena:
     def place(self, fd: int, offset: int, length: int, *, writable: bool = True) -> int:
         """Map ``length`` bytes of ``fd`` from ``offset`` into the arena, shared; return the hpa.
 
-        A range placed with ``writable=False`` must have read-only second-stage leaves: an engine
-        that stores to it would end the process. Raises `ArenaRangeError`, `ArenaFullError`, or
-        `ArenaError` with the kernel's reason.
+        The hpa equals ``offset`` modulo 2 MiB, or modulo the file's own page size if that is
+        larger, unless the range is too short for a large leaf. A range placed with
+        ``writable=False`` must have read-only second-stage leaves: an engine that stores to it
+        would end the process. Raises `ArenaRangeError`, `ArenaFullError`, or `ArenaError` with the
+        kernel's reason.
         """
         self._require_open("place")
         if length <= 0 or length % PAGE_SIZE or offset < 0 or offset % PAGE_SIZE:
@@ -211,7 +222,13 @@ class Arena:
                 f"arena place of fd {fd} [{offset}, {offset + length}): offset and length must be "
                 "multiples of 4096, length above 0"
             )
-        hpa = self._allocate(length)
+        where = f"arena place of fd {fd} [{offset}, {offset + length})"
+        try:
+            unit = os.fstat(fd).st_blksize  # hugetlb must be mapped at multiples of its page size
+        except OSError as error:
+            raise ArenaError(f"{where}: {error.strerror}") from None
+        unit = max(unit, TWO_MIB if length >= TWO_MIB else PAGE_SIZE)
+        hpa = self._allocate(length, unit, offset)
         address = self._address + hpa - self.hpa_base
         prot = _PROT_READ | (_PROT_WRITE if writable else 0)
         flags = _MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE  # the owner has allocated what is granted
@@ -221,9 +238,7 @@ class Arena:
             # MAP_FIXED may have removed the reservation before it failed
             self._map_anonymous(address, length)
             self._release(hpa, hpa + length)
-            raise ArenaError(
-                f"arena place of fd {fd} [{offset}, {offset + length}): {os.strerror(code)}"
-            )
+            raise ArenaError(f"{where}: {os.strerror(code)}")
         self._advise(address, length)
         bisect.insort(self._placed, (hpa, hpa + length))
         self._places += 1

@@ -19,12 +19,12 @@ parked first (`hwemu.tablepool`) and returns to the pool with `Stage2.reclaim`.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from hwemu.leafruns import leaf_runs
 from hwemu.npt import (
     ACCESSED,
     ADDRESS_BITS,
@@ -62,6 +62,12 @@ __all__ = [
 
 _LEAF = PRESENT | USER | ACCESSED | DIRTY
 _GFN_LIMIT = 1 << (ADDRESS_BITS - PAGE_SHIFT)
+_STEPS = np.arange(ENTRIES, dtype=np.uint64)
+
+
+def _shift(level: int) -> int:
+    """log2 of the pages that one entry of a table of ``level`` maps."""
+    return 9 * (level - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,26 +109,26 @@ class Stage2:
         if level == 1:
             self._leaf_tables.pop(prefix, None)
 
-    def _split(self, parent_word: int, gfn: int) -> int:
-        """Replace a 2 MiB leaf by a table of 512 equal 4 KiB leaves; return the table."""
+    def _split(self, parent_word: int, gfn: int, level: int) -> int:
+        """Replace a leaf of ``level`` by a table of 512 equal leaves below it; return the table."""
         entry = self._words[parent_word]
-        table = self._pool.take(1, gfn >> 9)
-        base = entry & ADDRESS_MASK & ~0x1F_F000
-        flags = entry & 0xFFF & ~LARGE
-        self._rows[table] = np.arange(ENTRIES, dtype=np.uint64) * np.uint64(PAGE_SIZE) + np.uint64(
-            base | flags
-        )
+        table = self._pool.take(level - 1, gfn >> _shift(level))
+        step = PAGE_SIZE << _shift(level - 1)
+        base = entry & ADDRESS_MASK & ~(step * ENTRIES - 1)
+        flags = entry & 0xFFF & ~(LARGE if level == 2 else 0)
+        self._rows[table] = _STEPS * np.uint64(step) + np.uint64(base | flags)
         self._live[table] = ENTRIES
         self._words[parent_word] = self._pool.entry(table)
-        self._leaf_tables[gfn >> 9] = table
-        self._large -= 1
+        if level == 2:
+            self._leaf_tables[gfn >> 9] = table
+        self._large += -1 if level == 2 else ENTRIES - 1
         return table
 
     def _descend(self, gfn: int, level: int) -> int:
-        """Table of ``level`` (1 or 2) that holds ``gfn``, made if missing."""
+        """Table of ``level`` that holds ``gfn``, made if missing."""
         table = 0
         for upper in range(ROOT_LEVEL, level, -1):
-            shift = 9 * (upper - 1)
+            shift = _shift(upper)
             word = table * ENTRIES + ((gfn >> shift) & 511)
             entry = self._words[word]
             if not entry & PRESENT:
@@ -131,7 +137,7 @@ class Stage2:
                 self._live[table] += 1
                 table = below
             elif entry & LARGE:
-                table = self._split(word, gfn)
+                table = self._split(word, gfn, upper)
             else:
                 table = self._pool.index(entry)
         if level == 1:
@@ -161,9 +167,10 @@ class Stage2:
     ) -> None:
         """Map ``npages`` 4 KiB pages at ``gpa`` to ``hpa``, replacing what was there.
 
-        ``level=2`` makes 2 MiB leaves: both addresses and the length must be multiples of 2 MiB.
-        Raises `RangeError` (nothing changed) or `PoolFullError` (a prefix may be mapped).
-        Replacing a present leaf needs a flush afterwards, as on hardware.
+        ``level`` 2 makes leaves of 2 MiB and 3 of 1 GiB: both addresses and the length must be
+        multiples of that. Small leaves over part of a large one split it. Raises `RangeError`
+        (nothing changed) or `PoolFullError` (a prefix may be mapped). Replacing a present leaf
+        needs a flush afterwards, as on hardware.
         """
         gfn = self._check("map", gpa, npages)
         if hpa % PAGE_SIZE or hpa < 0 or hpa + npages * PAGE_SIZE > 1 << ADDRESS_BITS:
@@ -172,11 +179,11 @@ class Stage2:
                 "be page-aligned and end at or below 2**40"
             )
         flags = _LEAF | (WRITABLE if writable else 0) | (0 if executable else SOFT_NO_EXEC)
-        if level == 2:
-            self._map_large(gfn, hpa, npages, flags)
+        if level in (2, 3):
+            self._map_large(gfn, hpa, npages, flags, level)
             return
         if level != 1:
-            raise RangeError(f"stage-2 map at level {level}: only 1 (4 KiB) and 2 (2 MiB) exist")
+            raise RangeError(f"stage-2 map at level {level}: 1 (4 KiB), 2 (2 MiB), 3 (1 GiB) exist")
         if npages == 1:
             table = self._leaf_tables.get(gfn >> 9)
             if table is None:
@@ -194,42 +201,70 @@ class Stage2:
             table = self._descend(gfn, 1)
             row = self._rows[table, first : first + count]
             fresh = count - int(np.count_nonzero(row & np.uint64(PRESENT)))
-            row[:] = np.arange(count, dtype=np.uint64) * np.uint64(PAGE_SIZE) + np.uint64(
-                hpa | flags
-            )
+            row[:] = _STEPS[:count] * np.uint64(PAGE_SIZE) + np.uint64(hpa | flags)
             self._live[table] += fresh
             self._pages += fresh
             gfn += count
             hpa += count * PAGE_SIZE
 
-    def _map_large(self, gfn: int, hpa: int, npages: int, flags: int) -> None:
-        if gfn % ENTRIES or npages % ENTRIES or hpa % (ENTRIES * PAGE_SIZE):
+    def _map_large(self, gfn: int, hpa: int, npages: int, flags: int, level: int) -> None:
+        shift = _shift(level)
+        span = 1 << shift
+        if gfn % span or npages % span or hpa % (span * PAGE_SIZE):
             raise RangeError(
-                f"stage-2 map of 2 MiB leaves at gpa {gfn << PAGE_SHIFT:#x} to hpa {hpa:#x}, "
-                f"{npages} pages: all three must be multiples of 2 MiB"
+                f"stage-2 map at level {level} of gpa {gfn << PAGE_SHIFT:#x} to hpa {hpa:#x}, "
+                f"{npages} pages: all three must be multiples of {span * PAGE_SIZE >> 20} MiB"
             )
-        for at in range(gfn, gfn + npages, ENTRIES):
-            table = self._descend(at, 2)
-            word = table * ENTRIES + ((at >> 9) & 511)
+        for at in range(gfn, gfn + npages, span):
+            table = self._descend(at, level)
+            word = table * ENTRIES + ((at >> shift) & 511)
             old = self._words[word]
             self._words[word] = hpa | flags | LARGE
             if not old & PRESENT:
                 self._live[table] += 1
-                self._pages += ENTRIES
+            if not old & PRESENT or not old & LARGE:
+                self._pages += span
                 self._large += 1
-            elif not old & LARGE:
+            if old & PRESENT and not old & LARGE:
                 below = self._pool.index(old)
-                self._pages += ENTRIES - self._live[below]
-                self._rows[below] = 0
-                self._park(1, at >> 9, below)
-                self._large += 1
-            hpa += ENTRIES * PAGE_SIZE
+                self._zap(below, level - 1, at, at, at + span)
+                self._park(level - 1, at >> shift, below)
+            hpa += span * PAGE_SIZE
+
+    def whole_leaves(self, gpa: int, npages: int) -> tuple[int, int]:
+        """The range (gpa, npages) widened to the leaves that reach out of it at either end.
+
+        What KVM zaps: tdp_mmu_zap_leafs() removes a large leaf that the range only touches, and
+        the next fault maps what is still allowed. Nothing is widened where no large leaf is.
+        """
+        gfn = self._check("whole_leaves", gpa, npages)
+        if not self._large or not npages:
+            return gpa, npages
+        end = gfn + npages
+        size = self._leaf_pages(gfn)
+        first = gfn - gfn % size
+        size = self._leaf_pages(end - 1)
+        end += -end % size
+        return first << PAGE_SHIFT, end - first
+
+    def _leaf_pages(self, gfn: int) -> int:
+        """Pages of the large leaf that maps ``gfn``; 1 if none does."""
+        table = 0
+        for level in range(ROOT_LEVEL, 1, -1):
+            shift = _shift(level)
+            entry = self._words[table * ENTRIES + ((gfn >> shift) & 511)]
+            if not entry & PRESENT:
+                return 1
+            if entry & LARGE:
+                return 1 << shift
+            table = self._pool.index(entry)
+        return 1
 
     def zap(self, gpa: int, npages: int) -> int:
         """Remove ``npages`` pages at ``gpa``; the number of 4 KiB pages that had been mapped.
 
-        The cost follows what is mapped, not the width of the range. A 2 MiB leaf that is only
-        partly covered is split first (needs one table from the pool).
+        The cost follows what is mapped, not the width of the range. A large leaf that is only
+        partly covered is split first (needs tables from the pool; see `whole_leaves`).
         """
         gfn = self._check("zap", gpa, npages)
         if npages == 1:
@@ -247,7 +282,7 @@ class Stage2:
     def _zap(self, table: int, level: int, base: int, start: int, end: int) -> int:
         """Zap [start, end) below ``table``, whose first entry maps gfn ``base``."""
         row = self._rows[table]
-        shift = 9 * (level - 1)
+        shift = _shift(level)
         first = max(start - base, 0) >> shift
         last = min((end - base + (1 << shift) - 1) >> shift, ENTRIES)
         present = np.flatnonzero(row[first:last] & np.uint64(PRESENT)) + first
@@ -269,7 +304,7 @@ class Stage2:
                     self._pages -= 1 << shift
                     zapped += 1 << shift
                     continue
-                below = self._split(word, span)
+                below = self._split(word, span, level)
             else:
                 below = self._pool.index(entry)
             zapped += self._zap(below, level - 1, span, start, end)
@@ -300,49 +335,8 @@ class Stage2:
     def mapped(self, gpa: int, npages: int) -> Iterator[tuple[int, int, int]]:
         """Runs (gpa, hpa, npages) mapped in the range, in order; neighbours are coalesced."""
         gfn = self._check("mapped", gpa, npages)
-        pending: tuple[int, int, int] | None = None
-        for at, hpa, count in self._runs(0, ROOT_LEVEL, 0, gfn, gfn + npages):
-            if (
-                pending
-                and pending[0] + pending[2] == at
-                and (pending[1] + pending[2] * PAGE_SIZE == hpa)
-            ):
-                pending = (pending[0], pending[1], pending[2] + count)
-                continue
-            if pending:
-                yield pending[0] << PAGE_SHIFT, pending[1], pending[2]
-            pending = (at, hpa, count)
-        if pending:
-            yield pending[0] << PAGE_SHIFT, pending[1], pending[2]
-
-    def _runs(
-        self, table: int, level: int, base: int, start: int, end: int
-    ) -> Iterator[tuple[int, int, int]]:
-        row = self._rows[table]
-        shift = 9 * (level - 1)
-        first = max(start - base, 0) >> shift
-        last = min((end - base + (1 << shift) - 1) >> shift, ENTRIES)
-        present = np.flatnonzero(row[first:last] & np.uint64(PRESENT)) + first
-        if level == 1:
-            if len(present) == 0:
-                return
-            hpas = row[present] & np.uint64(ADDRESS_MASK)
-            breaks = np.flatnonzero(
-                (np.diff(present) != 1) | (np.diff(hpas) != np.uint64(PAGE_SIZE))
-            )
-            edges = [0, *(breaks + 1).tolist(), len(present)]
-            for left, right in itertools.pairwise(edges):
-                yield base + int(present[left]), int(hpas[left]), right - left
-            return
-        for index in present.tolist():
-            entry = self._words[table * ENTRIES + index]
-            span = base + (index << shift)
-            if not entry & LARGE:
-                yield from self._runs(self._pool.index(entry), level - 1, span, start, end)
-                continue
-            lower, upper = max(start, span), min(end, span + (1 << shift))
-            hpa = entry & ADDRESS_MASK & ~((1 << (shift + PAGE_SHIFT)) - 1)
-            yield lower, hpa + (lower - span) * PAGE_SIZE, upper - lower
+        for at, hpa, count in leaf_runs(self._pool, gfn, gfn + npages):
+            yield at << PAGE_SHIFT, hpa, count
 
     def statistics(self) -> Stage2Statistics:
         """Counts of tables and pages now."""

@@ -82,24 +82,25 @@ class PrivateTables:
                 entry = self._area[word]
                 below = (entry & ADDRESS_MASK) - self._hpa >> 12
                 if not (entry & PRESENT and below in private):
-                    below = self._take(entry)
+                    below = self._take(entry, level)
                     private.add(below)
                     self._area[word] = self._hpa + below * PAGE_SIZE | NON_LEAF
                 table = below
             self._area[table * ENTRIES + (gpa >> 12 & 511)] = hpa | _LEAF
         return self._hpa
 
-    def _take(self, entry: int) -> int:
-        """A private table with what ``entry`` maps below it (nothing, a table or a 2 MiB leaf)."""
+    def _take(self, entry: int, level: int) -> int:
+        """A private table with what ``entry`` of ``level`` maps: nothing, a table, a large leaf."""
         if entry & PRESENT and not entry & LARGE:
             return self._copy(entry & ADDRESS_MASK)
         table = self._used
         self._used += 1
         self._clear(table)
         if entry & PRESENT:
-            base = entry & ~LARGE
+            base = entry & ~LARGE if level == 2 else entry
+            step = PAGE_SIZE << 9 * (level - 2)
             for index in range(ENTRIES):
-                self._area[table * ENTRIES + index] = base + index * PAGE_SIZE
+                self._area[table * ENTRIES + index] = base + index * step
         return table
 
 

@@ -227,9 +227,12 @@ class GuestMemory:
             if not queue:
                 return False
             table, level = queue.popleft()
-            hpa = lookup(self._pool, self._pool_hpa, self._root, table, True)
+            try:
+                hpa = walk(self._pool, self._pool_hpa, self._root, table, True).hpa
+            except WalkError:
+                continue
             at = (hpa - self._arena_hpa) >> 3
-            if hpa < 0 or not 0 <= at < len(self._arena):
+            if not 0 <= at < len(self._arena):
                 continue
             row = np.frombuffer(self._arena[at : at + ENTRIES], dtype=np.uint64)
             # an entry that leads to a table: present, and not a large leaf

@@ -32,7 +32,7 @@ SANS_IO = {
     "kvmsim.attributes", "kvmsim.device.results", "kvmsim.device.caller",
     "kvmsim.invalidate", "kvmsim.fault", "kvmsim.exits", "kvmsim.vm", "kvmsim.kind",
     "kvmsim.script", "hwemu.stage2",
-    "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
+    "hwemu.leafruns", "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
 }  # fmt: skip
 IMPURE = {"os", "socket", "time", "threading", "random", "trio", "pyfuse3"}
 

@@ -65,6 +65,36 @@ def test_placed_pages_are_the_files_pages(arena: Arena, memfd: int) -> None:
     assert flags_at(arena.address + hpa - arena.hpa_base) >= {"dc", "dd", "sh"}
 
 
+@pytest.mark.parametrize("offset", [0, PAGE, 5 * MIB, (2 << 20) - PAGE])
+def test_a_placement_lies_behind_2_mib_as_its_offset_does(arena: Arena, offset: int) -> None:
+    fd = os.memfd_create("extent")
+    os.ftruncate(fd, 16 * MIB)
+    first = arena.place(fd, 0, PAGE)  # too short for a large leaf: anywhere
+    hpa = arena.place(fd, offset, 4 * MIB)
+    assert (hpa - offset) % (2 * MIB) == 0
+    assert hpa > first
+    assert (arena.address + hpa - arena.hpa_base - offset) % (2 * MIB) == 0
+    after = arena.place(fd, 0, PAGE)
+    assert after == hpa + 4 * MIB, "what alignment skips is used later, not now"
+    os.close(fd)
+
+
+def test_what_alignment_skipped_is_not_lost() -> None:
+    arena = Arena(8 * MIB)
+    fd = os.memfd_create("extent")
+    os.ftruncate(fd, 8 * MIB)
+    arena.place(fd, 0, PAGE)
+    arena.place(fd, 0, 2 * MIB)
+    arena.place(fd, 0, 4 * MIB)
+    with pytest.raises(ArenaFullError):
+        arena.place(fd, 0, 2 * MIB)
+    arena.place(fd, 0, MIB)
+    arena.place(fd, MIB, MIB - PAGE)
+    assert arena.statistics().placed_bytes == 8 * MIB
+    arena.close()
+    os.close(fd)
+
+
 def test_retired_pages_are_fresh_zeros_and_the_file_keeps_its_own(arena: Arena, memfd: int) -> None:
     hpa = arena.place(memfd, 0, 4 * PAGE)
     arena.write(hpa, b"secret")

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 
-from hwemu.cpu.api import Access, CpuError, HltExit, Stage2Fault
+from hwemu.cpu.api import Access, CpuError, HltExit, MmioExit, Stage2Fault
 from hwemu.stage2 import PAGE_SIZE
 from hwemu.testing import HEAP, PD, PDPT, PML4, TEXT, Machine
 
@@ -162,6 +162,52 @@ def test_large_leaves_work_and_split(machine: Machine) -> None:
     machine.holes.add(HEAP >> 12)
     machine.boot(code("48 89 06", "f4"), rsi=HEAP)
     assert cpu.run() == Stage2Fault(HEAP, Access.WRITE)
+
+
+def test_a_gigabyte_leaf_works_and_splits(machine: Machine) -> None:
+    machine.stage2.map(0, machine.hpa, 1 << 18, level=3)
+    cpu = machine.boot(code("48 ff 06", "f4"), rsi=HEAP - 8)
+    assert cpu.run() == HltExit()
+    assert (machine.faults, machine.word(HEAP - 8)) == ([], 1)
+    machine.holes.add(HEAP >> 12)
+    machine.stage2.zap(HEAP, 1)
+    cpu.flush([(HEAP, 1)])
+    machine.boot(code("48 ff 06", "48 89 07", "f4"), rsi=HEAP - 8, rdi=HEAP)
+    assert cpu.run() == Stage2Fault(HEAP, Access.WRITE)
+    assert machine.word(HEAP - 8) == 2
+
+
+@pytest.mark.parametrize("level", [2, 3])
+def test_a_zapped_large_leaf_is_forgotten_whole(machine: Machine, level: int) -> None:
+    """The engine caches 4 KiB pages of a large leaf: one flush must lose all of them."""
+    npages = 512 ** (level - 1)
+    machine.stage2.map(0, machine.hpa, npages, level=level)
+    loop = code("48 8b 06", "48 8b 07", "f4", "eb f7")  # mov rax,[rsi]; mov rax,[rdi]; hlt; jmp
+    cpu = machine.boot(loop, rsi=HEAP, rdi=HEAP + 0x10_0000)
+    assert cpu.run() == HltExit()
+    machine.stage2.zap(0, npages)
+    cpu.flush([(0, npages)])
+    assert cpu.run() == HltExit()
+    assert {HEAP, HEAP + 0x10_0000} <= {gpa & -PAGE_SIZE for gpa, _ in machine.faults}
+
+
+@pytest.mark.parametrize("level", [2, 3])
+def test_a_device_page_inside_a_read_only_large_leaf(machine: Machine, level: int) -> None:
+    """As of a read-only slot: its writes are MMIO, all around it stays the slot's memory."""
+    machine.stage2.map(1 << 39, machine.hpa, 512 ** (level - 1), level=level, writable=False)
+    machine.write(PD + 8, struct.pack("<Q", 1 << 39 | 0x87))
+    window = 2 << 20
+    machine.write(HEAP + PAGE_SIZE, b"\x2a")
+    cpu = machine.boot(  # mov [rsi],rax; mov bl,[rdi]; hlt
+        code("48 89 06", "8a 1f", "f4"), rsi=window | HEAP, rdi=window | HEAP + PAGE_SIZE, rax=7
+    )
+    gpa = 1 << 39 | HEAP
+    machine.holes.add(gpa >> 12)
+    assert cpu.run() == Stage2Fault(gpa, Access.WRITE)
+    assert cpu.run_mmio(gpa) == MmioExit(gpa, 8, True, (7).to_bytes(8, "little"))
+    assert cpu.run() == HltExit()
+    assert cpu.get_regs().rbx == 0x2A
+    assert machine.word(HEAP) == 0
 
 
 def test_jump_into_a_hole_is_a_fetch_fault(machine: Machine) -> None:

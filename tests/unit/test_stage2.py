@@ -191,6 +191,7 @@ def test_churn_does_not_leak_tables() -> None:
         ("map", (0, (1 << 40) - 0x1000, 2)),
         ("zap", (0x123, 1)),
         ("zap", (0, (1 << 28) + 1)),
+        ("whole_leaves", (0x123, 1)),
     ],
 )
 def test_bad_ranges_are_named_and_change_nothing(call: str, arguments: tuple[int, ...]) -> None:
@@ -207,8 +208,68 @@ def test_large_leaves_need_alignment() -> None:
     for gpa, hpa, count in ((0x1000, HPA, 512), (0, HPA + 0x1000, 512), (0, HPA, 511)):
         with pytest.raises(RangeError, match="2 MiB"):
             stage2.map(gpa, hpa, count, level=2)
-    with pytest.raises(RangeError, match="level 3"):
+    with pytest.raises(RangeError, match="1024 MiB"):
         stage2.map(0, HPA, 512, level=3)
+    with pytest.raises(RangeError, match="level 4"):
+        stage2.map(0, HPA, 1 << 27, level=4)
+
+
+GIB = 1 << 30
+GIB_PAGES = GIB // PAGE_SIZE
+
+
+def test_a_gigabyte_leaf_splits_down_to_the_page() -> None:
+    _, stage2 = make()
+    stage2.map(GIB, HPA, 2 * GIB_PAGES, level=3, writable=False)
+    assert stage2.walk(GIB + 0x1234_5678) == Translation(HPA + 0x1234_5678, 3, False)
+    assert stage2.statistics().tables == 2
+    assert stage2.zap(GIB + TWO_MIB + 0x3000, 2) == 2
+    statistics = stage2.statistics()
+    assert (statistics.large_leaves, statistics.mapped_pages) == (1 + 511, 2 * GIB_PAGES - 2)
+    assert stage2.walk(GIB) == Translation(HPA, 2, False)
+    assert stage2.walk(GIB + TWO_MIB) == Translation(HPA + TWO_MIB, 1, False)
+    assert reason(stage2, GIB + TWO_MIB + 0x4000) is WalkReason.NOT_PRESENT
+    assert stage2.walk(2 * GIB).level == 3
+    assert list(stage2.mapped(0, 4 * GIB_PAGES)) == [
+        (GIB, HPA, 515),
+        (GIB + TWO_MIB + 0x5000, HPA + TWO_MIB + 0x5000, 2 * GIB_PAGES - 517),
+    ]
+    assert stage2.zap(0, 4 * GIB_PAGES) == 2 * GIB_PAGES - 2
+    assert stage2.statistics().tables == 1
+
+
+def test_a_gigabyte_leaf_replaces_what_is_below_it() -> None:
+    _, stage2 = make()
+    stage2.map(0, HPA + GIB, 512, level=2)
+    stage2.map(4 * TWO_MIB, HPA + 3 * GIB, 100)
+    stage2.map(0, HPA, GIB_PAGES, level=3)
+    statistics = stage2.statistics()
+    assert (statistics.large_leaves, statistics.mapped_pages) == (1, GIB_PAGES)
+    assert (statistics.tables, statistics.parked_tables) == (2, 2)
+    assert list(stage2.mapped(0, 2 * GIB_PAGES)) == [(0, HPA, GIB_PAGES)]
+
+
+def test_a_range_is_widened_to_the_large_leaves_at_its_ends() -> None:
+    _, stage2 = make()
+    page = PAGE_SIZE
+    assert stage2.whole_leaves(TWO_MIB + page, 1) == (TWO_MIB + page, 1)
+    stage2.map(TWO_MIB, HPA, 1024, level=2)
+    stage2.map(3 * TWO_MIB, HPA + GIB, 512)
+    stage2.map(GIB, HPA, GIB_PAGES, level=3)
+    for asked, widened in (
+        ((0, 512), (0, 512)),
+        ((0, 513), (0, 1024)),
+        ((TWO_MIB + page, 1), (TWO_MIB, 512)),
+        ((TWO_MIB + page, 512), (TWO_MIB, 1024)),
+        ((3 * TWO_MIB - page, 3), (2 * TWO_MIB, 512 + 2)),
+        ((3 * TWO_MIB + page, 1), (3 * TWO_MIB + page, 1)),
+        ((GIB + 7 * page, 1), (GIB, GIB_PAGES)),
+        ((2 * GIB, 1), (2 * GIB, 1)),
+        ((TWO_MIB + page, 0), (TWO_MIB + page, 0)),
+    ):
+        assert stage2.whole_leaves(*asked) == widened
+    assert stage2.zap(*stage2.whole_leaves(TWO_MIB + page, 1)) == 512
+    assert stage2.statistics().tables == 4, "no large leaf was split"
 
 
 def test_bad_pools_are_refused() -> None:
