@@ -182,10 +182,10 @@ class Service:
             found = self._identify(fd)
         elif record.op == Op.HELLO:
             peer = self.hub.peer(sid)
-            elif fd is not None:
-                found = self.hub.keep_fence(sid, fd) or None
             if self.ladder.ack > 0 and peer is not None and not peer.may_kill():
                 found = errno.EPERM  # we could never prove its death
+            elif fd is not None:
+                found = self.hub.keep_fence(sid, fd) or None
         if self.events.wanted:
             self.events.received(sid, record)
         if sid in self.owner.sessions:
@@ -387,10 +387,11 @@ class Service:
                     continue
                 if rung is Rung.CONDEMN:
                     calls = self._calls.values()
+                    self.owner.identify({c.op: thread_group(c.tid) for c in calls if c.tid})
                 elif rung is Rung.GIVE_UP:
                     self._fence_off(waiting)
-                    self.owner.identify({c.op: thread_group(c.tid) for c in calls if c.tid})
                 self._apply(self.owner.timer(ino, op, self._stopped(waiting)))
+
     def _fence_off(self, sids: frozenset[int]) -> None:
         """Do without the exit of the killed who run no more, where a fence stops the kernel."""
         if not isinstance(self.backing.store, Shmem):
@@ -399,7 +400,6 @@ class Service:
             peer = self.hub.peer(sid)
             if peer is not None and runs_no_more(peer.pid):
                 self._apply(self.owner.fenced(sid))
-
 
     def _beyond_return(self, sids: frozenset[int]) -> bool:
         """Count the killed that cannot exit before we answer somebody as dead; True if any."""
