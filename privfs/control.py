@@ -23,6 +23,7 @@ import trio
 from pyroaring import BitMap
 
 from privfs import views
+from privfs.backing.store import Promise
 from privfs.notifier.lane import LinkError, connect, find_socket
 from privfs.personality import Refused
 from privfs.service import Service
@@ -66,7 +67,8 @@ def _stat(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, A
 
 def _backing(service: Service) -> dict[str, Any]:
     store = service.backing.store
-    return {"store": store.name, "page_size": store.page_size}
+    promises = {promise.name.lower(): promise in store.promises for promise in Promise}
+    return {"store": store.name, "page_size": store.page_size, "promises": promises}
 
 
 def _status(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def _status(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str,
         "pinned": info.pinned,
         "memory": views.meminfo(service.owner),
         "files": len(service.owner.files),
-        "extents": service.backing.statistics().extents,
+        "extents": service.backing.alive,
         "sessions": views.sessions(service.owner),
         "invalidations": {
             "total": latencies.total,
@@ -97,7 +99,10 @@ def _status(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str,
 
 
 def _audit(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, Any]:
-    """Compare the bitmaps with the memory, file by file; only idle files can be compared."""
+    """Compare the bitmaps with the memory, file by file; only idle files can be compared.
+
+    ``unaudited`` says what no audit of such memory can find.
+    """
     findings: list[dict[str, Any]] = []
     skipped = 0
     for ino, file in service.owner.files.items():
@@ -109,7 +114,8 @@ def _audit(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, 
             {"finding": f.name, "inode": f.ino, "start": f.start, "end": f.end, "detail": f.detail}
             for f in found
         ]
-    return {"findings": findings, "skipped": skipped}
+    broken = [promise.value for promise in Promise if promise not in service.backing.store.promises]
+    return {"findings": findings, "skipped": skipped, "unaudited": broken}
 
 
 def _holds(pages: BitMap, start: int, end: int) -> bool:

@@ -229,8 +229,8 @@ def compiler() -> Check:
 #: All checks, in the order in which they are shown.
 CHECKS: Final[tuple[Callable[[], Check], ...]] = (
     probes.kernel, fuse_device, fusermount, fuse_library, probes.memfd, probes.pidfd, trial_mount,
-    probes.shmem_pages, probes.huge_pages, probes.message_queues, probes.peer_pidfd,
-    probes.userfaults, probes.open_files, allow_other,
+    probes.shmem_pages, probes.huge_pages, probes.secret_pages, probes.message_queues,
+    probes.peer_pidfd, probes.userfaults, probes.open_files, allow_other,
     probes.user_namespaces, mount_helper, stale_mounts, engine, compiler,
 )  # fmt: skip
 

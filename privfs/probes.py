@@ -19,9 +19,10 @@ import socket
 import struct
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
-from privfs.backing import hugetlb, shmem
+from privfs.backing import hugetlb, secretmem, shmem
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -34,6 +35,7 @@ _UFFD_API: Final = 0xAA
 _UFFD_USER_MODE_ONLY: Final = 1
 #: linux/userfaultfd.h: features that fencing an extent needs.
 _UFFD_FEATURES: Final = {"missing faults of shmem": 1 << 5, "minor faults of shmem": 1 << 10}
+_CAP_IPC_LOCK: Final = 14  # linux/capability.h
 _OLDEST_KERNEL: Final = (5, 15)
 _FEW_FILES: Final = 4096
 
@@ -185,6 +187,30 @@ def huge_pages() -> Check:
         mend = hugetlb.enlarge(hugetlb.DEFAULT_PAGE_SIZE)
         return skipped(name, f"no huge page of 2M is free: {_cause(error)}", mend)
     return passed(name, f"a pool of {hugetlb.pool_bytes(store.page_size) >> 20}M in pages of 2M")
+
+
+def secret_pages() -> Check:
+    """Whether there is secret memory for -o backing=secretmem, and how much a user may map."""
+    name = "-o backing=secretmem"
+    store = secretmem.Secretmem()
+    try:
+        store.require_works()
+    except OSError as error:
+        mend = secretmem.REMEDIES.get(error.errno or 0, "see dmesg")
+        return skipped(name, f"no secret memory can be had: {_cause(error)}", mend)
+    hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)[1]
+    if hard != resource.RLIM_INFINITY and not _locks_freely():
+        text = f"works; a user may map at most {hard >> 10}K of it (RLIMIT_MEMLOCK)"
+        mend = "as root: ulimit -l unlimited, LimitMEMLOCK= in a systemd unit, limits.conf(5)"
+        return skipped(name, text, mend)
+    return passed(name, "works; memory that was given up is not audited")
+
+
+def _locks_freely() -> bool:
+    """Whether RLIMIT_MEMLOCK does not bind us: CAP_IPC_LOCK of capabilities(7)."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", status, re.M)
+    return found is not None and bool(int(found[1], 16) >> _CAP_IPC_LOCK & 1)
 
 
 def _cause(error: OSError) -> str:

@@ -41,8 +41,6 @@ from privfs.personality import Personality, Refused
 
 log = logging.getLogger(__name__)
 
-#: Larger steps run in a worker thread: about 1 ms of fallocate.
-_INLINE_PAGES: Final = 1024
 _COMPLAINT_SECONDS: Final = 10.0
 
 
@@ -80,7 +78,7 @@ class Service:
         )
         self.backing = backing or Backing()
         self.machine = Machine(lambda: sum(self._coming.values()))
-        if isinstance(self.backing.store, Shmem):  # pools of huge pages are set aside already
+        if not self.backing.store.pooled:
             self.owner.budget.room = self.machine.room
         self.hub = Hub(self, self._memfd)
         self.dev = 0
@@ -286,7 +284,8 @@ class Service:
         file = self.owner.files[work.ino]
         held = file.pages.range_cardinality(perform.start, perform.end)
         pages = perform.end - perform.start - held if perform.step is Step.ALLOCATE else held
-        if pages > _INLINE_PAGES and self._nursery is not None:
+        prompt = pages * extents.PAGE_SIZE <= self.backing.store.prompt
+        if not prompt and self._nursery is not None:
             self._coming[perform.op] = pages if perform.step is Step.ALLOCATE else 0
             self._nursery.start_soon(self._work_in_thread, work)
             return None
@@ -335,7 +334,7 @@ class Service:
         self.backing.claim(op, ino, start, end)
         pages = self.owner.files[ino].pages  # only grows here while we are under way
         made = False
-        for first, last in extents.chunks(start, end):
+        for first, last in extents.chunks(start, end, self.backing.store.layout.pages):
             missing = last - first - pages.range_cardinality(first, last)
             if not missing:
                 continue

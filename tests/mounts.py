@@ -51,7 +51,8 @@ class Mounted:
 
     def audit(self) -> None:
         """Assert that bitmaps and memory agree, file by file."""
-        assert self.ask("audit") == {"findings": [], "skipped": 0}
+        found = self.ask("audit")
+        assert (found["findings"], found["skipped"]) == ([], 0)
 
     def log(self) -> str:
         return self.log_path.read_text()

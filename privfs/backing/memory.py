@@ -338,6 +338,12 @@ class Backing:
             findings.append(Finding("held", ino, start, end, detail))
         return findings
 
+    @property
+    def alive(self) -> int:
+        """How many extents are alive."""
+        with self._lock:
+            return self._alive
+
     def statistics(self) -> Statistics:
         """Count what is alive."""
         with self._lock:

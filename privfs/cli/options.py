@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from privfs.backing.choice import REFUSED, STORES
+from privfs.backing.choice import STORES
 from privfs.cli.exitcodes import Exit
 from privfs.cli.failure import Failure
 from privfs.personality import PAGE_SIZE, PERSONALITIES
@@ -119,8 +119,6 @@ def _personality(text: str) -> str:
 
 
 def _backing(text: str) -> str:
-    if text in REFUSED:
-        raise Failure(Exit.USAGE, f"mount option 'backing={text}': {REFUSED[text]}")
     if text not in STORES:
         raise ValueError
     return text
@@ -169,7 +167,9 @@ OPTIONS: Final[dict[str, Option]] = {
     "allow_other": Option("", "let other users in", bool),
     "direct_io": Option("", "refuse in the daemon even where the kernel could", bool),
     "backing": Option("|".join(STORES), "kind of memory (shmem)", _backing),
-    "pagesize": Option("BYTES", "memory comes and goes in so many (4K; hugetlb: 2M)", _page_size),
+    "pagesize": Option(
+        "BYTES", "memory comes and goes in so many (4K; hugetlb and secretmem: 2M)", _page_size
+    ),
     "fsname": Option("NAME", "source in the mount table (privfs)", _fsname),
 }
 

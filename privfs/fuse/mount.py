@@ -107,7 +107,7 @@ def serve(
     Then ``ending`` is called, before the memory is taken away from its users.
     """
     store = choose(options.backing, options.pagesize)
-    if options.backing == "shmem":
+    if not store.pooled:
         _check_size(options.size, Machine().total_bytes())
     mountpoint = os.path.realpath(mountpoint)  # as the mount table writes it
     ground.clear(mountpoint)
@@ -115,7 +115,10 @@ def serve(
     raise_fd_limit()
     now = time.time_ns()
     names = Namespace(now, os.getuid(), os.getgid(), options.mode)
-    personality = replace(PERSONALITIES[options.personality], page_size=store.page_size)
+    personality = replace(
+        PERSONALITIES[options.personality], page_size=store.page_size, layout=store.layout,
+        read_only_users=store.read_only,
+    )  # fmt: skip
     budget = (options.size or default_size(options.backing, options.pagesize)) // PAGE_SIZE
     service = Service(
         personality, budget, options.ladder, backing=Backing(store=store),

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import threading
@@ -30,7 +29,6 @@ MIB = 1 << 20
 UNIT = HUGE_PAGE_SIZE // PAGE_SIZE
 _MAP_FIXED = 0x10
 _MADV_COLLAPSE = 25  # asm-generic/mman-common.h, Linux 6.1
-_SYS_MEMFD_SECRET = 447  # asm/unistd_64.h
 
 
 # --- the choice --------------------------------------------------------------------------------
@@ -75,8 +73,9 @@ def test_a_kernel_without_transparent_huge_pages_never_uses_them(
     ("name", "size", "code", "words"),
     [
         ("shmem", 64 << 10, errno.EINVAL, "pagesize=64K: shmem has pages of 4K"),
-        ("secretmem", 0, errno.EOPNOTSUPP, "takes no seals"),
-        ("disk", 0, errno.EINVAL, "choose shmem or hugetlb"),
+        ("secretmem", 4096, errno.EINVAL, "pagesize=4K: secretmem comes in chunks of 2M to 64M"),
+        ("secretmem", 128 << 20, errno.EINVAL, "in powers of two"),
+        ("disk", 0, errno.EINVAL, "choose shmem or hugetlb or secretmem"),
         ("hugetlb", 1 << 30, errno.EINVAL, "pagesize=1G: memory comes in extents from 64M on"),
         ("hugetlb", 8 << 10, errno.EINVAL, "pagesize=8K: this kernel has huge pages of: "),
     ],
@@ -121,31 +120,6 @@ def test_the_budget_of_huge_pages_is_their_pool(empty_pool: Path) -> None:
     (empty_pool / "nr_hugepages").write_text("3\n")
     (empty_pool / "nr_overcommit_hugepages").write_text("2\n")
     assert default_size("hugetlb") == 5 * HUGE_PAGE_SIZE
-
-
-# --- why not memfd_secret(2) -------------------------------------------------------------------
-
-
-def test_memfd_secret_is_still_what_it_was_refused_for() -> None:
-    """Should one of these begin to work, the refusal in privfs.backing.choice is out of date."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    fd = libc.syscall(_SYS_MEMFD_SECRET, 0)
-    if fd < 0:
-        pytest.skip(f"memfd_secret(2): {os.strerror(ctypes.get_errno())}")
-    try:
-        os.ftruncate(fd, 4 * PAGE_SIZE)
-        with mmap.mmap(fd, PAGE_SIZE) as memory:
-            memory[0] = 1
-            for shrink in (0, PAGE_SIZE):  # secretmem_setattr
-                with pytest.raises(OSError, match="Invalid argument"):
-                    os.ftruncate(fd, shrink)
-            with pytest.raises(OSError, match="Invalid argument"):  # memfd_file_seals_ptr
-                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
-            with pytest.raises(OSError, match="not supported"):
-                Shmem().punch(fd, 0, PAGE_SIZE)
-            assert os.fstat(fd).st_blocks == 0  # although it holds a page
-    finally:
-        os.close(fd)
 
 
 # --- threads -----------------------------------------------------------------------------------

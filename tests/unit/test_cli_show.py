@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from privfs import control
+from privfs.backing.store import Promise
 from privfs.cli import show, tables
 from privfs.cli.main import call
 

@@ -17,7 +17,7 @@ from privfs.probes import Check, Result, failed, passed, skipped
 #: Checks that mount, start programs that may be missing, or depend on the machine's set-up.
 QUICK = [
     probes.kernel, probes.memfd, probes.pidfd, probes.message_queues, probes.peer_pidfd,
-    probes.shmem_pages, probes.huge_pages,
+    probes.shmem_pages, probes.huge_pages, probes.secret_pages,
     probes.userfaults, probes.open_files, doctor.fuse_device, doctor.fusermount,
     doctor.fuse_library, doctor.allow_other, doctor.mount_helper, doctor.engine, doctor.compiler,
 ]  # fmt: skip

@@ -11,9 +11,10 @@ import pytest
 from privfs.budget import Budget
 from privfs.extents import Layout
 from privfs.memfile import MemFile
+from privfs.notifier.effects import Effect as OwnerEffect
 from privfs.notifier.effects import Send, Work
 from privfs.notifier.owner import Owner
-from privfs.notifier.user import RING, User, Zap
+from privfs.notifier.user import RING, ExtentArrived, Granted, Happening, User, Zap
 from privfs.notifier.wire import Flag, Op, Reason, Record
 from privfs.operation import Done, Effect, Fallocate, FaultIn, Perform, Request, Resize, Step
 from privfs.personality import PAGE_SIZE, RESIZABLE, Refused
@@ -128,35 +129,44 @@ class Pair:
         self.call(Resize(4 * UNIT * PAGE_SIZE))
         self.call(fallocate(1, 0, 4))
         self.owner.connect(1, 100)
-        self.said: list[object] = []
+        self.said: list[Happening] = []
         self.tell(self.user.hello())
         self.tell(self.user.register(), (INO, True))
 
     def call(self, request: Request, op: str = "op") -> None:
         self.do(self.owner.request(INO, op, request))
 
-    def tell(self, record: Record, found: tuple[int, bool] | None = None) -> list[object]:
+    def tell(self, record: Record, found: tuple[int, bool] | None = None) -> list[Happening]:
         """Send a record; return what the user heard of it."""
         self.said = []
         self.do(self.owner.received(1, record, found))
         return self.said
 
-    def do(self, effects: list[object]) -> None:
+    def do(self, effects: list[OwnerEffect]) -> None:
         for effect in effects:
             if isinstance(effect, Work):
-                self.do([*self.owner.performed(INO, effect.perform.op)])
+                self.do(self.owner.performed(INO, effect.perform.op))
             elif isinstance(effect, Send):
                 self.said.append(self.user.received(effect.record))
 
-    def get(self, page: int, *, again: bool = False) -> list[object]:
-        return self.tell(self.user.get(INO, page, page, page + 1, write=True, again=again))
+    def get(self, page: int, *, again: bool = False) -> tuple[int, int]:
+        """Fault; return the instance whose extent came along, if any, and that of the grant."""
+        *before, granted = self.tell(
+            self.user.get(INO, page, page, page + 1, write=True, again=again)
+        )
+        assert isinstance(granted, Granted)
+        instance = 0
+        for extent in before:
+            assert isinstance(extent, ExtentArrived)
+            first = page // UNIT * UNIT
+            assert (extent.start, extent.end) == (first, first + UNIT)
+            instance = extent.instance
+        return instance, granted.instance
 
 
 def test_a_user_hears_of_every_extent_that_a_punch_ends() -> None:
     pair = Pair()
-    for page in (0, UNIT, 2 * UNIT):
-        extent, granted = pair.get(page)
-        assert pair.user.extent(INO, granted.instance) == (extent.start, extent.end)
+    assert [pair.get(page) for page in (0, UNIT, 2 * UNIT)] == [(1, 1), (2, 2), (3, 3)]
     pair.said = []
     pair.call(fallocate(3, 1, 3), "p")
     assert pair.said == [Zap(INO, UNIT, 3 * UNIT, 2, Reason.PUNCH, (2, 3))]
@@ -164,8 +174,7 @@ def test_a_user_hears_of_every_extent_that_a_punch_ends() -> None:
     assert pair.owner.files[INO].instances == {i: i + 1 for i in range(4)}  # not proven yet
     pair.tell(pair.user.ack(2))
     assert sorted(pair.owner.files[INO].instances) == [0, 3]
-    extent, granted = pair.get(UNIT)
-    assert (extent.instance, granted.instance) == (5, 5)
+    assert pair.get(UNIT) == (5, 5)
 
 
 def test_an_extent_that_lived_on_is_asked_for_again() -> None:
@@ -175,12 +184,11 @@ def test_an_extent_that_lived_on_is_asked_for_again() -> None:
     pair.said = []
     pair.call(fallocate(3, 0, 1), "p")
     (zap,) = pair.said
+    assert isinstance(zap, Zap)
     pair.do(pair.owner.cancel("p", errno.EINTR))  # zap only
     pair.tell(pair.user.ack(zap.seq))
-    (granted,) = pair.get(0)
-    assert (granted.instance, pair.user.extent(INO, 1)) == (1, None)
-    extent, granted = pair.get(0, again=True)
-    assert (extent.instance, pair.user.extent(INO, 1)) == (1, (0, UNIT))
+    assert (pair.get(0), pair.user.extent(INO, 1)) == ((0, 1), None)
+    assert (pair.get(0, again=True), pair.user.extent(INO, 1)) == ((1, 1), (0, UNIT))
 
 
 def test_an_invalidation_says_that_extents_die_only_where_they_do() -> None:
