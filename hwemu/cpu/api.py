@@ -11,7 +11,11 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from hwemu.cpu.cpuid import Lookup
+    from hwemu.cpu.fpu import Fpu
 
 
 class Access(enum.IntFlag):
@@ -303,6 +307,26 @@ class Cpu(Protocol):
 
     def set_sregs(self, sregs: Sregs) -> None:
         """Set segments and control registers."""
+        ...
+
+    def get_fpu(self) -> Fpu:
+        """Registers of x87 and SSE now."""
+        ...
+
+    def set_fpu(self, fpu: Fpu) -> None:
+        """Set the registers of x87 and SSE."""
+        ...
+
+    def get_msr(self, index: int) -> int | None:
+        """Value of a model-specific register that the engine keeps; None: it does not."""
+        ...
+
+    def set_msr(self, index: int, value: int) -> bool:
+        """Set such a register; False if it is not kept here or the processor refuses the value."""
+        ...
+
+    def set_cpuid(self, lookup: Lookup) -> None:
+        """Answer CPUID with ``lookup`` from now on."""
         ...
 
     def inject(self, vector: int, error_code: int | None = None) -> None:

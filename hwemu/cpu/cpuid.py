@@ -7,7 +7,7 @@ AMD APM vol. 3, appendix E. No AVX and no XSAVE, which the engine lacks.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 Leaf = tuple[int, int, int, int]
 """EAX, EBX, ECX, EDX."""
@@ -39,9 +39,17 @@ DEFAULT: Mapping[int, Leaf] = {
 }
 
 
-def answer(table: Mapping[int, Leaf], leaf: int, index: int) -> Leaf:
-    """The four registers for ``leaf`` on vCPU ``index``; unknown leaves are zero."""
-    eax, ebx, ecx, edx = table.get(leaf & 0xFFFF_FFFF, (0, 0, 0, 0))
-    if leaf == 1:
-        ebx |= (index & 0xFF) << 24  # initial APIC id
-    return eax, ebx, ecx, edx
+Lookup = Callable[[int, int], Leaf]
+"""What CPUID answers for (EAX, ECX), both 32 bits."""
+
+
+def fixed(table: Mapping[int, Leaf], index: int) -> Lookup:
+    """Answers from a table of leaves for vCPU ``index``; unknown leaves are zero."""
+
+    def answer(leaf: int, subleaf: int) -> Leaf:
+        eax, ebx, ecx, edx = table.get(leaf, (0, 0, 0, 0))
+        if leaf == 1:
+            ebx |= (index & 0xFF) << 24  # initial APIC id
+        return eax, ebx, ecx, edx
+
+    return answer

@@ -35,6 +35,7 @@ from hwemu.cpu import rawcontext as raw_layout
 from hwemu.cpu import vmcb
 from hwemu.cpu.api import Regs, Sregs
 from hwemu.cpu.device import MAX_PAGES, PrivateTables
+from hwemu.cpu.fpu import Fpu, read_fpu, write_fpu
 from hwemu.cpu.rawcontext import EngineMismatchError
 from hwemu.cpu.registers import ORDER
 from hwemu.cpu.selfcheck import find_engine_state, host_state
@@ -350,6 +351,14 @@ class Engine:
         """Walk from another root, with nothing cached."""
         self.raw.q[raw_layout.NESTED_CR3] = root_hpa
         self.flush_tlb()
+
+    def read_fpu(self) -> Fpu:
+        """x87 and SSE registers."""
+        return read_fpu(self._uc)
+
+    def write_fpu(self, fpu: Fpu) -> None:
+        """Set the x87 and SSE registers."""
+        write_fpu(self._uc, fpu)
 
     def rflags(self) -> int:
         """RFLAGS, computed from where the engine keeps its parts."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from hwemu.cpu import cpuid, vmcb
@@ -33,17 +32,14 @@ class Intercepts:
     """Exit handling of one vCPU and what it leaves for the next run.
 
     ``exit`` is what `run` is to return; ``event`` waits for delivery; ``waiting`` is a hypercall
-    or MSR access whose instruction is finished at the next run.
+    or MSR access whose instruction is finished at the next run; ``cpuid`` answers CPUID.
     """
 
-    def __init__(
-        self, engine: Engine, memory: GuestMemory, index: int, table: Mapping[int, cpuid.Leaf]
-    ) -> None:
+    def __init__(self, engine: Engine, memory: GuestMemory, lookup: cpuid.Lookup) -> None:
         self._engine = engine
         self._raw = engine.raw
         self._memory = memory
-        self._index = index
-        self._table = table
+        self.cpuid = lookup
         self.exit: CpuExit | None = None
         self.event: Event | None = None
         self.shutdown = False
@@ -187,7 +183,7 @@ class Intercepts:
         if length is None:
             return
         q = self._raw.q
-        leaf = cpuid.answer(self._table, q[raw_layout.RAX] & _MASK32, self._index)
+        leaf = self.cpuid(q[raw_layout.RAX] & _MASK32, q[raw_layout.RCX] & _MASK32)
         for word, value in zip(
             (raw_layout.RAX, raw_layout.RBX, raw_layout.RCX, raw_layout.RDX), leaf, strict=True
         ):

@@ -7,7 +7,10 @@ values through Unicorn's API, never assumed (AMD APM vol. 2, appendix A lists th
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hwemu.cpu import rawcontext as raw_layout
+from hwemu.cpu.api import Sregs
 from hwemu.cpu.guestmemory import GuestFault
 from hwemu.cpu.rawcontext import EngineMismatchError, RawState
 from hwemu.cpu.vmcb import EFER_SVME
@@ -23,6 +26,40 @@ _EFER_KEPT = 1 << 10 | EFER_SVME
 _FROM_STAR = {STAR: 0, LSTAR: 2, CSTAR: 3, SFMASK: 4, KERNEL_GS_BASE: 5, TSC_AUX: 9}
 _CANONICAL = frozenset((LSTAR, CSTAR, FS_BASE, GS_BASE, KERNEL_GS_BASE))
 _WIDTH32 = frozenset((TSC_AUX,))
+IN_SREGS = frozenset((EFER, FS_BASE, GS_BASE))
+"""Registers that `Sregs` hold as well."""
+
+
+def _check(index: int, value: int) -> None:
+    if index in _CANONICAL and (value >> 47) not in (0, 0x1FFFF):
+        raise GuestFault(13, 0)
+    if index in _WIDTH32 and value >> 32:
+        raise GuestFault(13, 0)
+
+
+def _new_efer(value: int, now: int, cr0: int) -> int:
+    if value & ~(_EFER_WRITABLE | _EFER_KEPT):
+        raise GuestFault(13, 0)
+    if (value ^ now) & 1 << 8 and cr0 >> 31 & 1:
+        raise GuestFault(13, 0)
+    return value & _EFER_WRITABLE | now & _EFER_KEPT
+
+
+def read_in_sregs(sregs: Sregs, index: int) -> int:
+    """One of `IN_SREGS` of a vCPU that has not entered with ``sregs`` yet."""
+    if index == EFER:
+        return sregs.efer
+    return (sregs.fs if index == FS_BASE else sregs.gs).base
+
+
+def write_in_sregs(sregs: Sregs, index: int, value: int) -> Sregs:
+    """The same with another value; raises GuestFault(#GP) for one that is refused."""
+    if index == EFER:
+        return replace(sregs, efer=_new_efer(value, sregs.efer, sregs.cr0))
+    _check(index, value)
+    if index == FS_BASE:
+        return replace(sregs, fs=replace(sregs.fs, base=value))
+    return replace(sregs, gs=replace(sregs.gs, base=value))
 
 
 class MsrFile:
@@ -53,16 +90,9 @@ class MsrFile:
         """Store; raises GuestFault(#GP) for a value the processor refuses."""
         if index == EFER:
             now = int(self._raw.q[self._efer])
-            if value & ~(_EFER_WRITABLE | _EFER_KEPT):
-                raise GuestFault(13, 0)
-            if (value ^ now) & 1 << 8 and self._raw.q[raw_layout.CR0] >> 31 & 1:
-                raise GuestFault(13, 0)
-            self._raw.q[self._efer] = value & _EFER_WRITABLE | now & _EFER_KEPT
+            self._raw.q[self._efer] = _new_efer(value, now, int(self._raw.q[raw_layout.CR0]))
             return
-        if index in _CANONICAL and (value >> 47) not in (0, 0x1FFFF):
-            raise GuestFault(13, 0)
-        if index in _WIDTH32 and value >> 32:
-            raise GuestFault(13, 0)
+        _check(index, value)
         self._raw.q[self._words[index]] = value
 
     def vmload(self) -> dict[str, int]:

@@ -32,8 +32,10 @@ from hwemu.cpu.codepages import CodePages
 from hwemu.cpu.delivery import ERROR_CODE_VECTORS, Event
 from hwemu.cpu.devicebay import DeviceBay
 from hwemu.cpu.engine import Engine, Precise
+from hwemu.cpu.fpu import Fpu
 from hwemu.cpu.guestmemory import GuestFault, GuestMemory, Stage2Miss, Unsupported
 from hwemu.cpu.intercept import Intercepts
+from hwemu.cpu.msr import IN_SREGS, read_in_sregs, write_in_sregs
 from hwemu.cpu.registers import read_regs, read_sregs, write_regs
 from hwemu.cpu.syscall import enter_kernel
 
@@ -82,7 +84,7 @@ class SvmCpu:
             (root_hpa - pool_hpa) >> 12,
             on_fault,
         )
-        self._intercepts = Intercepts(self._engine, self._memory, index, cpuid_table)
+        self._intercepts = Intercepts(self._engine, self._memory, cpuid.fixed(cpuid_table, index))
         self._code = CodePages()
         self._bay = DeviceBay(self._engine, self._memory, self._intercepts, root_hpa)
         self._engine.prove_entry()
@@ -251,6 +253,37 @@ class SvmCpu:
         self._regs = self.get_regs()
         self._sregs = sregs
         self._intercepts.shutdown = False
+
+    def get_fpu(self) -> Fpu:
+        """Registers of x87 and SSE now."""
+        return self._engine.read_fpu()
+
+    def set_fpu(self, fpu: Fpu) -> None:
+        """Set the registers of x87 and SSE."""
+        self._engine.write_fpu(fpu)
+
+    def get_msr(self, index: int) -> int | None:
+        """Value of a model-specific register that the engine keeps; None: it does not."""
+        if self._sregs is not None and index in IN_SREGS:
+            return read_in_sregs(self._sregs, index)
+        return self._engine.msrs.read(index) if index in self._engine.msrs else None
+
+    def set_msr(self, index: int, value: int) -> bool:
+        """Set such a register; False if it is not kept here or the processor refuses the value."""
+        if index not in self._engine.msrs:
+            return False
+        try:
+            if self._sregs is not None and index in IN_SREGS:
+                self._sregs = write_in_sregs(self._sregs, index, value)
+            else:
+                self._engine.msrs.write(index, value)
+        except GuestFault:
+            return False
+        return True
+
+    def set_cpuid(self, lookup: cpuid.Lookup) -> None:
+        """Answer CPUID with ``lookup`` from now on."""
+        self._intercepts.cpuid = lookup
 
     @property
     def interruptible(self) -> bool:
