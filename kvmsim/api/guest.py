@@ -29,6 +29,7 @@ from kvmsim.uapi import PAGE_SIZE
 BOOT_PAGE: Final = 0x1000
 GDT: Final = 0x2000
 PML4: Final = 0x3000
+MAILBOX: Final = 0x7000  #: gpa of a page that nothing else uses
 PROGRAM: Final = 0x8000  #: gpa of the program; the stack ends where the boot memory does
 BOOT_SIZE: Final = 0x10000
 SHARED_VIEW: Final = 1 << 30
@@ -148,10 +149,10 @@ class Agent:
         "fill": b"\x48\x89\x19\x48\x81\xc1\x00\x10\x00\x00\x48\xff\xca\x75\xf1" + _DONE,
         # 1: mov (%rcx),%rax; cmp %rbx,%rax; je 1b
         "spin": b"\x48\x8b\x01\x48\x39\xd8\x74\xf8" + _DONE,
-        # 1: mov (%rcx),%rax; test %rax,%rax; jz 2f; cmp %rax,%rbx; jne 3f
-        # 2: mov %rbx,(%rcx); inc %rdx; jmp 1b; 3:
-        "race": b"\x48\x8b\x01\x48\x85\xc0\x74\x05\x48\x39\xc3\x75\x08\x48\x89\x19\x48\xff\xc2"
-        b"\xeb\xeb" + _DONE,
+        # 1: mov (%rcx),%rax; test %rax,%rax; jz 2f; cmp %rax,%rbx; je 1b; jmp 3f
+        # 2: mov %rbx,(%rcx); inc %rdx; mov %rdx,(%rsi); jmp 1b; 3:
+        "race": b"\x48\x8b\x01\x48\x85\xc0\x74\x07\x48\x39\xc3\x74\xf3\xeb\x0b"
+        b"\x48\x89\x19\x48\xff\xc2\x48\x89\x16\xeb\xe6" + _DONE,
         "vmcall": b"\x0f\x01\xc1" + _DONE,
         "vmmcall": b"\x0f\x01\xd9" + _DONE,
     }

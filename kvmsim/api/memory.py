@@ -31,6 +31,10 @@ class GuestMemfd:
         """Whether it was created to be mapped."""
         return bool(self.flags & GUEST_MEMFD_FLAG_MMAP)
 
+    def fileno(self) -> int:
+        """Its file descriptor in this process, for fstat(2) and for handing it on."""
+        return self._transport.fileno(self.handle)
+
     def allocate(self, offset: int, size: int) -> None:
         """Allocate pages before the guest touches them (page-aligned bytes)."""
         self._transport.fallocate(self.handle, FALLOC_FL_KEEP_SIZE, offset, size)

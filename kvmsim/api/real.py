@@ -22,9 +22,8 @@ from kvmsim.uapi import (
     KVM_RUN,
     Abi,
 )
-from kvmsim.uapi.encoding import iow
+from kvmsim.uapi.requests import KVM_SET_SIGNAL_MASK
 
-_KVM_SET_SIGNAL_MASK: Final = iow(0x8B, 4)
 _SIGNAL_MASK: Final = struct.Struct("<IQ")  # len, sigset: what follows the length is not aligned
 #: Blocked in the thread that runs a vCPU and let in by KVM_RUN alone: it ends KVM_RUN, stays
 #: pending and is taken back there, so no handler is called and none has to be installed.
@@ -195,7 +194,7 @@ class RealTransport:
         mask = sum(1 << (number - 1) for number in before if number != _KICK)
         if mask != runner.mask:
             packed = bytearray(_SIGNAL_MASK.pack(_SIGNAL_MASK.size - 4, mask))
-            fcntl.ioctl(vcpu, _KVM_SET_SIGNAL_MASK, packed)
+            fcntl.ioctl(vcpu, KVM_SET_SIGNAL_MASK, packed)
             runner.mask = mask
 
     def cancel(self, vcpu: int) -> None:
@@ -219,6 +218,10 @@ class RealTransport:
         while _libc.fallocate(file, mode, offset, size) != 0:
             if (number := ctypes.get_errno()) != errno.EINTR:
                 raise IoctlError(number, f"fallocate({mode:#x}, {offset:#x}, {size:#x})")
+
+    def fileno(self, file: int) -> int:
+        """A handle is a descriptor."""
+        return file
 
     def close_handle(self, handle: int) -> None:
         """Close a handle and unmap what was mapped of it."""

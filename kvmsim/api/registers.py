@@ -11,8 +11,6 @@ import struct
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Self
 
-from kvmsim.uapi.encoding import ior, iow
-
 _REGS: Final = struct.Struct("<18Q")
 _SEGMENT: Final = struct.Struct("<QIH10B")
 _DTABLE: Final = struct.Struct("<QH6x")
@@ -21,11 +19,6 @@ _SEGMENTS: Final = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 
 REGS_SIZE: Final = _REGS.size
 SREGS_SIZE: Final = len(_SEGMENTS) * _SEGMENT.size + 2 * _DTABLE.size + _CONTROL.size
-
-KVM_GET_REGS: Final = ior(0x81, REGS_SIZE)
-KVM_SET_REGS: Final = iow(0x82, REGS_SIZE)
-KVM_GET_SREGS: Final = ior(0x83, SREGS_SIZE)
-KVM_SET_SREGS: Final = iow(0x84, SREGS_SIZE)
 
 CR0_PE, CR0_MP, CR0_ET, CR0_NE = 1 << 0, 1 << 1, 1 << 4, 1 << 5
 CR0_WP, CR0_PG = 1 << 16, 1 << 31

@@ -12,6 +12,7 @@ import os
 from typing import Final, Protocol
 
 from kvmsim import uapi
+from kvmsim.uapi import requests
 from kvmsim.uapi.encoding import KVMIO
 
 FALLOC_FL_KEEP_SIZE: Final = 1
@@ -19,7 +20,7 @@ FALLOC_FL_PUNCH_HOLE: Final = 2
 
 _REQUESTS: Final[dict[int, str]] = {
     value: name
-    for name, value in vars(uapi).items()
+    for name, value in (vars(uapi) | vars(requests)).items()
     if name.startswith("KVM_") and isinstance(value, int) and value >> 8 & 0xFF == KVMIO
 }
 
@@ -100,6 +101,10 @@ class Transport(Protocol):
 
     def fallocate(self, file: int, mode: int, offset: int, size: int) -> None:
         """fallocate(2) of a guest_memfd: allocation, or a punch."""
+        ...
+
+    def fileno(self, file: int) -> int:
+        """The file descriptor of a guest_memfd, of this process; it stays the transport's."""
         ...
 
     def close_handle(self, handle: int) -> None:

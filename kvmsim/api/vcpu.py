@@ -8,10 +8,6 @@ from typing import Self
 
 from kvmsim import exits
 from kvmsim.api.registers import (
-    KVM_GET_REGS,
-    KVM_GET_SREGS,
-    KVM_SET_REGS,
-    KVM_SET_SREGS,
     REGS_SIZE,
     SREGS_SIZE,
     Regs,
@@ -28,6 +24,7 @@ from kvmsim.uapi import (
     RUN_EXIT_REASON,
     RUN_IO,
 )
+from kvmsim.uapi.requests import KVM_GET_REGS, KVM_GET_SREGS, KVM_SET_REGS, KVM_SET_SREGS
 
 _MMIO_DATA = KVM_RUN_UNION_OFFSET + 8
 _HYPERCALL_RET = KVM_RUN_UNION_OFFSET + 56
