@@ -21,6 +21,8 @@ import mmap
 import os
 from dataclasses import dataclass
 
+from hwemu import usercopy
+
 PAGE_SIZE = 4096
 TWO_MIB = 2 << 20
 GIB = 1 << 30
@@ -238,7 +240,8 @@ class Arena:
             # MAP_FIXED may have removed the reservation before it failed
             self._map_anonymous(address, length)
             self._release(hpa, hpa + length)
-            raise ArenaError(f"{where}: {os.strerror(code)}")
+            mend = "; raise RLIMIT_MEMLOCK (ulimit -l)" if code == errno.EAGAIN else ""  # secretmem
+            raise ArenaError(f"{where}: {os.strerror(code)}{mend}")
         self._advise(address, length)
         bisect.insort(self._placed, (hpa, hpa + length))
         self._places += 1
@@ -289,6 +292,10 @@ class Arena:
         done = getattr(_libc, call)(self._pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
         if done != length:
             code = ctypes.get_errno() if done < 0 else errno.EFAULT
+            if code == errno.EFAULT:  # not there, or there but never pinned
+                to, source = (local, remote) if operation == "read" else (remote, local)
+                done = usercopy.copy(to.base, source.base, length)
+        if done != length:
             raise ArenaFault(
                 operation, hpa, length, code, f"only {max(done, 0)} bytes could be reached"
             )

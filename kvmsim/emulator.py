@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -72,8 +73,14 @@ class _Layout:
 
 
 def prepare_process() -> None:
-    """Make this process fit to run vCPUs: prompt shootdowns, memory hidden from debuggers."""
+    """Make this process fit to run vCPUs: prompt shootdowns, memory hidden from debuggers.
+
+    And let it have what it may: an extent is a descriptor, and secret memory is locked memory.
+    """
     sys.setswitchinterval(_SWITCH_INTERVAL)
+    for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK):
+        hard = resource.getrlimit(limit)[1]
+        resource.setrlimit(limit, (hard, hard))
     if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
         log.warning("prctl(PR_SET_DUMPABLE): %s", os.strerror(ctypes.get_errno()))
 

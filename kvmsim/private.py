@@ -8,12 +8,14 @@ run under the VM's ``mmu_lock``.
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from hwemu.arena import ArenaError
 from kvmsim.hostmem import HostMemory
 from kvmsim.region import PrivateFile
 from kvmsim.uapi import PAGE_SIZE
@@ -114,7 +116,10 @@ class Session:
             os.close(fd)
             return
         self._extents[key] = held = _Extent(extent.start, extent.end, fd)
-        self._place(extent.ino, held)
+        try:
+            self._place(extent.ino, held)
+        except ArenaError as error:  # the session ends with this: no fault could ever end
+            raise OSError(errno.ENOMEM, f"cannot map an extent: {error}") from error
 
     def zap(self, zap: Zap) -> _Ticket:
         """Make a range unreachable for new translations."""

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
 
+import ctypes
+import errno
+import mmap
 import os
 from collections.abc import Iterator
 
@@ -8,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hwemu import arena as arena_module
+from hwemu import usercopy
 from hwemu.arena import (
     Arena,
     ArenaError,
@@ -19,6 +24,7 @@ from hwemu.arena import (
 
 PAGE = 4096
 MIB = 1 << 20
+_SYS_MEMFD_SECRET = 447  # asm/unistd_64.h
 
 
 @pytest.fixture
@@ -241,3 +247,75 @@ def test_placements_never_overlap_and_space_returns(steps: list[tuple[bool, int,
     finally:
         arena.close()
         os.close(fd)
+
+
+# --- memory that cannot be pinned ---------------------------------------------------------------
+
+
+@pytest.fixture
+def secret() -> Iterator[int]:
+    """A memfd_secret of 1 MiB."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.syscall(_SYS_MEMFD_SECRET, os.O_CLOEXEC)
+    if fd < 0:
+        pytest.skip(f"memfd_secret(2): {os.strerror(ctypes.get_errno())}")
+    os.ftruncate(fd, MIB)
+    yield fd
+    os.close(fd)
+
+
+def test_devices_reach_memory_that_the_kernel_must_not_pin(arena: Arena, secret: int) -> None:
+    hpa = arena.place(secret, 0, MIB)
+    data = bytes(range(256)) * 700  # some chunks, the last one short
+    arena.write(hpa + 3 * PAGE - 5, data)
+    assert arena.read(hpa + 3 * PAGE - 5, len(data)) == data
+    with mmap.mmap(secret, MIB) as memory:
+        assert memory[3 * PAGE - 5 :][: len(data)] == data
+    arena.retire(hpa, MIB)
+    with pytest.raises(ArenaFault, match="not inside one placed range"):
+        arena.read(hpa, 1)
+
+
+def test_a_read_only_placement_of_it_refuses_device_writes(arena: Arena, secret: int) -> None:
+    hpa = arena.place(secret, 0, MIB, writable=False)
+    with pytest.raises(ArenaFault, match="only 0 bytes"):
+        arena.write(hpa, b"x")
+    assert arena.read(hpa, 4) == bytes(4)
+
+
+def test_a_copy_ends_where_memory_does() -> None:
+    with mmap.mmap(-1, 3 * PAGE) as pages:
+        anchor = ctypes.c_char.from_buffer(pages)
+        base = ctypes.addressof(anchor)
+        pages[: 2 * PAGE] = b"a" * PAGE + b"b" * PAGE
+        libc = ctypes.CDLL(None)
+        assert libc.mprotect(ctypes.c_void_p(base + PAGE), PAGE, mmap.PROT_READ) == 0
+        target = ctypes.create_string_buffer(2 * PAGE)
+        before = os.listdir("/proc/self/fd")
+        assert usercopy.copy(ctypes.addressof(target), base, 2 * PAGE) == 2 * PAGE
+        assert target.raw == pages[: 2 * PAGE]
+        assert usercopy.copy(base + PAGE, ctypes.addressof(target), 8) == 0
+        assert libc.mprotect(ctypes.c_void_p(base + PAGE), PAGE, 0) == 0
+        assert usercopy.copy(ctypes.addressof(target), base, 2 * PAGE) in range(PAGE + 1)
+        assert usercopy.copy(ctypes.addressof(target), base + PAGE, 8) == 0
+        assert os.listdir("/proc/self/fd") == before
+        assert libc.mprotect(ctypes.c_void_p(base + PAGE), PAGE, 3) == 0
+        del anchor
+
+
+def test_locked_memory_that_runs_out_is_told(
+    arena: Arena, memfd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mmap(2) answers EAGAIN for nothing else."""
+    real = arena_module._libc.mmap
+
+    def refuse(address: int, length: int, prot: int, flags: int, fd: int, offset: int) -> int:
+        if fd < 0:
+            return int(real(address, length, prot, flags, fd, offset))
+        ctypes.set_errno(errno.EAGAIN)
+        assert arena_module._MAP_FAILED is not None
+        return arena_module._MAP_FAILED
+
+    monkeypatch.setattr(arena_module._libc, "mmap", refuse)
+    with pytest.raises(ArenaError, match=r"ulimit -l"):
+        arena.place(memfd, 0, PAGE)
