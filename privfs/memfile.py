@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import enum
 import errno
-from collections.abc import Hashable
+from collections import deque
+from collections.abc import Hashable, Iterator
 
 from pyroaring import BitMap
 
@@ -114,19 +115,18 @@ class MemFile:
         """
         active = self._find(op)
         step = active.left[0]
+        if step is Step.ALLOCATE and failed and active.size is not None:
+            return self._undo(active, failed, upto)
         if step is Step.ALLOCATE:
             self._allocated(active, active.end if upto is None and not failed else upto)
         elif step is Step.FREE and not failed:
             self._freed(active)
         if step is Step.INVALIDATE and active.answered:
             return self._leave(active, None)
-        if failed and step is Step.ALLOCATE and active.size is not None:
-            # What was allocated past the end belongs to no file: give it back before the answer.
-            active.failed, active.size = failed, None
-            active.start = max(active.start, self.size // PAGE_SIZE)
-            active.left = (step, Step.FREE)
-        elif failed:
+        if failed:
             return self._leave(active, Done(op, failed, f"{step.value} failed"))
+        if active.failed:
+            return self._undo_next(active)
         active.left = active.left[1:]
         return self._advance(active)
 
@@ -237,6 +237,18 @@ class MemFile:
         before = self.pages.rank(page - 1) if page else 0
         return self.pages[before] if before < len(self.pages) else None
 
+    def holes(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield the runs of pages of ``[start, end)`` that are not allocated, in order."""
+        page = start
+        while page < end:
+            if page in self.pages:
+                page = self.hole_from(page)
+                continue
+            data = self.data_from(page)
+            last = end if data is None else min(data, end)
+            yield page, last
+            page = last
+
     def hole_from(self, page: int) -> int:
         """Return the first page at or after ``page`` that is not allocated."""
         if page not in self.pages:
@@ -303,7 +315,8 @@ class MemFile:
                 sizes = self._new_size(request) is not None
                 if sizes:
                     seals.check(self.seals, seals.Deed.GROW, str(request))
-                return Claim(KINDS[row.action], start, end, sizes)
+                beyond = row.action is Action.ALLOCATE and end * PAGE_SIZE > self.size
+                return Claim(KINDS[row.action], start, end, sizes or beyond)
             case Resize(size):
                 resize_rule(self.personality, size, self.size)
                 if size != self.size:
@@ -321,7 +334,8 @@ class MemFile:
 
     def _claims(self, waiting: list[tuple[OpId, Request]] | None = None) -> list[Claim]:
         claims = [
-            Claim(a.kind, a.start, a.end, a.size is not None or a.failed != 0) for a in self._active
+            Claim(a.kind, a.start, a.undo[-1][1] if a.undo else a.end, self._sizes(a))
+            for a in self._active
         ]
         for _, request in self._waiting if waiting is None else waiting:
             try:
@@ -329,6 +343,10 @@ class MemFile:
             except Refused:
                 continue  # will be answered with its errno when its turn comes
         return claims
+
+    def _sizes(self, active: Operation) -> bool:
+        beyond = active.kind is Kind.ALLOCATE and active.end * PAGE_SIZE > self.size
+        return beyond or active.size is not None or active.failed != 0
 
     def _destructive(self, start: int, end: int) -> bool:
         if not self._active and not self._waiting:
@@ -421,6 +439,23 @@ class MemFile:
                     self._next_instance += 1
         self._budget.used += added - active.reserved
         active.reserved = 0
+
+    def _undo(self, active: Operation, failed: int, upto: int | None) -> list[Effect]:
+        """Give back what a growth that failed added past the end: it belongs to no file.
+
+        No more than that: v7 and the shim allocate past the end with KEEP_SIZE too.
+        """
+        start = max(active.start, self.size // PAGE_SIZE)
+        active.undo = deque(self.holes(start, start if upto is None else upto))
+        self._allocated(active, upto)
+        active.failed, active.size, active.left = failed, None, (Step.FREE,)
+        return self._undo_next(active)
+
+    def _undo_next(self, active: Operation) -> list[Effect]:
+        if not active.undo:
+            return self._leave(active, Done(active.op, active.failed))
+        active.start, active.end = active.undo.popleft()
+        return self._advance(active)
 
     def _freed(self, active: Operation) -> None:
         gone = self.pages.range_cardinality(active.start, active.end)

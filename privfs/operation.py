@@ -10,8 +10,9 @@ Units: pages of 4096 bytes in half-open ranges, except ``offset``, ``length`` an
 from __future__ import annotations
 
 import enum
+from collections import deque
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from privfs.personality import MAX_BYTES, PAGE_SIZE, Action
@@ -128,19 +129,20 @@ class Operation:
     reserved: int
     answered: bool = False  #: the caller is gone: acks are collected, nothing is freed
     failed: int = 0  #: errno of an allocation that is being undone
+    undo: deque[tuple[int, int]] = field(default_factory=deque)  #: ranges still to be undone
 
     def copy(self) -> Operation:
         """Return an independent copy."""
         return Operation(
             self.op, self.kind, self.start, self.end,
-            self.size, self.left, self.reserved, self.answered, self.failed,
+            self.size, self.left, self.reserved, self.answered, self.failed, self.undo.copy(),
         )  # fmt: skip
 
     def key(self) -> Hashable:
         """Return the state as a hashable value."""
         return (
             self.op, self.kind.value, self.start, self.end,
-            self.size, len(self.left), self.answered, self.failed,
+            self.size, len(self.left), self.answered, self.failed, tuple(self.undo),
         )  # fmt: skip
 
 
@@ -150,13 +152,13 @@ class Claim(NamedTuple):
     kind: Kind
     start: int
     end: int
-    sizes: bool = False  #: may change the size of the file, or undo that
+    sizes: bool = False  #: may change the size of the file, undo that, or allocate past the end
 
     def excludes(self, other: Claim) -> bool:
         """Say whether two operations must not run at the same time.
 
-        Those that change the size never do, as behind ``inode_lock()``: the later one computes
-        its size from the earlier one's, and a growth that is undone frees up to its old size.
+        Those at the end of the file never do, as behind ``inode_lock()``: the later one computes
+        its size from the earlier one's, and a growth that is undone must know what it added.
         """
         if self.sizes and other.sizes:
             return True

@@ -7,8 +7,6 @@ memfds, each of which undoes only what failed within it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from privfs.backing.memory import Backing
 from privfs.memfile import MemFile
 from privfs.operation import OpId, Perform
@@ -24,7 +22,7 @@ def undo(backing: Backing, file: MemFile, ino: int, perform: Perform, upto: int)
     op, start, end = perform.op, perform.start, perform.end
     if _shared(file, op, start, end):
         return upto
-    for first, last in _missing(file, start, upto):
+    for first, last in file.holes(start, upto):
         backing.punch(ino, first, last)
     layout = backing.store.layout
     for index, _, _ in layout.split(start, end):
@@ -37,15 +35,3 @@ def _shared(file: MemFile, op: OpId, start: int, end: int) -> bool:
     return any(
         other != op and low < end and start < high for other, _, low, high in file.operations()
     )
-
-
-def _missing(file: MemFile, start: int, end: int) -> Iterator[tuple[int, int]]:
-    page = start
-    while page < end:
-        if page in file.pages:
-            page = file.hole_from(page)
-            continue
-        data = file.data_from(page)
-        last = end if data is None else min(data, end)
-        yield page, last
-        page = last

@@ -27,7 +27,7 @@ from privfs.operation import (
     Settled,
     Step,
 )
-from privfs.personality import GUEST_MEMFD, PAGE_SIZE, RESIZABLE, Personality, Refused
+from privfs.personality import GUEST_MEMFD, PAGE_SIZE, RESIZABLE, SHIM, V7, Personality, Refused
 
 KEEP, PUNCH, ZERO = 0x01, 0x03, 0x10
 
@@ -225,7 +225,7 @@ def test_a_growth_that_is_undone_excludes_other_growths_until_it_has_ended() -> 
     file.submit("b", grow(30, 40))
     (undo,) = file.step_done("a", failed=errno.ENOSPC, upto=5)
     assert isinstance(undo, Perform)
-    assert (undo.step, undo.start, undo.end) == (Step.FREE, 0, 20)
+    assert (undo.step, undo.start, undo.end) == (Step.FREE, 0, 5)
     # b must not move the end of the file over pages that are being freed.
     assert [op for op, *_ in file.operations()] == ["a"]
     effects = file.step_done("a")
@@ -354,10 +354,91 @@ def test_a_failed_growth_gives_back_what_lies_past_the_end() -> None:
     bench.file.submit("g", grow(0, 8))
     (undo,) = bench.file.step_done("g", failed=errno.ENOSPC, upto=6)
     assert isinstance(undo, Perform)
-    assert (undo.step, undo.start, undo.end) == (Step.FREE, 2, 8)
+    assert (undo.step, undo.start, undo.end) == (Step.FREE, 2, 6)
     assert dones(bench.file.step_done("g")) == [("g", errno.ENOSPC)]
     assert (bench.file.size, list(bench.file.pages)) == (2 * PAGE_SIZE, [0, 1])
     assert bench.budget.used == 2
+
+
+@pytest.mark.parametrize("personality", [V7, SHIM])
+@pytest.mark.parametrize("code", [errno.EINTR, errno.ENOSPC])
+def test_a_failed_growth_leaves_what_lay_past_the_end_before(
+    personality: Personality, code: int
+) -> None:
+    """KEEP_SIZE allocates past the end of v7's files; undoing is for what a call itself added."""
+    bench = Bench(personality)
+    assert bench.run(allocate(2, 4)) == 0
+    assert bench.run(allocate(6, 7)) == 0
+    bench.file.submit("g", grow(0, 12))
+    effects = bench.file.step_done("g", failed=code, upto=9)
+    freed = []
+    while dones(effects) == []:
+        (undo,) = effects
+        assert isinstance(undo, Perform)
+        assert undo.step is Step.FREE
+        freed.append((undo.start, undo.end))
+        effects = bench.file.step_done("g")
+    assert dones(effects) == [("g", code)]
+    assert freed == [(0, 2), (4, 6), (7, 9)]
+    assert (bench.file.size, list(bench.file.pages), bench.budget.used) == (0, [2, 3, 6], 3)
+
+
+def test_a_growth_that_failed_at_once_frees_nothing() -> None:
+    bench = Bench(V7)
+    assert bench.run(allocate(0, 2)) == 0
+    bench.file.submit("g", grow(0, 12))
+    assert dones(bench.file.step_done("g", failed=errno.EINTR, upto=0)) == [("g", errno.EINTR)]
+    assert (list(bench.file.pages), bench.budget.used) == ([0, 1], 2)
+
+
+def test_an_undo_that_fails_leaves_the_rest_and_ends() -> None:
+    bench = Bench(V7)
+    assert bench.run(allocate(2, 4)) == 0
+    bench.file.submit("g", grow(0, 12))
+    bench.file.step_done("g", failed=errno.ENOSPC, upto=9)
+    assert dones(bench.file.step_done("g", failed=errno.EIO)) == [("g", errno.EIO)]
+    assert (bench.file.size, list(bench.file.pages), bench.budget.used) == (0, [*range(9)], 9)
+
+
+@pytest.mark.parametrize("personality", [V7, SHIM])
+def test_what_allocates_past_the_end_waits_for_a_growth_and_its_undo(
+    personality: Personality,
+) -> None:
+    """Else nobody could say whose the pages are that an undo must free."""
+    file = Bench(personality).file
+    file.submit("g", grow(0, 12))
+    assert file.submit("k", allocate(4, 6)) == []
+    (undo,) = file.step_done("g", failed=errno.EINTR, upto=9)
+    assert isinstance(undo, Perform)
+    assert (undo.op, undo.start, undo.end) == ("g", 0, 9)
+    effects = file.step_done("g")
+    assert [(e.op, e.start, e.end) for e in effects if isinstance(e, Perform)] == [("k", 4, 6)]
+    assert file.submit("again", grow(0, 12)) == []
+    effects = file.step_done("k")
+    assert [e.op for e in effects if isinstance(e, Perform)] == ["again"]
+    file.step_done("again")
+    assert (file.size, file.allocated) == (12 * PAGE_SIZE, 12)
+
+
+def test_a_punch_waits_for_all_that_is_still_to_be_undone() -> None:
+    bench = Bench(V7)
+    assert bench.run(allocate(4, 6)) == 0
+    bench.file.submit("g", grow(0, 12))
+    bench.file.step_done("g", failed=errno.EINTR, upto=9)
+    assert bench.file.submit("p", punch(7, 8)) == []
+    bench.file.step_done("g")
+    effects = bench.file.step_done("g")
+    assert effects[0] == Done("g", errno.EINTR)
+    assert dones(effects) == [("g", errno.EINTR), ("p", 0)]
+    assert (list(bench.file.pages), bench.budget.used) == ([4, 5], 2)
+
+
+def test_the_holes_of_a_range() -> None:
+    file = Bench().with_pages(2, 3, 6).file
+    assert list(file.holes(0, 9)) == [(0, 2), (4, 6), (7, 9)]
+    assert list(file.holes(2, 4)) == []
+    assert list(file.holes(3, 7)) == [(4, 6)]
+    assert list(file.holes(5, 5)) == []
 
 
 def test_zeroing_uses_again_what_it_frees() -> None:
@@ -379,7 +460,7 @@ def test_a_failed_growing_zero_gives_everything_back() -> None:
     bench.file.step_done("z")
     (undo,) = bench.file.step_done("z", failed=errno.ENOSPC, upto=5)
     assert isinstance(undo, Perform)
-    assert (undo.start, undo.end) == (2, 6)
+    assert (undo.start, undo.end) == (2, 5)
     bench.file.step_done("z")
     assert (list(bench.file.pages), bench.budget.used) == ([0, 1], 2)
 

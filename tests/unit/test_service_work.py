@@ -59,10 +59,12 @@ class Gate(Shmem):
 class Bench:
     """A service with two empty files on a gate."""
 
-    def __init__(self, limit: int = 100, budget: int = 1 << 20, quota: int = 0) -> None:
+    def __init__(
+        self, limit: int = 100, budget: int = 1 << 20, quota: int = 0, who: str = "resizable"
+    ) -> None:
         self.gate = Gate()
         self.service = Service(
-            PERSONALITIES["resizable"], budget, quota_pages=quota,
+            PERSONALITIES[who], budget, quota_pages=quota,
             backing=Backing(limit, self.gate),
         )  # fmt: skip
         for ino in (INO, OTHER):
@@ -209,6 +211,28 @@ def test_zeroing_is_not_left_half_way_but_for_a_dying_caller() -> None:
 # --- running out ---------------------------------------------------------------------------------
 
 RAN_OUT = pytest.mark.logs("allocate: file")
+
+
+@RAN_OUT
+@pytest.mark.parametrize("code", [errno.EINTR, errno.ENOSPC])
+@pytest.mark.parametrize("who", ["v7", "shim"])
+def test_a_growth_that_fails_leaves_what_lay_past_the_end(who: str, code: int) -> None:
+    """KEEP_SIZE on an empty file: those pages were there before the growth."""
+
+    async def scenario(bench: Bench) -> None:
+        for start in (2, CHUNK // PAGE_SIZE - 2):
+            assert await bench.call(Fallocate(KEEP_SIZE, start * PAGE_SIZE, 4 * PAGE_SIZE)) == 0
+        bench.gate.fails = {len(bench.gate.asked) + 1: code} if code != errno.EINTR else {}
+        call = bench.begin(Fallocate(0, 0, 3 * CHUNK))
+        if code == errno.EINTR:
+            bench.service.interrupt(call)
+        assert await bench.end(call) == code
+        size, pages, _ = bench.state()
+        assert (size, pages, bench.used) == (0, 8, 8)
+        assert await bench.call(Fallocate(0, 0, 3 * CHUNK)) == 0
+        assert bench.state()[:2] == (3 * CHUNK, 3 * CHUNK // PAGE_SIZE)
+
+    run(Bench(who=who), scenario)
 
 
 @RAN_OUT
