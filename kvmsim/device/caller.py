@@ -20,10 +20,6 @@ class Efault(Exception):
         self.length = length
 
 
-class Gone(Exception):
-    """The caller is dead, or its ioctl was given up: nobody waits for the answer."""
-
-
 class NotOurs(Enum):
     """A descriptor that no ioctl of the device can use."""
 
@@ -82,5 +78,8 @@ class Caller(Protocol):
         be called later than the ioctl, from another thread.
         """
 
-    def signal_pending(self) -> bool:
-        """Whether KVM_RUN must not begin, but fail with EINTR (signal_pending(current))."""
+    def signal_pending(self, mask: int | None) -> bool:
+        """Whether KVM_RUN must not begin, but fail with EINTR (signal_pending(current)).
+
+        ``mask`` is the set that KVM_SET_SIGNAL_MASK has blocked meanwhile, None: the caller's own.
+        """

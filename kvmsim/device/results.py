@@ -108,9 +108,13 @@ class Pending(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """The call goes on without its caller: see :class:`Pending`."""
+    """The call goes on without its caller: see :class:`Pending`.
+
+    ``signal_mask`` is what blocks signals meanwhile (KVM_SET_SIGNAL_MASK), None: as always.
+    """
 
     pending: Pending
+    signal_mask: int | None = None
 
 
 Result = Value | Failure | NewFd | Begun

@@ -231,5 +231,7 @@ class KvmError(Exception):
         self.start = start
         self.size = size
         where = "" if slot is None else f" slot {slot}"
+        if slot is not None or start or size:
+            where += f" gpa {start:#x}+{size:#x}"
         name = errno.errorcode.get(number, str(number))
-        super().__init__(f"{operation}{where} gpa {start:#x}+{size:#x}: {name}: {reason}")
+        super().__init__(f"{operation}{where}: {name}: {reason}")
