@@ -19,114 +19,49 @@ import errno
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from typing import Final, Self
 
+from kvmsim.effect import (
+    Access,
+    Effect,
+    Installed,
+    LeaveGuest,
+    NeedPage,
+    NeedShared,
+    PageGrant,
+    Retry,
+    RetryReason,
+)
 from kvmsim.exits import BadHvaExit, Exit, InternalErrorExit, MemoryFaultExit, MmioExit
 from kvmsim.kind import PrivateRule
+from kvmsim.level import mapping_levels
 from kvmsim.memslot import Memslot
 from kvmsim.mmu import Mmu
 from kvmsim.uapi import (
     ABIS,
     EHWPOISON,
     KVM_INTERNAL_ERROR_EMULATION,
+    KVM_MEM_LOG_DIRTY_PAGES,
     PAGE_SHIFT,
     PAGE_SIZE,
     Abi,
 )
 
-# --- what goes in -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Access:
-    """What the guest did. ``data`` is what a write stores; only an MMIO exit needs it.
-
-    ``private`` is what the processor said beside the address (PFERR_PRIVATE_ACCESS); it counts
-    for kinds of VMs with ``PrivateRule.ACCESS`` alone.
-    """
-
-    write: bool = False
-    fetch: bool = False
-    length: int = 1
-    data: bytes = b""
-    private: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PageGrant:
-    """The owner's answer: pages [start, end) of ``file`` lie in extent instance ``instance``.
-
-    ``seq`` is the last invalidation the owner had sent when it granted; ``status`` an errno, 0 if
-    granted.
-    """
-
-    file: int
-    start: int
-    end: int
-    seq: int
-    instance: int
-    writable: bool = True
-    status: int = 0
-
-
-# --- what comes out ---------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class NeedPage:
-    """Ask the owner for ``page`` of the private ``file``, then call ``page_arrived``.
-
-    Of [start, end) it may grant as well what is allocated already; every page of it belongs to
-    the same slot and is private.
-    """
-
-    file: int
-    page: int
-    start: int
-    end: int
-    write: bool
-
-
-@dataclass(frozen=True, slots=True)
-class NeedShared:
-    """Look ``page`` up in the shared side of ``slot``, then call ``shared_arrived``."""
-
-    slot: Memslot
-    page: int
-
-
-@dataclass(frozen=True, slots=True)
-class Installed:
-    """Leaves exist for ``npages`` from ``gpa`` (with the shared bit, if shared): resume."""
-
-    gpa: int
-    npages: int
-
-
-class RetryReason(Enum):
-    """Why what was found may no longer hold."""
-
-    IN_PROGRESS = "an invalidation of the gfn is in progress"
-    INVALIDATED = "slots, attributes or pages of the VM changed since the snapshot"
-    NEWER = "a newer invalidation of the page was processed than the owner's grant knew"
-    INSTANCE = "the extent instance of the grant is not here"
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """Begin the same fault again; nothing was installed."""
-
-    reason: RetryReason
-
-
-@dataclass(frozen=True, slots=True)
-class LeaveGuest:
-    """KVM_RUN ends with ``exit``."""
-
-    exit: Exit
-
-
-Effect = NeedPage | NeedShared | Installed | Retry | LeaveGuest
+__all__ = [
+    "Access",
+    "Effect",
+    "Fault",
+    "FaultStateError",
+    "Installed",
+    "LeaveGuest",
+    "NeedPage",
+    "NeedShared",
+    "PageGrant",
+    "Retry",
+    "RetryReason",
+    "State",
+]
 
 # --- the machine ------------------------------------------------------------------------------
 
@@ -217,11 +152,15 @@ class Fault:
         # Unlocked in KVM, and only to save work: the check that counts is at the store.
         if mmu.invalidate.retry(gfn, self.snap):
             return self._after(self._stale(mmu))
-        if slot.file is None or not (self.private or slot.whole):
+        if not self._by_file(slot):
             return self._after(NeedShared(slot, slot.shared_page(gfn)))
+        page = slot.private_page(gfn)
+        if slot.file is None:  # as measured: EFAULT with MEMORY_FAULT until the slot is deleted
+            return self._after(self._failed(errno.ENOENT))
+        if (slot.file, page) in mmu.poison:
+            return self._after(self._failed(EHWPOISON))
         first, last = self._around(mmu, slot, mmu.window)
         start, end = slot.private_page(first), slot.private_page(last)
-        page = slot.private_page(gfn)
         return self._after(NeedPage(slot.file, page, start, end, self.access.write))
 
     def page_arrived(self, mmu: Mmu, grant: PageGrant) -> Effect:
@@ -235,8 +174,7 @@ class Fault:
             status = errno.EACCES
         fits = grant.file == slot.file and grant.start <= page < grant.end
         if status or not fits:
-            number, reason = _PAGE_ERRORS.get(status, _OTHER_ERROR)
-            return self._after(LeaveGuest(self._memory_fault(number, reason)))
+            return self._after(self._failed(status))
         if mmu.invalidate.retry(self.gfn, self.snap):
             return self._after(self._stale(mmu))
         start, end = mmu.backing.installable(grant.file, page, grant.start, grant.end, grant.seq)
@@ -289,19 +227,38 @@ class Fault:
         gfn = self.gfn
         if mmu.invalidate.in_progress:  # not of ours, but perhaps of our neighbours
             return gfn, gfn + 1
-        run = mmu.attributes.run(gfn)
+        lowest, highest = mmu.same_type(gfn, slot)
         block = gfn & -npages
-        return max(block, slot.base_gfn, run.start), min(block + npages, slot.end_gfn, run.end)
+        first = max(block, slot.base_gfn, lowest)
+        last = min(block + npages, slot.end_gfn, highest)
+        if slot.file is not None and self._by_file(slot):
+            page = slot.private_page(gfn)
+            start, end = slot.private_page(first), slot.private_page(last)
+            start, end = mmu.poison.clip(slot.file, page, start, end)
+            first, last = slot.private_gfn(start), slot.private_gfn(end)
+        return first, last
+
+    def _by_file(self, slot: Memslot) -> bool:
+        """Whether it is the slot's private file that serves this access."""
+        return slot.has_file and (self.private or slot.whole)
 
     def _install(self, mmu: Mmu, first: int, last: int, hpa: int, *, writable: bool) -> Effect:
         """Store the leaves of gfns [first, last), in the half that was accessed."""
-        gpa = first << PAGE_SHIFT | (self.gpa & mmu.kind.shared_bit)
+        half = self.gpa & mmu.kind.shared_bit
+        slot = self.slot
+        # Writes are logged by the page (kvm_slot_dirty_track_enabled()).
+        top = 1 if slot is not None and slot.flags & KVM_MEM_LOG_DIRTY_PAGES else mmu.max_level
+        offset = (hpa >> PAGE_SHIFT) - first
+        store = mmu.stage2.map
         try:
-            mmu.stage2.map(gpa, hpa, last - first, writable=writable, executable=True)
+            for gfn, npages, level in mapping_levels(first, last - first, first + offset, top):
+                gpa, target = gfn << PAGE_SHIFT | half, (gfn + offset) << PAGE_SHIFT
+                make = store if level == 1 else partial(store, level=level)
+                make(gpa, target, npages, writable=writable, executable=True)
         except MemoryError:
             leave = self._memory_fault(errno.ENOMEM, "no memory for a second-stage table")
             return self._after(LeaveGuest(leave))
-        return self._after(Installed(gpa, last - first))
+        return self._after(Installed(first << PAGE_SHIFT | half, last - first))
 
     def _require(self, step: str) -> None:
         if self.state is not _FROM[step]:
@@ -328,30 +285,31 @@ class Fault:
     def _memory_fault(self, number: int | None, reason: str) -> MemoryFaultExit:
         return MemoryFaultExit(self.gfn << PAGE_SHIFT, PAGE_SIZE, self.private, number, reason)
 
-    def _mistyped(self, mmu: Mmu) -> MemoryFaultExit | None:
-        numbers = ABIS[mmu.abi]
-        attribute = bool(mmu.attributes.get(self.gfn) & numbers.attribute_private)
-        if self.private == attribute:
+    def _failed(self, status: int) -> LeaveGuest:
+        """The exit for a private page that is not to be had."""
+        number, reason = _PAGE_ERRORS.get(status, _OTHER_ERROR)
+        return LeaveGuest(self._memory_fault(number, reason))
+
+    def _mistyped(self, mmu: Mmu, slot: Memslot | None) -> MemoryFaultExit | None:
+        if self.private == mmu.is_private(self.gfn, slot):
             return None
-        return self._memory_fault(numbers.conversion_errno, _WRONG_TYPE)
+        return self._memory_fault(ABIS[mmu.abi].conversion_errno, _WRONG_TYPE)
 
     def _refuse_upstream(self, mmu: Mmu, slot: Memslot | None) -> Exit | None:
         """kvm_mmu_faultin_pfn(): the attribute is asked even where no slot is."""
-        mistyped = self._mistyped(mmu)
-        if mistyped is None and self.private and (slot is None or slot.file is None):
+        mistyped = self._mistyped(mmu, slot)
+        if mistyped is None and self.private and (slot is None or not slot.has_file):
             return self._memory_fault(errno.EFAULT, "private access without a private file")
         return mistyped
 
     def _refuse_v7(self, mmu: Mmu, slot: Memslot | None) -> Exit | None:
         """Only KVM_MEM_PRIVATE slots have types; elsewhere both sides are the userspace memory."""
-        return None if slot is None or slot.file is None else self._mistyped(mmu)
+        return None if slot is None or not slot.has_file else self._mistyped(mmu, slot)
 
 
 _PRIVATE: Final[Mapping[PrivateRule, Callable[[Fault, Mmu], bool]]] = {
     PrivateRule.SHARED_BIT: lambda fault, mmu: not fault.gpa & mmu.kind.shared_bit,
-    PrivateRule.ATTRIBUTE: lambda fault, mmu: bool(
-        mmu.attributes.get(fault.gfn) & ABIS[mmu.abi].attribute_private
-    ),
+    PrivateRule.ATTRIBUTE: lambda fault, mmu: mmu.is_private(fault.gfn, mmu.slots.find(fault.gfn)),
     PrivateRule.ACCESS: lambda fault, mmu: fault.access.private,
     PrivateRule.NEVER: lambda fault, mmu: False,
 }

@@ -32,7 +32,14 @@ from kvmsim.region import (
     error,
     refuse,
 )
-from kvmsim.uapi import ABIS, KVM_MEM_READONLY, KVM_SET_USER_MEMORY_REGION, PAGE_SHIFT, Abi
+from kvmsim.uapi import (
+    ABIS,
+    KVM_MEM_GUEST_MEMFD,
+    KVM_MEM_READONLY,
+    KVM_SET_USER_MEMORY_REGION,
+    PAGE_SHIFT,
+    Abi,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +68,11 @@ class Memslot:
     def readonly(self) -> bool:
         """Whether guest writes are MMIO instead (KVM_MEM_READONLY)."""
         return bool(self.flags & KVM_MEM_READONLY)
+
+    @property
+    def has_file(self) -> bool:
+        """Whether it was made with a private file, which may be gone (kvm_slot_has_gmem())."""
+        return bool(self.flags & KVM_MEM_GUEST_MEMFD)
 
     def shared_page(self, gfn: int) -> int:
         """The page of :attr:`shared` behind ``gfn``."""
@@ -232,6 +244,13 @@ class Memslots:
         change = self.plan(region, shared=shared, file=file, v1=v1)
         self.apply(change)
         return change
+
+    def release(self, file: int) -> None:
+        """The slots of ``file`` lose it; they stay slots with a private file, which is gone."""
+        for _, slot_id in self._by_file.pop(file, ()):
+            slot = self._by_id[slot_id]
+            orphan = replace(slot, file=None)
+            self._by_id[slot_id] = self._by_base[slot.base_gfn] = orphan
 
     def key(self) -> Hashable:
         """The whole state as a hashable value; a shared side counts as present or not."""

@@ -7,21 +7,30 @@ side satisfy them without knowing of each other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvmsim.attributes import Attributes
 from kvmsim.invalidate import MmuInvalidate
 from kvmsim.kind import VmKind
-from kvmsim.memslot import Memslots
-from kvmsim.uapi import Abi
+from kvmsim.memslot import Memslot, Memslots
+from kvmsim.poison import Poison
+from kvmsim.uapi import ABIS, Abi
 
 
 class SecondStage(Protocol):
     """The second-stage table of one VM. Addresses are bytes, page-aligned; counts are pages."""
 
-    def map(self, gpa: int, hpa: int, npages: int, *, writable: bool, executable: bool) -> object:
-        """Store leaves for a contiguous range over whatever was there; MemoryError: no table."""
+    def map(
+        self, gpa: int, hpa: int, npages: int, *, writable: bool, executable: bool, level: int = 1
+    ) -> object:
+        """Store leaves for a contiguous range over whatever was there; MemoryError: no table.
+
+        ``level`` says how large they are (:mod:`kvmsim.level`).
+        """
+
+    def whole_leaves(self, gpa: int, npages: int) -> tuple[int, int]:
+        """The range (gpa, npages) widened to the large leaves that reach out of it."""
 
     def zap(self, gpa: int, npages: int) -> int:
         """Clear the leaves of a range; how many there were."""
@@ -57,8 +66,20 @@ class Mmu:
     """Pages, a power of two: the aligned block of shared memory that one fault maps."""
     window: int = 512
     """Pages, a power of two: the aligned block of private memory that one request may name."""
+    max_level: int = 1
+    """The largest leaves that may be made (KVM: max_huge_page_level)."""
+    poison: Poison = field(default_factory=Poison)
 
     @property
     def kind(self) -> VmKind:
         """What makes an access private here."""
         return self.slots.kind
+
+    def is_private(self, gfn: int, slot: Memslot | None) -> bool:
+        """Whether the gfn's attribute says so (kvm_mem_is_private())."""
+        return bool(self.attributes.get(gfn) & ABIS[self.abi].attribute_private)
+
+    def same_type(self, gfn: int, slot: Memslot) -> tuple[int, int]:
+        """The gfns [first, last) around ``gfn``, not all of them of the slot, of one type."""
+        run = self.attributes.run(gfn)
+        return run.start, run.end

@@ -205,7 +205,7 @@ MODIFY: Final[tuple[_Check, ...]] = (
     (
         errno.EINVAL,
         "a slot with a private file can only be deleted; delete it first",
-        lambda r: r.private or (r.old is not None and r.old.file is not None),
+        lambda r: r.private or (r.old is not None and r.old.has_file),
     ),
     (
         errno.EINVAL,

@@ -16,13 +16,20 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 from kvmsim.attributes import GFN_LIMIT, Attributes, check_request
-from kvmsim.fault import (
+from kvmsim.change import (
+    Invalidation,
+    PoisonPage,
+    ReleaseFile,
+    StoreAttributes,
+    Then,
+    Zapped,
+)
+from kvmsim.effect import (
     Effect,
-    Fault,
     Installed,
     LeaveGuest,
     NeedPage,
@@ -31,39 +38,16 @@ from kvmsim.fault import (
     Retry,
     RetryReason,
 )
+from kvmsim.fault import Fault
 from kvmsim.invalidate import MmuInvalidate
 from kvmsim.kind import SHARED_BIT_KIND, VmKind
+from kvmsim.memoryuse import MemoryUse, memory_use
 from kvmsim.memslot import Memslots, SlotChange
 from kvmsim.mmu import Backing, Mmu, SecondStage
 from kvmsim.region import BadFd, PrivateFile, Region, SharedSide
 from kvmsim.uapi import ABIS, PAGE_SHIFT, Abi, KvmError
 
-
-@dataclass(frozen=True, slots=True)
-class Zapped:
-    """What left the second stage: (gpa, npages) ranges and the number of leaves in them.
-
-    A gpa has the shared bit if it is the shared side that was zapped.
-    """
-
-    ranges: tuple[tuple[int, int], ...] = ()
-    leaves: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _StoreAttributes:
-    start: int
-    end: int
-    value: int
-
-
-@dataclass(frozen=True, slots=True)
-class Invalidation:
-    """An open bracket: what was zapped, and what :meth:`Vm.end` has still to do."""
-
-    zapped: Zapped
-    bracketed: bool
-    then: SlotChange | _StoreAttributes | None = None
+__all__ = ["Invalidation", "MemoryUse", "Vm", "VmStatistics", "Zapped"]
 
 
 @dataclass(slots=True)
@@ -74,15 +58,6 @@ class _Counters:
     installed_pages: int = 0
     invalidations: int = 0
     zapped_leaves: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryUse:
-    """Pages of slots by attribute; ``unbacked`` are private ones without a private file."""
-
-    private: int = 0
-    shared: int = 0
-    unbacked: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +88,12 @@ class Vm:
         kind: VmKind = SHARED_BIT_KIND,
         around: int = 16,
         window: int = 512,
+        max_level: int = 1,
     ) -> None:
         slots = Memslots(abi, kind)
-        self.mmu = Mmu(slots, Attributes(), MmuInvalidate(), stage2, backing, abi, around, window)
+        self.mmu = Mmu(
+            slots, Attributes(), MmuInvalidate(), stage2, backing, abi, around, window, max_level
+        )
         self._counters = _Counters()
         self._changing = False
 
@@ -177,7 +155,7 @@ class Vm:
         around = self.mmu.attributes.run(start)
         if around.value == attributes and end <= around.end:
             return Invalidation(Zapped(), bracketed=False)
-        then = _StoreAttributes(start, end, attributes)
+        then = StoreAttributes(start, end, attributes)
         return self._begin([(start, end)], halves=self.kind.halves, then=then)
 
     def set_memory_attributes(
@@ -196,7 +174,7 @@ class Vm:
         self._require_unchanging(operation)
         start, end = check_request(operation, address, size, 0, 0, supported=0)
         value = ABIS[self.abi].attribute_private if private else 0
-        then = _StoreAttributes(start, end, value)
+        then = StoreAttributes(start, end, value)
         return self.end(self._begin([(start, end)], halves=self.kind.halves, then=then))
 
     # --- invalidations from below --------------------------------------------------------
@@ -211,6 +189,28 @@ class Vm:
     def invalidate_file(self, file: int, start: int, end: int) -> Zapped:
         """The same with its end: what the acknowledging thread calls."""
         return self.end(self.begin_invalidate_file(file, start, end))
+
+    def freed(self, file: int, start: int, end: int) -> None:
+        """The owner gives pages [start, end) back: what was wrong with their memory is past."""
+        self.mmu.poison.freed(file, start, end)
+
+    def release_file(self, file: int) -> Zapped:
+        """The file is no more: its slots lose it and every access to them is an exit.
+
+        kvm_gmem_release(). v7's slots hold their file, so there this is a defect of the caller.
+        """
+        if self.abi == "v7":
+            raise RuntimeError(f"release of file {file}: a slot of v7 keeps its file")
+        then = ReleaseFile(file)
+        return self.end(replace(self.begin_invalidate_file(file, 0, GFN_LIMIT), then=then))
+
+    def inject_memory_error(self, file: int, page: int) -> Zapped:
+        """The memory of a page fails: it is zapped, stays, and every fault on it is EHWPOISON.
+
+        kvm_gmem_error_folio(), as madvise(MADV_HWPOISON) would reach it.
+        """
+        then = PoisonPage(file, page)
+        return self.end(replace(self.begin_invalidate_file(file, page, page + 1), then=then))
 
     def invalidate_shared(self, side: SharedSide, start: int, end: int) -> Zapped:
         """Zap what maps pages [start, end) of a shared side (KVM: the hva's mmu_notifier)."""
@@ -227,9 +227,13 @@ class Vm:
             case SlotChange() as change:
                 self.mmu.slots.apply(change)
                 self._changing = False
-            case _StoreAttributes(start, end, value):
+            case StoreAttributes(start, end, value):
                 self.mmu.attributes.set(start, end, value)
                 self._changing = False
+            case ReleaseFile(file):
+                self.mmu.slots.release(file)
+            case PoisonPage(file, page):
+                self.mmu.poison.add(file, page)
         if invalidation.bracketed:
             self.mmu.invalidate.end()
         return invalidation.zapped
@@ -260,17 +264,7 @@ class Vm:
 
     def memory(self, start: int = 0, end: int = GFN_LIMIT) -> MemoryUse:
         """Pages of slots in gfns [start, end), by attribute."""
-        private = shared = unbacked = 0
-        for slot, first, last in self.mmu.slots.find_range(start, end):
-            for run in self.mmu.attributes.runs(first, last):
-                pages = run.end - run.start
-                if not run.value & ABIS[self.abi].attribute_private:
-                    shared += pages
-                elif slot.file is None:
-                    unbacked += pages
-                else:
-                    private += pages
-        return MemoryUse(private, shared, unbacked)
+        return memory_use(self.mmu, start, end)
 
     def statistics(self) -> VmStatistics:
         """Counters since the start, and the memory of now."""
@@ -280,17 +274,25 @@ class Vm:
     def key(self) -> Hashable:
         """Slots, attributes and counter as a hashable value; table and backing have their own."""
         mmu = self.mmu
-        return (mmu.slots.key(), mmu.attributes.key(), mmu.invalidate.key(), self._changing)
+        return (
+            mmu.slots.key(),
+            mmu.attributes.key(),
+            mmu.invalidate.key(),
+            mmu.poison.key(),
+            self._changing,
+        )
 
     def copy(self, stage2: SecondStage, backing: Backing) -> Self:
         """An independent twin over a copied second stage and backing."""
         mmu = self.mmu
         twin = type(self)(
-            stage2, backing, abi=mmu.abi, kind=mmu.kind, around=mmu.around, window=mmu.window
-        )
+            stage2, backing, abi=mmu.abi, kind=mmu.kind, around=mmu.around, window=mmu.window,
+            max_level=mmu.max_level,
+        )  # fmt: skip
         twin.mmu.slots = mmu.slots.copy()
         twin.mmu.attributes = mmu.attributes.copy()
         twin.mmu.invalidate = mmu.invalidate.copy()
+        twin.mmu.poison = mmu.poison.copy()
         twin._changing = self._changing
         return twin
 
@@ -308,7 +310,7 @@ class Vm:
         gfns: list[tuple[int, int]],
         *,
         halves: Iterable[int],
-        then: SlotChange | _StoreAttributes | None = None,
+        then: Then | None = None,
     ) -> Invalidation:
         invalidate = self.mmu.invalidate
         ranges: list[tuple[int, int]] = []
@@ -323,9 +325,11 @@ class Vm:
             if npages <= 0:
                 continue
             for half in halves:
-                gpa = start << PAGE_SHIFT | half
-                leaves += self.mmu.stage2.zap(gpa, npages)
-                ranges.append((gpa, npages))
+                gone = (start << PAGE_SHIFT | half, npages)
+                if self.mmu.max_level > 1:
+                    gone = self.mmu.stage2.whole_leaves(*gone)
+                leaves += self.mmu.stage2.zap(*gone)
+                ranges.append(gone)
         if then is not None:
             self._changing = True
         self._counters.invalidations += bool(gfns)

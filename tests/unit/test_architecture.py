@@ -31,6 +31,7 @@ SANS_IO = {
     "kvmsim.uapi.capabilities", "kvmsim.mmu", "kvmsim.memslot", "kvmsim.region",
     "kvmsim.attributes", "kvmsim.device.results", "kvmsim.device.caller",
     "kvmsim.invalidate", "kvmsim.fault", "kvmsim.exits", "kvmsim.vm", "kvmsim.kind",
+    "kvmsim.effect", "kvmsim.level", "kvmsim.poison", "kvmsim.change", "kvmsim.memoryuse",
     "kvmsim.script", "hwemu.stage2",
     "hwemu.leafruns", "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
 }  # fmt: skip
