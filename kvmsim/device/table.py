@@ -62,9 +62,9 @@ class Call:
 
     def read(self, layout: Struct) -> tuple[Any, ...]:
         """The structure at the argument; Efault."""
-        return layout.unpack(self.bytes(layout.size))
+        return layout.unpack(self.fetch(layout.size))
 
-    def bytes(self, size: int, offset: int = 0) -> bytes:
+    def fetch(self, size: int, offset: int = 0) -> bytes:
         """``size`` bytes at the argument; Efault."""
         return self.caller.read(self.argument + offset, size)
 
