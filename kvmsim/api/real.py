@@ -12,7 +12,7 @@ import signal
 import struct
 import threading
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 from kvmsim.api.transport import IoctlError, request_name
 from kvmsim.uapi import (
@@ -124,6 +124,11 @@ class _Runner:
     mask: int = -1  #: the signal mask that KVM_RUN was told
 
 
+def _hypercall() -> Literal["vmcall", "vmmcall"]:
+    with open("/proc/cpuinfo") as lines:
+        return "vmmcall" if any("AuthenticAMD" in line for line in lines) else "vmcall"
+
+
 class RealTransport:
     """A transport over the kernel's own device."""
 
@@ -131,6 +136,7 @@ class RealTransport:
 
     def __init__(self, path: str = "/dev/kvm") -> None:
         self.name = path
+        self.hypercall = _hypercall()
         self._handles: set[int] = set()
         self._runs: dict[int, tuple[mmap.mmap, memoryview]] = {}
         self._runners: dict[int, _Runner] = {}

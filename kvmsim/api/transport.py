@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 from kvmsim import uapi
 from kvmsim.uapi import requests
@@ -66,10 +66,14 @@ class Memory(Protocol):
 
 
 class Transport(Protocol):
-    """A KVM device and the process that uses it. Handles are small integers, as fds are."""
+    """A KVM device and the process that uses it. Handles are small integers, as fds are.
+
+    ``hypercall`` is the instruction of its processor that calls the host.
+    """
 
     name: str
     abi: uapi.Abi
+    hypercall: Literal["vmcall", "vmmcall"]
 
     def open(self) -> int:
         """Open the device; OSError if it cannot be."""

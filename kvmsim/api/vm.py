@@ -24,6 +24,8 @@ from kvmsim.uapi import (
     USERSPACE_MEMORY_REGION,
     USERSPACE_MEMORY_REGION2,
 )
+from kvmsim.uapi.requests import KVM_ENABLE_CAP
+from kvmsim.uapi.structs import ENABLE_CAP
 
 _U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
 
@@ -44,6 +46,11 @@ class Vm:
     def check_extension(self, cap: int) -> int:
         """What this VM offers of a KVM_CAP_*: 0 if it is missing. It may depend on the type."""
         return self._transport.ioctl(self.handle, KVM_CHECK_EXTENSION, cap)
+
+    def enable_cap(self, cap: int, *args: int, flags: int = 0) -> None:
+        """KVM_ENABLE_CAP with up to four arguments, as KVM_CAP_EXIT_HYPERCALL wants it."""
+        argument = ENABLE_CAP.pack(cap, flags, *args, *[0] * (4 - len(args)))
+        self._transport.ioctl(self.handle, KVM_ENABLE_CAP, bytearray(argument))
 
     # --- the ioctls as they are ---------------------------------------------------------------
 
