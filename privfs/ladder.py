@@ -22,12 +22,12 @@ class Ladder:
 
     def delay(self, rung: Rung) -> float:
         """Return the seconds from the rung before (or from the beginning) to ``rung``."""
+        if rung is Rung.GIVE_UP:
+            return self.kill
         log = min(self.log, self.ack / 2) if self.ack else self.log
-        return {
-            Rung.LOG: log,
-            Rung.CONDEMN: max(self.ack - log, 0.0),  # never 0: it is the patience with SIGSTOP too
-            Rung.GIVE_UP: self.kill,
-        }[rung]
+        if rung is Rung.LOG:
+            return log
+        return max(self.ack - log, 0.0)  # never 0: it is the patience with SIGSTOP too
 
 
 @dataclass(slots=True)

@@ -105,7 +105,7 @@ class MemFile:
         if self._must_wait(claim, self._waiting):
             self._waiting.append((op, request))
             return []
-        return self._begin(op, request)
+        return self._begin(op, request, claim)
 
     def step_done(self, op: OpId, failed: int = 0, upto: int | None = None) -> list[Effect]:
         """Report the end of the step under way.
@@ -309,19 +309,19 @@ class MemFile:
             case Fallocate(mode, offset, length):
                 row = fallocate_rule(self.personality, mode, offset, length, self.size)
                 if row.action is not Action.ALLOCATE:
-                    seals.check(self.seals, seals.Deed.ERASE, str(request))
+                    seals.check(self.seals, seals.Deed.ERASE, request)
                 end = min(-(-(offset + length) // (unit * PAGE_SIZE)) * unit, MAX_PAGES)
                 start = min(offset // (unit * PAGE_SIZE) * unit, end)
                 sizes = self._new_size(request) is not None
                 if sizes:
-                    seals.check(self.seals, seals.Deed.GROW, str(request))
+                    seals.check(self.seals, seals.Deed.GROW, request)
                 beyond = row.action is Action.ALLOCATE and end * PAGE_SIZE > self.size
                 return Claim(KINDS[row.action], start, end, sizes or beyond)
             case Resize(size):
                 resize_rule(self.personality, size, self.size)
                 if size != self.size:
                     deed = seals.Deed.GROW if size > self.size else seals.Deed.SHRINK
-                    seals.check(self.seals, deed, str(request))
+                    seals.check(self.seals, deed, request)
                 return Claim(Kind.RESIZE, min(size, self.size) // PAGE_SIZE, MAX_PAGES, True)
             case FaultIn(page):
                 page -= page % unit
@@ -330,6 +330,8 @@ class MemFile:
                 return Claim(Kind.DESTROY, 0, MAX_PAGES)
 
     def _must_wait(self, claim: Claim, ahead: list[tuple[OpId, Request]]) -> bool:
+        if not self._active and not ahead:
+            return False
         return any(claim.excludes(other) for other in self._claims(ahead))
 
     def _claims(self, waiting: list[tuple[OpId, Request]] | None = None) -> list[Claim]:
@@ -355,11 +357,15 @@ class MemFile:
             c.start < end and start < c.end and c.kind not in COMPATIBLE for c in self._claims()
         )
 
-    def _begin(self, op: OpId, request: Request) -> list[Effect]:
-        """Begin an operation that nothing stands in the way of; rules are read once more."""
+    def _begin(self, op: OpId, request: Request, claim: Claim | None = None) -> list[Effect]:
+        """Begin an operation that nothing stands in the way of.
+
+        One that has waited gives no claim: the rules are read once more.
+        """
         try:
-            claim = self._claim(request)
-            size = self._new_size(request)
+            if claim is None:
+                claim = self._claim(request)
+            size = self._new_size(request) if claim.sizes else None
             reserved = 0
             if claim.kind in (Kind.ALLOCATE, Kind.FAULT):
                 wanted = claim.end - claim.start

@@ -210,27 +210,31 @@ def fallocate_rule(
     The order of the checks is the kernel's: vfs first (negative or empty range, modes that no
     file has, overflow), then the file's modes, then alignment, then the end of the file.
     """
-    what = f"fallocate(mode={mode:#x}, offset={offset}, length={length}) on {size} bytes"
+
+    def refused(code: int, why: str) -> Refused:
+        what = f"fallocate(mode={mode:#x}, offset={offset}, length={length}) on {size} bytes"
+        return Refused(code, f"{what}: {why}")
+
     if offset < 0 or length <= 0:
-        raise Refused(errno.EINVAL, f"{what}: offset must be >= 0 and length > 0")
+        raise refused(errno.EINVAL, "offset must be >= 0 and length > 0")
     end = offset + length
     if mode in _VFS_MODES and end > MAX_LFS_FILESIZE:
-        raise Refused(errno.EFBIG, f"{what}: the range ends past {MAX_LFS_FILESIZE}")
+        raise refused(errno.EFBIG, f"the range ends past {MAX_LFS_FILESIZE}")
     row = who.fallocate.get(mode)
     if row is None:
-        raise Refused(errno.EOPNOTSUPP, f"{what}: {who.name} files do not support this mode")
+        raise refused(errno.EOPNOTSUPP, f"{who.name} files do not support this mode")
     page = who.page_size
     if row.aligned and (offset % page or length % page):
-        raise Refused(errno.EINVAL, f"{what}: offset and length must be multiples of {page}")
+        raise refused(errno.EINVAL, f"offset and length must be multiples of {page}")
     grows = end > size and row.beyond_eof is BeyondEof.GROW
     if grows and who.resizing is Resizing.ONCE and size:
-        raise Refused(who.resize_errno, f"{what}: the size of a {who.name} file is set once")
+        raise refused(who.resize_errno, f"the size of a {who.name} file is set once")
     if end > size and row.beyond_eof is BeyondEof.REFUSE:
-        raise Refused(errno.EINVAL, f"{what}: the range ends past the end of the file")
+        raise refused(errno.EINVAL, "the range ends past the end of the file")
     if grows and end % page:
-        raise Refused(errno.EINVAL, f"{what}: the new size would not be a multiple of {page}")
+        raise refused(errno.EINVAL, f"the new size would not be a multiple of {page}")
     if end > MAX_BYTES and row.beyond_eof is BeyondEof.GROW:
-        raise Refused(errno.EFBIG, f"{what}: the largest file is {MAX_BYTES} bytes")
+        raise refused(errno.EFBIG, f"the largest file is {MAX_BYTES} bytes")
     return row
 
 

@@ -65,7 +65,7 @@ class Purpose(enum.IntFlag):
 ALL_PURPOSES: Final = Purpose.USER_INACCESSIBLE | Purpose.UNMOVABLE | Purpose.UNRECLAIMABLE
 
 
-def check(seals: int, deed: Deed, what: str) -> None:
+def check(seals: int, deed: Deed, what: object) -> None:
     """Raise Refused if one of ``seals`` forbids ``deed``; ``what`` names it for the message."""
     if not seals:
         return

@@ -127,6 +127,11 @@ class Service:
         self._apply(self.owner.request(ino, call.op, request, caller))
         return call
 
+    def hurry(self, ino: int, call: Call) -> None:
+        """Wait a moment for users that answer at once; only where no other call waits."""
+        if len(self._calls) == 1:
+            self.hub.hurry(self.owner.waiting_for(ino, call.op), lambda: call.outcome is not None)
+
     async def settled(self, call: Call) -> None:
         """Wait for the end of a call, whatever it is."""
         if call.outcome is None:

@@ -781,6 +781,8 @@ static PyObject *interrupt_all(PyObject *module, PyObject *unused)
 	Py_RETURN_NONE;
 }
 
+#define GLANCE_MAX 16
+
 static int readable(void)
 {
 	struct pollfd wait = { .fd = tap.fd, .events = POLLIN };
@@ -810,6 +812,37 @@ static PyObject *spin_readable(PyObject *module, PyObject *args)
 	return PyBool_FromLong(ready);
 }
 
+/* Waits for the first of some descriptors, or for a request: it is not to wait for them. */
+static PyObject *glance(PyObject *module, PyObject *args)
+{
+	struct pollfd wait[GLANCE_MAX + 1] = { { .fd = tap.fd, .events = POLLIN } };
+	struct timespec pause = { 0 };
+	PyObject *fds;
+	Py_ssize_t i, count;
+	int found;
+
+	(void)module;
+	if (!PyArg_ParseTuple(args, "O!l:glance", &PyTuple_Type, &fds, &pause.tv_nsec))
+		return NULL;
+	count = PyTuple_GET_SIZE(fds);
+	if (count > GLANCE_MAX || pause.tv_nsec < 0 || pause.tv_nsec > 999) {
+		PyErr_Format(PyExc_ValueError, "glance: at most %d descriptors and less than 1 ms",
+			     GLANCE_MAX);
+		return NULL;
+	}
+	pause.tv_nsec *= 1000;
+	for (i = 0; i < count; i++) {
+		wait[i + 1].fd = (int)PyLong_AsLong(PyTuple_GET_ITEM(fds, i));
+		wait[i + 1].events = POLLIN;
+	}
+	if (PyErr_Occurred())
+		return NULL;
+	Py_BEGIN_ALLOW_THREADS
+	found = ppoll(wait, (nfds_t)count + 1, &pause, NULL);
+	Py_END_ALLOW_THREADS
+	return PyLong_FromLong(found > 0 ? (wait[0].revents ? -1 : found) : 0);
+}
+
 static PyMethodDef methods[] = {
 	{"join_global_scope", join_global_scope, METH_NOARGS,
 	 "Make the interposed functions visible to objects loaded from now on."},
@@ -824,6 +857,8 @@ static PyMethodDef methods[] = {
 	{"disarm", disarm, METH_NOARGS, "Forget the session. Call before pyfuse3 closes it."},
 	{"spin_readable", spin_readable, METH_VARARGS,
 	 "spin_readable(us) -> whether a request waits, after looking for that long."},
+	{"glance", glance, METH_VARARGS,
+	 "glance(fds, us) -> how many can be read within that time; -1: a request came first."},
 	{0},
 };
 

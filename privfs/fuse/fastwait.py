@@ -7,7 +7,7 @@ requests follow each other closely, pyfuse3's main loop looks at /dev/fuse befor
 
 from __future__ import annotations
 
-from typing import Any
+from time import monotonic
 
 import trio
 
@@ -54,21 +54,20 @@ class _FastWait:
     _ARRIVING = 0.0005
 
     def __init__(self, spin_us: int) -> None:
+        vars(self).update(vars(trio.lowlevel))  # found at once, where __getattr__ is a call
         self._spin_us = spin_us
         self._yielded = self._served = float("-inf")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(trio.lowlevel, name)
+        vars(self).pop("wait_readable")  # ours
 
     async def wait_readable(self, fd: int) -> None:
-        now = trio.current_time()
+        now = monotonic()
         if not LOAD.handlers and now - self._yielded < self._BURST:
             arriving = now - self._served < self._ARRIVING
             if _lowlevel.spin_readable(self._spin_us if arriving else 0):
-                self._served = trio.current_time()
+                self._served = monotonic()
                 return
         await trio.lowlevel.wait_readable(fd)
-        self._yielded = self._served = trio.current_time()
+        self._yielded = self._served = monotonic()
 
 
 class FastTrio:
@@ -77,7 +76,6 @@ class FastTrio:
     Lock = _FastLock
 
     def __init__(self, spin_us: int) -> None:
+        vars(self).update(vars(trio))
+        vars(self).pop("Lock")  # ours
         self.lowlevel = _FastWait(spin_us)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(trio, name)

@@ -413,6 +413,11 @@ def close(unmount: bool = True) -> None:
     pyfuse3.close(unmount=unmount)
 
 
+def glance(fds: tuple[int, ...], microseconds: int) -> int:
+    """Wait until one of ``fds`` can be read: 0 if none, -1 if a system call came first."""
+    return _lowlevel.glance(fds, microseconds)
+
+
 def install_fastwait(spin_us: int = 50) -> None:
     """Take requests that arrive back to back without sleeping between them.
 

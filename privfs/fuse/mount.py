@@ -143,6 +143,7 @@ def serve(
     )
     try:
         lowlevel.install_fastwait()
+        service.hub.glance = lowlevel.glance
         trio.run(_main, service, info, ready, ending)
     finally:
         # What was unmounted lazily still has open files; another mount may be in its place.

@@ -303,6 +303,8 @@ class Files(lowlevel.Operations):
         tid = lowlevel.current_request().pid if self._service.owner.sessions else 0
         call = self._service.begin(ino, request, tid)
         if call.outcome is None:
+            self._service.hurry(ino, call)
+        if call.outcome is None:
             with lowlevel.interruptible() as scope:
                 await self._service.settled(call)
             if scope.cancelled_caught:

@@ -14,8 +14,7 @@ import os
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -31,7 +30,7 @@ from privfs.notifier.user import (
     User,
     Zap,
 )
-from privfs.notifier.wire import Fence, Flag, Record, To, WireError, pack, parse
+from privfs.notifier.wire import FD, Fence, Record, To, WireError, pack, parse
 from privfs.seals import ALL_PURPOSES
 
 log = logging.getLogger(__name__)
@@ -252,11 +251,15 @@ class Lane:
         tickets: list[object] = []
         open_end = True
         lent = deque(fds)
-        with self._answered, _closing(lent):
-            for record in parse(frame, To.USER):
-                fd = lent.popleft() if record.flags & Flag.FD and lent else None
-                open_end = self._take(record, fd, zaps, tickets) and open_end
-            self._answered.notify_all()
+        try:
+            with self._answered:
+                for record in parse(frame, To.USER):
+                    fd = lent.popleft() if record.flags & FD and lent else None
+                    open_end = self._take(record, fd, zaps, tickets) and open_end
+                if self._answers:
+                    self._answered.notify_all()
+        finally:
+            close_later(list(lent))  # what nobody took
         if zaps:
             self._mmu.drain(tickets)
             self._send([self.user.ack(zap.seq) for zap in zaps], [])
@@ -281,15 +284,6 @@ class Lane:
             case _:
                 self._mmu.denied(happening.req, happening.status)
         return True
-
-
-@contextmanager
-def _closing(fds: deque[int]) -> Iterator[None]:
-    """Close the descriptors that nobody took."""
-    try:
-        yield
-    finally:
-        close_later(list(fds))
 
 
 def connect(sock: socket.socket, path: str) -> None:

@@ -13,7 +13,7 @@ log line, then SIGKILL and proof of exit, or of a fence that holds (:meth:`Owner
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from pyroaring import BitMap
@@ -117,7 +117,7 @@ class Owner(OwnerState):
             return []  # the rest of a frame whose first record ended the session
         if not session.talks and (session.state is not State.NEW or record.op != Op.HELLO):
             return self.broken(sid, f"{Op(record.op).name} in state {session.state.value}")
-        handler = _HANDLERS[Op(record.op)]
+        handler = _HANDLERS[record.op]
         return handler(self, session, record, file)
 
     def gone(self, sid: int) -> list[Effect]:
@@ -315,7 +315,9 @@ def _reply(record: Record, code: int) -> Record:
     return Record(Op.REPLY, status=code, req=record.req)
 
 
-_HANDLERS: Final = {
+_HANDLERS: Final[
+    dict[int, Callable[[Owner, Session, Record, tuple[int, bool] | int | None], list[Effect]]]
+] = {
     Op.HELLO: Owner._hello,
     Op.REGISTER: Owner._register,
     Op.UNREGISTER: Owner._unregister,

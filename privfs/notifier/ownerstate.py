@@ -42,6 +42,8 @@ from privfs.operation import (
 from privfs.operation import Effect as FileEffect
 from privfs.personality import Personality, Refused
 
+_WRITE: Final = int(Flag.WRITE)  # the operators of an IntFlag are slow
+_EXTENT: Final = int(Flag.EXTENT)
 _REASONS: Final = {
     Kind.PUNCH: Reason.PUNCH,
     Kind.ZERO: Reason.PUNCH,
@@ -147,7 +149,7 @@ class OwnerState:
         try:
             if get.ino not in session.files:
                 raise Refused(errno.ENOENT, f"GET: not registered on inode {get.ino}")
-            if record.flags & Flag.WRITE and not session.files[get.ino]:
+            if record.flags & _WRITE and not session.files[get.ino]:
                 raise Refused(errno.EACCES, f"GET for store: read-only user of inode {get.ino}")
             file = self.files[get.ino]
             look = file.look(page)
@@ -167,7 +169,7 @@ class OwnerState:
         out: list[Effect] = []
         index = file.personality.layout.extent_of(page)
         instance = file.instances[index]
-        if (get.ino, instance) not in session.known or record.flags & Flag.EXTENT:
+        if (get.ino, instance) not in session.known or record.flags & _EXTENT:
             session.known.add((get.ino, instance))
             first, last = file.personality.layout.extent_range(index)
             memfd = (get.ino, index, session.files[get.ino])

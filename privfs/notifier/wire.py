@@ -56,6 +56,10 @@ class Flag(enum.IntFlag):
     EXTENT = 4  #: GET: send the extent's descriptor again; INVALIDATE: extents die with the range
 
 
+#: Flag.FD as a plain number: the operators of an IntFlag cost more than the rest of a record.
+FD: Final = int(Flag.FD)
+
+
 class Reason(enum.IntEnum):
     """Why pages go away (``status`` of INVALIDATE)."""
 
@@ -230,25 +234,29 @@ def _check(record: Record, to: To) -> None:
     fields = _LAYOUT_BY_NUMBER.get(record.op)
     if fields is None:
         raise WireError(f"record with unknown op {record.op}")
-    name = Op(record.op).name
+    flags = record.flags
     if fields.to is not to and fields.to is not To.BOTH:
-        raise WireError(f"{name}: may only be sent {fields.to.value}")
-    if record.flags & ~int(fields.flags):  # of an IntFlag, ~ is only what the enum knows
-        raise WireError(f"{name}: flags {record.flags:#x}, allowed {int(fields.flags):#x}")
-    if fields.needs_fd and not record.flags & Flag.FD:
-        raise WireError(f"{name}: comes without a file descriptor")
-    for field in _UNUSED[record.op]:
-        if getattr(record, field):
-            raise WireError(f"{name}: field {field} must be 0, is {getattr(record, field)}")
+        raise _error(record, f"may only be sent {fields.to.value}")
+    if flags and flags & ~int(fields.flags):  # of an IntFlag, ~ is only what the enum knows
+        raise _error(record, f"flags {flags:#x}, allowed {int(fields.flags):#x}")
+    if fields.needs_fd and not flags & FD:
+        raise _error(record, "comes without a file descriptor")
+    for index in _UNUSED[record.op]:
+        if record[index]:
+            raise _error(record, f"field {Record._fields[index]} must be 0, is {record[index]}")
     if fields.ranged and not record.start < record.end <= MAX_PAGES:
-        raise WireError(f"{name}: bad range [{record.start:#x}, {record.end:#x})")
+        raise _error(record, f"bad range [{record.start:#x}, {record.end:#x})")
     if fields.reasoned and record.status not in _REASONS:
-        raise WireError(f"{name}: unknown reason {record.status}")
+        raise _error(record, f"unknown reason {record.status}")
     if fields.fenced:
         if record.status not in _FENCES:
-            raise WireError(f"{name}: unknown fence {record.status}")
-        if bool(record.flags & Flag.FD) != (record.status == Fence.USERFAULTFD):
-            raise WireError(f"{name}: a userfaultfd comes with its fence, and with no other")
+            raise _error(record, f"unknown fence {record.status}")
+        if bool(flags & FD) != (record.status == Fence.USERFAULTFD):
+            raise _error(record, "a userfaultfd comes with its fence, and with no other")
+
+
+def _error(record: Record, why: str) -> WireError:
+    return WireError(f"{Op(record.op).name}: {why}")
 
 
 _VALUES = ("status", "req", "obj", "start", "end", "seq")
@@ -256,5 +264,6 @@ _REASONS: Final = frozenset(int(reason) for reason in Reason)
 _FENCES: Final = frozenset(int(fence) for fence in Fence)
 _LAYOUT_BY_NUMBER: Final = {int(op): fields for op, fields in LAYOUT.items()}
 _UNUSED: Final = {
-    int(op): tuple(v for v in _VALUES if v not in fields.uses) for op, fields in LAYOUT.items()
+    int(op): tuple(Record._fields.index(v) for v in _VALUES if v not in fields.uses)
+    for op, fields in LAYOUT.items()
 }
