@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
@@ -20,6 +21,7 @@ from mounts import Mounted, Mounter, privfs
 
 from privfs.backing import Backing, BackingError, choose
 from privfs.backing.hugetlb import Hugetlb
+from privfs.backing.secretmem import Secretmem
 from privfs.backing.store import _call_fallocate
 
 pytest_plugins = ["guest_fixtures"]
@@ -30,6 +32,7 @@ HUGE = 2 * MIB
 UNIT = HUGE // 4096
 KEEP_SIZE, PUNCH, ZERO_RANGE = 1, 3, 16
 POOL = 40
+_SYS_PIDFD_GETFD = 438  # asm/unistd_64.h
 SYSCTL = Path("/proc/sys/vm/nr_hugepages")
 USER = Path(__file__).parents[1] / "integration" / "light_user.py"
 
@@ -66,7 +69,7 @@ class Kind:
     page: int
 
 
-@pytest.fixture(params=["shmem", "shmem-2M", "hugetlb"])
+@pytest.fixture(params=["shmem", "shmem-2M", "hugetlb", "secretmem"])
 def kind(request: pytest.FixtureRequest) -> Kind:
     if request.param == "hugetlb":
         request.getfixturevalue("pool")
@@ -74,10 +77,10 @@ def kind(request: pytest.FixtureRequest) -> Kind:
     if request.param == "shmem-2M":
         return Kind(("pagesize=2M",), HUGE)
     try:
-        choose()
+        page = choose(request.param).page_size
     except OSError as error:
         pytest.skip(str(error.strerror))
-    return Kind(("backing=shmem",), 4096)
+    return Kind((f"backing={request.param}",), page)
 
 
 @contextlib.contextmanager
@@ -239,7 +242,29 @@ def held_bytes(mounted: Mounted) -> int:
         with contextlib.suppress(FileNotFoundError):
             if os.readlink(link).startswith("/memfd:privfs:"):
                 total += link.stat().st_blocks * 512
+            elif os.readlink(link).startswith("/secretmem"):
+                total += secret_bytes(mounted.process.pid, int(link.name))
     return total
+
+
+def secret_bytes(pid: int, number: int) -> int:
+    """Return the memory in another's memfd_secret, which no file of /proc tells; root may take it.
+
+    0 if it was closed meanwhile.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    pidfd = os.pidfd_open(pid)
+    try:
+        fd = libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0)
+        if fd < 0:
+            assert ctypes.get_errno() == errno.EBADF
+            return 0
+        try:
+            return Secretmem().held(fd)
+        finally:
+            os.close(fd)
+    finally:
+        os.close(pidfd)
 
 
 def settled(mounted: Mounted) -> bool:
@@ -295,11 +320,11 @@ def test_the_budget_is_the_pool(pool: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ("backing=secretmem", "takes no seals"),
+        ("backing=secretmem,pagesize=4K", "in chunks of 2M to 64M"),
         ("pagesize=64K", "shmem has pages of 4K"),
         ("backing=hugetlb,pagesize=1G", "extents from 64M"),
         ("pagesize=3M", "pagesize=BYTES"),
-        ("backing=disk", "backing=shmem|hugetlb"),
+        ("backing=disk", "backing=shmem|hugetlb|secretmem"),
     ],
 )
 def test_other_memory_is_refused_before_anything_is_mounted(options: str, why: str) -> None:

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import json
+import mmap
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +22,13 @@ import pytest
 from mounts import Mounter, privfs
 from rooms import ROOT, Room, room
 
+from privfs.backing import choose
+
 pytest_plugins = ["guest_fixtures"]
 pytestmark = pytest.mark.fuse
 
 MIB = 1 << 20
+_SYS_PIDFD_GETFD = 438  # asm/unistd_64.h
 PYTHON = (sys.executable, "-P")
 BURGLAR = Path(__file__).with_name("burglar.py")
 #: A process that hides nothing.
@@ -175,12 +181,29 @@ def test_the_owner_passes_no_descriptor_on_and_maps_nothing(mount: Mounter) -> N
     assert extent_mappings(mounted.process.pid) == []
 
 
+@pytest.mark.root
+def test_the_owner_of_secret_memory_maps_none_of_it(mount: Mounter) -> None:
+    """It does while it allocates, and passes nothing on then either."""
+    try:
+        choose("secretmem")
+    except OSError as error:
+        pytest.skip(str(error.strerror))
+    mounted = mount("backing=secretmem")
+    subprocess.run(["fallocate", "-l", "8M", mounted.path / "f"], check=True)
+    found = descriptors(mounted.process.pid)
+    assert sum("/secretmem" in name for name in found) == 4
+    assert [name for name, flags in found.items() if not flags & os.O_CLOEXEC] == []
+    assert "/secretmem" not in Path(f"/proc/{mounted.process.pid}/maps").read_text()
+
+
 @contextlib.contextmanager
-def booted(mount: Mounter, image: bytes, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def booted(
+    mount: Mounter, image: bytes, tmp_path: Path, *options: str
+) -> Iterator[subprocess.Popen[str]]:
     """``kvmsim boot`` on a mount, as whoever runs the tests."""
     kernel = tmp_path / "kernel.elf"
     kernel.write_bytes(image)
-    mounted = mount()
+    mounted = mount(*options)
     subprocess.run(["truncate", "-s", "32M", mounted.path / "ram"], check=True)
     with subprocess.Popen(
         [*PYTHON, "-m", "kvmsim", "boot", "--kernel", kernel, "--memory", mounted.path / "ram"],
@@ -204,6 +227,84 @@ def test_an_emulator_passes_nothing_on(mount: Mounter, image: bytes, tmp_path: P
         mappings = extent_mappings(vm.pid)
         assert mappings
         assert all(flags >= {"dc", "dd"} for flags in mappings)  # no copy on fork, no dump
+
+
+def ways_of_root(pid: int, name: str) -> dict[str, list[str]]:
+    """Attack an emulator's memory in ``name`` as root; return what each way in met."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    span = next(line.split()[0] for line in lines if name in line)
+    low, high = (int(part, 16) for part in span.split("-"))
+    links = Path(f"/proc/{pid}/fd").iterdir()
+    number = next(link.name for link in links if name in os.readlink(link))
+    said = subprocess.run([*PYTHON, BURGLAR, str(pid), hex(low)], check=True, capture_output=True)
+    met: dict[str, list[str]] = json.loads(said.stdout)
+    return {way: met[way] for way in ("mem", "process_vm_readv")} | {
+        "map_files": errno_of(lambda: read_page(f"/proc/{pid}/map_files/{low:x}-{high:x}")),
+        "descriptor through /proc": errno_of(lambda: read_page(f"/proc/{pid}/fd/{number}")),
+        "descriptor by pidfd_getfd": errno_of(lambda: map_theirs(pid, int(number))),
+    }
+
+
+def errno_of(attack: Callable[[], object]) -> list[str]:
+    try:
+        attack()
+    except OSError as error:
+        return [errno.errorcode[error.errno or 0]]
+    return []
+
+
+def read_page(path: str) -> None:
+    with open(path, "rb", buffering=0) as file:
+        file.read(4096)
+
+
+def map_theirs(pid: int, number: int) -> None:
+    """Take a descriptor of another process and read memory through it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    pidfd = os.pidfd_open(pid)
+    try:
+        fd = libc.syscall(_SYS_PIDFD_GETFD, pidfd, number, 0)
+        if fd < 0:
+            raise OSError(ctypes.get_errno(), "pidfd_getfd")
+        try:
+            with mmap.mmap(fd, 4096) as memory:
+                memory.read(1)
+        finally:
+            os.close(fd)
+    finally:
+        os.close(pidfd)
+
+
+@pytest.mark.root
+def test_root_reads_ordinary_memory_in_every_way(
+    mount: Mounter, image: bytes, tmp_path: Path
+) -> None:
+    with booted(mount, image, tmp_path) as vm:
+        met = ways_of_root(vm.pid, "/memfd:privfs:")
+    assert {way for way, said in met.items() if said} == set()
+
+
+@pytest.mark.root
+def test_root_must_take_a_descriptor_of_secret_memory(
+    mount: Mounter, image: bytes, tmp_path: Path
+) -> None:
+    """Or run code in the process: the kernel itself has no way to read it for anybody."""
+    try:
+        choose("secretmem")
+    except OSError as error:
+        pytest.skip(str(error.strerror))
+    with booted(mount, image, tmp_path, "backing=secretmem") as vm:
+        found = descriptors(vm.pid)
+        assert [name for name in found if "/secretmem" in name]
+        assert [name for name, flags in found.items() if not flags & os.O_CLOEXEC] == []
+        met = ways_of_root(vm.pid, "/secretmem")
+    assert met == {
+        "mem": ["EIO"],
+        "process_vm_readv": ["EFAULT"],
+        "map_files": ["ENXIO"],
+        "descriptor through /proc": ["ENXIO"],
+        "descriptor by pidfd_getfd": [],
+    }
 
 
 # --- core dumps --------------------------------------------------------------------------------

@@ -3,91 +3,24 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
-import shutil
 import signal
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from actors import Actor, Cast, until
-from mounts import Mounted, Mounter
+from actors import Cast, until
+from mounts import Mounter
+from twins import PAGE, PAGES, User, healthy, private_file, punch, stats, value
 
-pytest_plugins = ["guest_fixtures", "actor_fixtures"]
+pytest_plugins = ["guest_fixtures", "actor_fixtures", "twin_fixtures"]
 pytestmark = pytest.mark.fuse
 
-TWIN = Path(__file__).parents[1] / "twin"
-PAGE = 4096
-PAGES = 4096
 SHORT = "t_ack=0.5"
 KILLING = r"killing (\S+)\(\d+\): no acknowledgement"
 #: Where test_two_users_and_a_vm lets the guest work, behind its kernel; the C users have the rest.
 LOW = 2 << 20
 GUEST, GUEST_END = 2048, 2112
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-User = Callable[..., Actor]
-
-
-@pytest.fixture(scope="session")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the program, built here."""
-    for tool in ("gcc", "make"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is missing: apt install gcc make")
-    build = tmp_path_factory.mktemp("twin")
-    subprocess.run(["make", "-s", "-C", TWIN, f"BUILD={build}", "CC=gcc"], check=True, timeout=100)
-    return build / "user"
-
-
-@pytest.fixture
-def user(actor: Cast, twin: Path) -> User:
-    """Return a function that starts a user and waits until it is registered."""
-
-    def start(path: Path, mode: str = "good", label: str = "", slot: int = 1) -> Actor:
-        made = actor(twin, path, mode, label or mode, str(slot))
-        made.expect(r"^ready \d+ \d+ \d$")
-        return made
-
-    return start
-
-
-def private_file(mounted: Mounted, name: str = "ram", pages: int = PAGES) -> Path:
-    path = mounted.path / name
-    path.touch()
-    os.truncate(path, pages * PAGE)
-    return path
-
-
-def punch(path: Path, start: int, end: int) -> int:
-    """Punch pages as any caller does; the errno."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        failed = _libc.fallocate(fd, 0x03, start * PAGE, (end - start) * PAGE)
-        return ctypes.get_errno() if failed else 0
-    finally:
-        os.close(fd)
-
-
-def value(user: Actor, command: str) -> int:
-    """Touch or read a page; the value of its word."""
-    return int(user.ask(command, r"^value \d+ (\d+)$|^error.*").split()[2])
-
-
-def stats(user: Actor) -> dict[str, int]:
-    words = user.ask("stats", "^stats .*$").split()[1:]
-    return {name: int(count) for name, count in zip(words[::2], words[1::2], strict=True)}
-
-
-def healthy(user: Actor) -> dict[str, int]:
-    """Assert that a user has seen nothing that the contract forbids."""
-    found = stats(user)
-    assert (found["stale"], found["lost"]) == (0, 0), user.text
-    return found
 
 
 def test_a_life(mount: Mounter, user: User) -> None:
@@ -185,6 +118,7 @@ def test_killed_while_it_works(mount: Mounter, user: User) -> None:
     path = private_file(mounted)
     one = user(path)
     one.ask("work 1 0 64", "^working$")
+    until(lambda: stats(one)["touches"] > 20, "it works")
     for start in range(0, 64, 8):
         assert punch(path, start, start + 8) == 0
     until(lambda: healthy(one)["zeroes"] > 0, "a page that was punched and read again")
