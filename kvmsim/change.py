@@ -6,18 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvmsim.memslot import SlotChange
-
-
-@dataclass(frozen=True, slots=True)
-class Zapped:
-    """What left the second stage: (gpa, npages) ranges and the number of pages in them.
-
-    A gpa has the shared bit if it is the shared side that was zapped. A range is wider than what
-    was asked for where a large leaf reached out of it.
-    """
-
-    ranges: tuple[tuple[int, int], ...] = ()
-    leaves: int = 0
+from kvmsim.mmu import Zapped
 
 
 @dataclass(frozen=True, slots=True)

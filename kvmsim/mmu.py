@@ -7,6 +7,7 @@ side satisfy them without knowing of each other.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from kvmsim.invalidate import MmuInvalidate
 from kvmsim.kind import VmKind
 from kvmsim.memslot import Memslot, Memslots
 from kvmsim.poison import Poison
-from kvmsim.uapi import ABIS, Abi
+from kvmsim.uapi import ABIS, PAGE_SHIFT, Abi
 
 
 class SecondStage(Protocol):
@@ -52,6 +53,18 @@ class Backing(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Zapped:
+    """What left the second stage: (gpa, npages) ranges and the number of pages in them.
+
+    A gpa has the shared bit if it is the shared side that was zapped. A range is wider than what
+    was asked for where a large leaf reached out of it.
+    """
+
+    ranges: tuple[tuple[int, int], ...] = ()
+    leaves: int = 0
+
+
 @dataclass(slots=True)
 class Mmu:
     """What a fault looks at and changes, all under the VM's lock."""
@@ -83,3 +96,27 @@ class Mmu:
         """The gfns [first, last) around ``gfn``, not all of them of the slot, of one type."""
         run = self.attributes.run(gfn)
         return run.start, run.end
+
+    def begin_zap(self, gfns: Sequence[tuple[int, int]], halves: Iterable[int]) -> Zapped:
+        """Open the bracket over ranges [start, end) and clear their leaves on these sides.
+
+        Without a range nothing is opened. ``invalidate.end()`` closes it.
+        """
+        ranges: list[tuple[int, int]] = []
+        leaves = 0
+        if gfns:
+            self.invalidate.begin()
+            for start, end in gfns:
+                self.invalidate.range_add(start, end)
+        for start, end in gfns:
+            # Attributes may be set where no slot can be.
+            npages = min(end, self.kind.max_gfn) - start
+            if npages <= 0:
+                continue
+            for half in halves:
+                gone = (start << PAGE_SHIFT | half, npages)
+                if self.max_level > 1:
+                    gone = self.stage2.whole_leaves(*gone)
+                leaves += self.stage2.zap(*gone)
+                ranges.append(gone)
+        return Zapped(tuple(ranges), leaves)

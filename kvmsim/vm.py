@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Self
 
 from kvmsim.attributes import GFN_LIMIT, Attributes, check_request
@@ -26,7 +26,6 @@ from kvmsim.change import (
     ReleaseFile,
     StoreAttributes,
     Then,
-    Zapped,
 )
 from kvmsim.effect import (
     Effect,
@@ -43,41 +42,21 @@ from kvmsim.invalidate import MmuInvalidate
 from kvmsim.kind import SHARED_BIT_KIND, VmKind
 from kvmsim.memoryuse import MemoryUse, memory_use
 from kvmsim.memslot import Memslots, SlotChange
-from kvmsim.mmu import Backing, Mmu, SecondStage
+from kvmsim.mmu import Backing, Mmu, SecondStage, Zapped
 from kvmsim.region import BadFd, PrivateFile, Region, SharedSide
-from kvmsim.uapi import ABIS, PAGE_SHIFT, Abi, KvmError
+from kvmsim.statistics import Counters, VmStatistics
+from kvmsim.uapi import ABIS, Abi, KvmError
 
 __all__ = ["Invalidation", "MemoryUse", "Vm", "VmStatistics", "Zapped"]
 
 
-@dataclass(slots=True)
-class _Counters:
-    faults: int = 0
-    retries: int = 0
-    exits: int = 0
-    installed_pages: int = 0
-    invalidations: int = 0
-    zapped_leaves: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class VmStatistics:
-    """What a VM did so far, and its memory now."""
-
-    faults: int
-    retries: int
-    exits: int
-    installed_pages: int
-    invalidations: int
-    zapped_leaves: int
-    slots: int
-    memory: MemoryUse
-
-
 class Vm:
-    """A VM over a second-stage table and the private memory's user side."""
+    """A VM over a second-stage table and the private memory's user side.
 
-    __slots__ = ("_changing", "_counters", "mmu")
+    ``pre_fault_allowed`` is false for guests with protected state until a model finalizes them.
+    """
+
+    __slots__ = ("_changing", "_counters", "mmu", "pre_fault_allowed")
 
     def __init__(
         self,
@@ -94,8 +73,9 @@ class Vm:
         self.mmu = Mmu(
             slots, Attributes(), MmuInvalidate(), stage2, backing, abi, around, window, max_level
         )
-        self._counters = _Counters()
-        self._changing = False
+        self._counters = Counters()
+        self._changing: Then | None = None
+        self.pre_fault_allowed = not kind.protected_state
 
     @property
     def abi(self) -> Abi:
@@ -226,10 +206,10 @@ class Vm:
         match invalidation.then:
             case SlotChange() as change:
                 self.mmu.slots.apply(change)
-                self._changing = False
+                self._changing = None
             case StoreAttributes(start, end, value):
                 self.mmu.attributes.set(start, end, value)
-                self._changing = False
+                self._changing = None
             case ReleaseFile(file):
                 self.mmu.slots.release(file)
             case PoisonPage(file, page):
@@ -260,6 +240,13 @@ class Vm:
                 effect = fault.page_arrived(self.mmu, grant)
         return self._count(effect)
 
+    def deletes(self, gfn: int) -> bool:
+        """Whether the slot of ``gfn`` is being deleted or moved (KVM_MEMSLOT_INVALID)."""
+        match self._changing:
+            case SlotChange() as change if (taken := change.taken) is not None:
+                return taken.base_gfn <= gfn < taken.end_gfn
+        return False
+
     # --- what there is -------------------------------------------------------------------
 
     def memory(self, start: int = 0, end: int = GFN_LIMIT) -> MemoryUse:
@@ -268,8 +255,7 @@ class Vm:
 
     def statistics(self) -> VmStatistics:
         """Counters since the start, and the memory of now."""
-        counted = {f.name: getattr(self._counters, f.name) for f in fields(_Counters)}
-        return VmStatistics(**counted, slots=len(self.mmu.slots), memory=self.memory())
+        return VmStatistics.of(self._counters, len(self.mmu.slots), self.memory())
 
     def key(self) -> Hashable:
         """Slots, attributes and counter as a hashable value; table and backing have their own."""
@@ -279,7 +265,8 @@ class Vm:
             mmu.attributes.key(),
             mmu.invalidate.key(),
             mmu.poison.key(),
-            self._changing,
+            self._changing is not None,
+            self.pre_fault_allowed,
         )
 
     def copy(self, stage2: SecondStage, backing: Backing) -> Self:
@@ -294,6 +281,7 @@ class Vm:
         twin.mmu.invalidate = mmu.invalidate.copy()
         twin.mmu.poison = mmu.poison.copy()
         twin._changing = self._changing
+        twin.pre_fault_allowed = self.pre_fault_allowed
         return twin
 
     # --- inside --------------------------------------------------------------------------
@@ -312,29 +300,12 @@ class Vm:
         halves: Iterable[int],
         then: Then | None = None,
     ) -> Invalidation:
-        invalidate = self.mmu.invalidate
-        ranges: list[tuple[int, int]] = []
-        leaves = 0
-        if gfns:
-            invalidate.begin()
-            for start, end in gfns:
-                invalidate.range_add(start, end)
-        for start, end in gfns:
-            # Attributes may be set where no slot can be.
-            npages = min(end, self.kind.max_gfn) - start
-            if npages <= 0:
-                continue
-            for half in halves:
-                gone = (start << PAGE_SHIFT | half, npages)
-                if self.mmu.max_level > 1:
-                    gone = self.mmu.stage2.whole_leaves(*gone)
-                leaves += self.mmu.stage2.zap(*gone)
-                ranges.append(gone)
+        zapped = self.mmu.begin_zap(gfns, halves)
         if then is not None:
-            self._changing = True
+            self._changing = then
         self._counters.invalidations += bool(gfns)
-        self._counters.zapped_leaves += leaves
-        return Invalidation(Zapped(tuple(ranges), leaves), bool(gfns), then)
+        self._counters.zapped_leaves += zapped.leaves
+        return Invalidation(zapped, bool(gfns), then)
 
     def _look(self, fault: Fault) -> Effect:
         fault.snapshot(self.mmu)
