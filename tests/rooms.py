@@ -21,9 +21,11 @@ from typing import Any
 
 import pytest
 
+from privfs.testing.ordinary import UID, laid_open
+
 ROOT = Path(__file__).parents[1]
 #: Who the ordinary users are; they are in the passwd(5) of the room, since fusermount3 wants names.
-USER, OTHER, NAMELESS = 60_001, 60_002, 60_003
+USER, OTHER, NAMELESS = UID, UID + 1, UID + 2
 
 _SETUP = r"""
 set -eu
@@ -36,10 +38,9 @@ for name in fuse.conf fstab passwd; do
 done
 mount --bind "$1/bin" /usr/local/bin
 shift
-while [ $# -gt 0 ]; do  # a closed directory, what stands in for it, what is wanted of it, where
-    mount --bind "$3" "$4"
-    mount --rbind "$2" "$1"
-    shift 4
+while [ $# -gt 0 ]; do
+    mount --"$1" "$2" "$3"
+    shift 3
 done
 echo ready >&3
 exec 3>&-
@@ -136,7 +137,8 @@ def room(*, user_allow_other: bool = False, fstab: str = "") -> Iterator[Room]:
         ours.chmod(0o755)
         with subprocess.Popen(
             ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child",
-             "--mount-proc", "sh", "-c", _SETUP, "sh", place, *_opened(place)],
+             "--mount-proc", "sh", "-c", _SETUP, "sh", place,
+             *laid_open(place, (Path(sys.base_prefix).resolve(), ROOT))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         ) as outer:  # fmt: skip
             assert outer.stdout is not None
@@ -149,21 +151,3 @@ def room(*, user_allow_other: bool = False, fstab: str = "") -> Iterator[Room]:
                 outer.kill()
     finally:
         shutil.rmtree(place)
-
-
-def _opened(place: Path) -> list[str]:
-    """Lay open what ordinary users cannot reach of Python and of this checkout.
-
-    Returns arguments of the setup: each closed directory is covered by an empty one, in which only
-    what is wanted of it is seen.
-    """
-    arguments: list[str] = []
-    for number, wanted in enumerate({Path(sys.base_prefix).resolve(), ROOT}):
-        for closed in reversed(wanted.parents):
-            if not closed.stat().st_mode & 0o001:
-                cover = place / f"cover{number}"
-                inner = cover / wanted.relative_to(closed)
-                inner.mkdir(parents=True)
-                arguments += [str(closed), str(cover), str(wanted), str(inner)]
-                break
-    return arguments

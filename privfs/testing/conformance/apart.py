@@ -2,8 +2,9 @@
 """Targets by name, each run in a process of its own.
 
 ``memfd``, ``guest_memfd:0`` (or 1, 3), ``model:PERSONALITY``, ``mount:PERSONALITY`` (by root: the
-kernel refuses, passthrough) and ``user:PERSONALITY`` (in a user, mount and pid namespace of its
-own, so without privileges: direct_io). Everything ends with the process that runs it.
+kernel refuses, passthrough) and ``user:PERSONALITY`` (by an ordinary user, as whom root runs it
+too, in a user, mount and pid namespace of its own: direct_io). Everything ends with the process
+that runs it.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
+from privfs.testing import ordinary
 from privfs.testing.conformance.row import REFERENCE, Mode, Outcome
 
 SECONDS: Final = 300
@@ -55,12 +59,13 @@ def mounted(name: str) -> Mounted | None:
 
 def outcomes(name: str, log: Callable[[str], None] = lambda line: None) -> dict[str, Outcome]:
     """Run a target and return row name → outcome; raises Unable."""
-    command = _command(name)
-    log(f"{name}: {' '.join(command)}")
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=SECONDS,
-        stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="privfs-conformance.") as place:
+        command = _command(name, Path(place))
+        log(f"{name}: {' '.join(command)}")
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=SECONDS,
+            stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{name}: status {done.returncode}\n{done.stderr}{done.stdout}")
     found = json.loads(done.stdout)
@@ -69,33 +74,49 @@ def outcomes(name: str, log: Callable[[str], None] = lambda line: None) -> dict[
     return {str(row): str(outcome) for row, outcome in found["outcomes"].items()}
 
 
-def _command(name: str) -> list[str]:
+def _command(name: str, place: Path) -> list[str]:
     python = [sys.executable, "-P", "-m"]
     suite = [*python, _MODULE, "run", "--json"]
     which = mounted(name)
     if which is None:
         return [*suite, name]
-    _check(which)
     inside = [*suite, "--mode", which.mode.value, "--personality", which.personality]
-    return [
-        *(_NAMESPACE if which.mode is Mode.DIRECT_IO else ()),
+    serving = [
         *python, "privfs", "run", "-o", f"personality={which.personality},size=1G",
         "--", "sh", "-c", 'exec "$@" "$PRIVFS"', "sh", *inside,
     ]  # fmt: skip
-
-
-def _check(which: Mounted) -> None:
-    """Raise Unable where the mount cannot be tried."""
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise Unable("/dev/fuse: missing or not accessible")
     if which.mode is Mode.PASSTHROUGH:
-        with open("/proc/self/uid_map") as table:
-            if os.geteuid() or table.read().split() != ["0", "0", "4294967295"]:
-                raise Unable("passthrough needs root in the initial user namespace")
-        return
+        if not _initial_root():
+            raise Unable("passthrough needs root in the initial user namespace")
+        return serving
+    return as_a_user(serving, place)
+
+
+def _initial_root() -> bool:
+    with open("/proc/self/uid_map") as table:
+        return os.geteuid() == 0 and table.read().split() == ["0", "0", "4294967295"]
+
+
+def as_a_user(serving: list[str], place: Path) -> list[str]:
+    """Return a command line that runs ``serving`` as root of a user namespace, but nowhere else.
+
+    Root becomes an ordinary user first. Where it may not (a container that has no CAP_MKNOD or
+    lets no device be bound), it is mapped to itself: it lacks all rights in the initial namespace
+    too, and only its uid is not that of somebody else.
+    """
+    inside = [*_NAMESPACE, *serving]
+    if _initial_root():
+        with tempfile.TemporaryDirectory(prefix="privfs-conformance.") as trial:
+            impossible = ordinary.why_not(Path(trial))
+        if not impossible:
+            wanted = [Path(sys.base_prefix).resolve(), *map(Path, sys.path[1:])]
+            inside = ordinary.command(place, [p for p in wanted if p.is_dir()], *inside)
     try:
         tried = subprocess.run([*_NAMESPACE, "true"], capture_output=True, text=True, check=False)
     except FileNotFoundError as error:
         raise Unable("unshare(1) of util-linux") from error
     if tried.returncode:
         raise Unable(f"user namespaces: {tried.stderr.strip()}")
+    return inside
