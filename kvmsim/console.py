@@ -17,6 +17,7 @@ from typing import Final
 from kvmsim.emulator import Emulator, Outcome, VmConfig
 from kvmsim.exits import Exit, IoExit
 from kvmsim.hostmem import HostMemory
+from kvmsim.running import RunningVm
 
 
 class End(enum.Enum):
@@ -69,8 +70,10 @@ class ConsoleVm(Emulator):
         config: VmConfig,
         on_output: Callable[[bytes], None],
         on_end: Callable[[], None],
+        *,
+        running: type[RunningVm] = RunningVm,
     ) -> None:
-        super().__init__(host, config, on_output)
+        super().__init__(host, config, on_output, running=running)
         self._on_end = on_end
         self._input_ended = False
         self._end: End | None = None

@@ -20,7 +20,11 @@ from kvmsim.cli.vms import make_vm
 from kvmsim.console import ConsoleVm, Ending
 from kvmsim.hostmem import HostMemory
 from kvmsim.images import read_kernel
+from kvmsim.running import RunningVm
 from kvmsim.script import DISCARDS, Memory, ScriptError, Vm, parse_memory
+from kvmsim.trace import FORMATS
+from kvmsim.tracedvm import traced
+from kvmsim.tracefile import TraceFile
 from kvmsim.vmm.bootparams import MAX_VCPUS
 
 _UNIX: Final = "unix:"
@@ -62,6 +66,14 @@ def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines: boot, console, end.")
 @click.option("--timeout", metavar="S", type=click.FloatRange(min=0, min_open=True),
               help="End the VM after S seconds.")  # fmt: skip
+@click.option(
+    "--trace", "trace_path", metavar="FILE", type=click.Path(dir_okay=False),
+    help="Write what happens in the VM to FILE: exits, faults, zaps, attributes.",
+)  # fmt: skip
+@click.option(
+    "--trace-format", type=click.Choice(list(FORMATS)),
+    help="text: as the kernel's tracefs; jsonl; chrome: for Perfetto. Else by FILE's suffix.",
+)  # fmt: skip
 @click.option("-q", "--quiet", is_flag=True, help="Say only what goes wrong.")
 @verbose_options
 def boot(
@@ -74,6 +86,8 @@ def boot(
     where: str,
     as_json: bool,
     timeout: float | None,
+    trace_path: str | None,
+    trace_format: str | None,
     quiet: bool,
     verbosity: Verbosity,
 ) -> int:
@@ -84,11 +98,16 @@ def boot(
     """
     verbosity.log_to_stderr()
     wanted = Vm(name, memory, vcpus, kernel, discard, selftest)
+    if trace_format and not trace_path:
+        raise click.UsageError("--trace-format needs --trace FILE.", click.get_current_context())
     with contextlib.ExitStack() as stack:
+        running = RunningVm
+        if trace_path:
+            running = traced(stack.enter_context(_trace(trace_path, trace_format)))
         place: streams.Place = streams.Standard()
         if where != "stdio":
             place = stack.enter_context(streams.listening(where.removeprefix(_UNIX)))
-        ending, vm = _live(wanted, place, timeout, as_json=as_json, quiet=quiet or as_json)
+        ending, vm = _live(wanted, place, timeout, running, as_json=as_json, quiet=quiet or as_json)
         code = exit_code(ending) if ending else Exit.TIMEOUT
         if as_json:
             click.echo(_end_event(vm, ending, code), nl=False)
@@ -101,8 +120,21 @@ def boot(
     return code
 
 
+def _trace(path: str, format: str | None) -> TraceFile:
+    try:
+        return TraceFile(path, format or "")
+    except OSError as error:
+        raise Failure(Exit.USAGE, f"--trace {path}: {error.strerror}") from None
+
+
 def _live(
-    wanted: Vm, place: streams.Place, timeout: float | None, *, as_json: bool, quiet: bool
+    wanted: Vm,
+    place: streams.Place,
+    timeout: float | None,
+    running: type[RunningVm],
+    *,
+    as_json: bool,
+    quiet: bool,
 ) -> tuple[Ending | None, ConsoleVm]:
     """Run a VM from birth to end; its ending, None if its time was over."""
     for memory in wanted.memory:
@@ -116,7 +148,7 @@ def _live(
     host = HostMemory()
     try:
         with explained():
-            vm = make_vm(host, wanted, to_person, outlet.ring)
+            vm = make_vm(host, wanted, to_person, outlet.ring, running=running)
         try:
             with explained():
                 vm.boot(image)

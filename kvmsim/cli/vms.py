@@ -8,6 +8,7 @@ from collections.abc import Callable
 from kvmsim.console import ConsoleVm
 from kvmsim.emulator import MemoryBackend, VmConfig, prepare_process
 from kvmsim.hostmem import HostMemory
+from kvmsim.running import RunningVm
 from kvmsim.script import Vm
 from kvmsim.vmm.bootparams import BootFlag
 from kvmsim.vmm.convert import Discard
@@ -18,6 +19,8 @@ def make_vm(
     wanted: Vm,
     on_output: Callable[[bytes], None],
     on_end: Callable[[], None],
+    *,
+    running: type[RunningVm] = RunningVm,
 ) -> ConsoleVm:
     """Make a VM that has not booted; LinkError or ValueError if its memory cannot be used."""
     prepare_process()
@@ -28,4 +31,4 @@ def make_vm(
         Discard(wanted.discard),
         BootFlag.SELFTEST if wanted.selftest else BootFlag.NONE,
     )
-    return ConsoleVm(host, config, on_output, on_end)
+    return ConsoleVm(host, config, on_output, on_end, running=running)
