@@ -119,6 +119,8 @@ def meminfo(owner: Owner) -> dict[str, int]:
 
     ``private`` is the memory of all files, ``reserved`` what operations under way may still take,
     ``available`` what could be allocated now: of what is free, as much as the machine can spare.
+    Where memory is given back on its users' word alone, ``given_up`` is what those that are still
+    there gave up: as much they could still hold, and nobody could see it.
     """
     budget = owner.budget
     allocated = sum(file.allocated for file in owner.files.values())
@@ -130,6 +132,8 @@ def meminfo(owner: Owner) -> dict[str, int]:
         "private": allocated,
         "reserved": budget.used - allocated,
     }
+    if owner.personality.layout.whole:
+        counts["given_up"] = sum(session.given_up for session in owner.sessions.values())
     return {name: pages * PAGE_SIZE for name, pages in counts.items()}
 
 
@@ -139,8 +143,10 @@ def meminfo_text(owner: Owner) -> str:
     names = {
         "PrivTotal": "total", "PrivFree": "free", "PrivAvailable": "available",
         "PrivUsed": "used", "Private": "private", "PrivReserved": "reserved",
+        "PrivGivenUp": "given_up",
     }  # fmt: skip
-    return "".join(f"{name + ':':<16}{info[key] // 1024:>12} kB\n" for name, key in names.items())
+    lines = [(name, info[key]) for name, key in names.items() if key in info]
+    return "".join(f"{name + ':':<16}{count // 1024:>12} kB\n" for name, count in lines)
 
 
 def sessions_text(owner: Owner) -> str:

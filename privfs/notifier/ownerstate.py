@@ -205,8 +205,8 @@ class OwnerState:
             elif isinstance(effect, Done):
                 out += self._done(ino, effect)
             elif effect.step is not Step.INVALIDATE:
-                for index, instance in effect.dead:
-                    self._bury(ino, index, instance)
+                for _, instance in effect.dead:
+                    self._bury(ino, instance)
                 out.append(Work(ino, effect))
             elif self.users[ino]:
                 out += self._invalidate(ino, effect)
@@ -288,9 +288,16 @@ class OwnerState:
         self._parked = [get for get in self._parked if get.ino != ino]
         return [effect for get in again for effect in self._serve(get)]
 
-    def _bury(self, ino: int, index: int, instance: int) -> None:
+    def _bury(self, ino: int, instance: int) -> None:
         for sid in self.users[ino]:
-            self.sessions[sid].known.discard((ino, instance))
+            session = self.sessions[sid]
+            if (ino, instance) in session.known:
+                session.known.discard((ino, instance))
+                self._given_up(session, 1)
+
+    def _given_up(self, session: Session, extents: int) -> None:
+        if self.personality.layout.whole:
+            session.given_up += extents * self.personality.layout.pages
 
     def _condemn(self, session: Session, where: str) -> list[Effect]:
         """Kill a user that does not answer; its own system calls end now, or it could not exit."""
@@ -326,7 +333,9 @@ class OwnerState:
         del session.files[ino]
         del session.granted[ino]
         self.users[ino].discard(session.sid)
-        session.known = {pair for pair in session.known if pair[0] != ino}
+        known = {pair for pair in session.known if pair[0] != ino}
+        self._given_up(session, len(session.known) - len(known))
+        session.known = known
         self._parked = [g for g in self._parked if g.sid != session.sid or g.ino != ino]
 
     def _reap(self, ino: int) -> list[Effect]:

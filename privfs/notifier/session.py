@@ -86,11 +86,12 @@ class Session:
     UNREGISTER has crossed it; ``calls`` counts its ALLOCATE and PUNCH records, ``calling`` holds
     the request numbers of those that are not answered; ``known`` holds the (inode, extent
     instance) pairs whose memfd it was given; ``granted`` is a view for people: the pages that it
-    was granted and has not given up.
+    was granted and has not given up.  ``given_up``: the pages of extents that it had
+    and that only its word gives back (:attr:`~privfs.extents.Layout.whole`).
     """
 
-    __slots__ = ("calling", "calls", "fence", "files", "granted", "known", "label", "next_seq",
-                 "pid", "sent", "sid", "state")  # fmt: skip
+    __slots__ = ("calling", "calls", "fence", "files", "given_up", "granted", "known",
+                 "label", "next_seq", "pid", "sent", "sid", "state")  # fmt: skip
 
     def __init__(self, sid: int, pid: int) -> None:
         self.sid = sid
@@ -105,6 +106,7 @@ class Session:
         self.sent: dict[int, tuple[int, Hashable] | None] = {}
         self.known: set[tuple[int, int]] = set()
         self.granted: dict[int, BitMap] = {}
+        self.given_up = 0
 
     @property
     def name(self) -> str:
@@ -149,5 +151,6 @@ class Session:
         twin.files = self.files.copy()
         twin.sent = self.sent.copy()
         twin.known = self.known.copy()
+        twin.given_up = self.given_up
         twin.granted = {ino: pages.copy() for ino, pages in self.granted.items()}
         return twin

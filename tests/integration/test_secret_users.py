@@ -160,7 +160,9 @@ def test_a_liar_keeps_memory_but_sees_nothing_of_anybody(
     liar = user(path, "liar")
     written = fill(path, liar)
     assert punch(path, 0, ALL) == 0
-    assert mounted.ask("status")["memory"]["used"] == 0  # as far as anybody can count
+    memory = mounted.ask("status")["memory"]
+    assert (memory["used"], memory["given_up"]) == (0, CHUNKS * CHUNK)  # as far as one can count
+    assert f"{CHUNKS * CHUNK >> 10} kB" in (mounted.path / ".privfs/meminfo").read_text()
     assert secrets_of(liar)[0] == CHUNKS
     assert unevictable() > before + CHUNKS * CHUNK * 3 // 4
 
@@ -178,6 +180,7 @@ def test_a_liar_keeps_memory_but_sees_nothing_of_anybody(
         [Promise.RECLAIM.value, Promise.AUDIT.value],
     )
     liar.kill()
+    until(lambda: mounted.ask("status")["memory"]["given_up"] == 0, "its death was seen")
     until(lambda: unevictable() < before + 8 * CHUNK, "the machine has it back")
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from privfs import views
 from privfs.budget import Budget
 from privfs.extents import Layout
 from privfs.memfile import MemFile
@@ -175,6 +176,12 @@ def test_a_user_hears_of_every_extent_that_a_punch_ends() -> None:
     pair.tell(pair.user.ack(2))
     assert sorted(pair.owner.files[INO].instances) == [0, 3]
     assert pair.get(UNIT) == (5, 5)
+    assert views.meminfo(pair.owner)["given_up"] == 2 * UNIT * PAGE_SIZE
+    assert f"PrivGivenUp: {2 * UNIT * 4:>15} kB\n" in views.meminfo_text(pair.owner)
+    pair.tell(pair.user.unregister(INO))  # it had two more
+    assert views.meminfo(pair.owner)["given_up"] == 4 * UNIT * PAGE_SIZE
+    pair.do(pair.owner.gone(1))
+    assert views.meminfo(pair.owner)["given_up"] == 0
 
 
 def test_an_extent_that_lived_on_is_asked_for_again() -> None:
