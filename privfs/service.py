@@ -264,7 +264,9 @@ class Service:
                     self._on_expire(ino)
                 case core.Note(text, serious):
                     log.log(logging.WARNING if serious else logging.INFO, "%s", text)
-        if touched:
+        if touched and len(self._calls) > 1:  # more may come: a frame holds many records
+            self.hub.flush_later(touched)
+        elif touched:
             self.hub.flush(touched)
         if self._idle is not None and not any(self.owner.users.values()):
             self._idle.set()

@@ -105,12 +105,15 @@ class Hub:
         self._lines: dict[int, _Line] = {}
         self._sids = count(1)
         self._frames_in = self._frames_out = self._records_out = 0
+        self._unflushed: set[int] = set()
+        self._batch = trio.Event()
         #: Waits for one of some descriptors: (fds, us) → 0 in vain, below 0 if disturbed.
         self.glance: Callable[[tuple[int, ...], int], int] | None = None
 
     async def serve(self, listener: socket.socket) -> None:
         """Accept users until cancelled; ``listener`` is a non-blocking SEQPACKET socket."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._flush_in_batches)
             try:
                 while True:
                     await trio.lowlevel.wait_readable(listener)
@@ -191,6 +194,18 @@ class Hub:
         except OSError as error:
             return error.errno or errno.EMFILE
         return 0
+
+    def flush_later(self, sids: set[int]) -> None:
+        """The same after whatever else is ready now, so that more fits into a frame."""
+        self._unflushed |= sids
+        self._batch.set()
+
+    async def _flush_in_batches(self) -> None:
+        while True:
+            await self._batch.wait()
+            self._batch = trio.Event()
+            sids, self._unflushed = self._unflushed, set()
+            self.flush(sids)
 
     def peer(self, sid: int) -> Peer | None:
         """Return the process of a session."""
