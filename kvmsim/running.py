@@ -415,6 +415,7 @@ class RunningVm:
             case cpu_api.IoExit(port, size, is_write, data):
                 self._deliver(vcpu, exits.IoExit(port, size, is_write, data))
             case cpu_api.MmioExit(gpa, size, is_write, data):
+                gpa &= ~self.vm.kind.shared_bit
                 self._deliver(vcpu, exits.MmioExit(gpa, size, is_write, data))
             case cpu_api.HltExit():
                 self._deliver(vcpu, exits.HltExit())
@@ -469,8 +470,8 @@ class RunningVm:
                     vcpu.state = State.WAITS
                 self.statistics.pages_asked += 1
                 session.lane.send(record)
-            case LeaveGuest(exits.MmioExit(gpa)):
-                left = self._in_guest(vcpu, lambda: vcpu.cpu.run_mmio(gpa))
+            case LeaveGuest(exits.MmioExit()):
+                left = self._in_guest(vcpu, lambda: vcpu.cpu.run_mmio(fault.gpa))
                 self._left(vcpu, left)
             case LeaveGuest(left_with):
                 self._deliver(vcpu, left_with)
