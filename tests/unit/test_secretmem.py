@@ -21,6 +21,7 @@ from pyroaring import BitMap
 
 from privfs import probes
 from privfs.backing import Backing, BackingError, StoreError, choose, default_size
+from privfs.backing import secretmem as secretmem_module
 from privfs.backing.secretmem import SMALLEST, WINDOW, Secretmem
 from privfs.backing.store import Promise, _call_fallocate
 from privfs.extents import PAGE_SIZE
@@ -101,7 +102,12 @@ def test_the_promises_are_none() -> None:
 # --- coming ------------------------------------------------------------------------------------
 
 
-def test_an_allocation_has_all_of_its_pages(store: Secretmem, fd: int) -> None:
+@pytest.mark.parametrize("kernel", ["this", "before 6.5"])
+def test_an_allocation_has_all_of_its_pages(
+    store: Secretmem, fd: int, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel != "this":
+        monkeypatch.setattr(secretmem_module, "_cached_pages", lambda fd: None)
     assert (store.held(fd), [*store.touched(fd)]) == (0, [])
     with mmap.mmap(fd, PAGE_SIZE, offset=3 * PAGE_SIZE) as memory:
         memory[0] = 1
