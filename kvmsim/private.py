@@ -19,7 +19,7 @@ from hwemu.arena import ArenaError
 from kvmsim.hostmem import HostMemory
 from kvmsim.region import PrivateFile
 from kvmsim.uapi import PAGE_SIZE
-from privfs.notifier.lane import Lane, find_socket
+from privfs.notifier.lane import Lane, LinkError, find_socket
 from privfs.notifier.user import ExtentArrived, Granted, User, Zap
 
 _INODE_BITS = 48
@@ -171,6 +171,17 @@ class Session:
             self._host.retire(piece.hpa, (piece.end - piece.start) * PAGE_SIZE)
         os.close(extent.fd)
 
+    def forget(self, ino: int) -> None:
+        """Let go of a file that no slot is bound to (no lock held)."""
+        with self.lock:
+            known = self.files.pop(ino, None) is not None
+            gone = [key for key in self._extents if key[0] == ino]
+            extents = [self._extents.pop(key) for key in gone]
+        for extent in extents:
+            self._release(extent)
+        if known and self.lane.alive:
+            self.lane.unregister(ino)
+
     def close(self) -> None:
         """Let go of every extent and leave; no vCPU may run any more."""
         with self.lock:
@@ -198,20 +209,38 @@ class PrivateMemory:
     def open(self, path: str | os.PathLike[str]) -> PrivateFile:
         """Become a user of the private file at ``path``; again for another slot is free."""
         socket = find_socket(path)
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            return self._register(socket, fd)
+        finally:
+            os.close(fd)
+
+    def open_fd(self, fd: int) -> PrivateFile:
+        """Become a user of the private file behind ``fd``, which stays the caller's.
+
+        LinkError if it lies on no privfs mount, or the owner refuses it.
+        """
+        socket = find_socket(os.readlink(f"/proc/self/fd/{fd}"))
+        if os.stat(os.path.dirname(socket)).st_dev != os.fstat(fd).st_dev:
+            raise LinkError(errno.EXDEV, f"descriptor {fd} is no file of the mount at {socket}")
+        return self._register(socket, fd)
+
+    def _register(self, socket: str, fd: int) -> PrivateFile:
         session = next((s for s in self._sessions if s.socket == socket), None)
         if session is None:
             number = len(self._sessions) + 1
             session = Session(self._guest, self._host, number, socket, self._label)
             self._sessions.append(session)
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            status = os.fstat(fd)
-            if status.st_ino not in session.files:
-                registered = session.lane.register(fd)
-                session.files[registered.ino] = registered.writable
-        finally:
-            os.close(fd)
+        status = os.fstat(fd)
+        if status.st_ino not in session.files:
+            registered = session.lane.register(fd)
+            session.files[registered.ino] = registered.writable
         return PrivateFile(session.file_id(status.st_ino), status.st_size // PAGE_SIZE)
+
+    def forget(self, file: int) -> None:
+        """Stop using a file that no slot is bound to, and no vCPU can reach (no lock held)."""
+        session, ino = self.locate(file)
+        session.forget(ino)
 
     def locate(self, file: int) -> tuple[Session, int]:
         """Return the session and the inode behind a file id."""

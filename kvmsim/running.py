@@ -19,6 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from hwemu.arena import new_table_pool
@@ -139,7 +140,7 @@ class RunningVm:
         self.stop_reason = ""
         self._handler: Handler = lambda vcpu, exit: False
         self._supervisor = supervisor
-        self._pending: dict[tuple[Session, int], tuple[Vcpu, Fault]] = {}
+        self._pending: dict[tuple[Session, int], tuple[int, Callable[[PageGrant], None]]] = {}
         self._work = threading.Condition(self.lock)
         self._gate = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
@@ -286,23 +287,33 @@ class RunningVm:
 
     def page_granted(self, session: Session, granted: Granted) -> None:
         """Install what the owner granted, if it still may be (lock held)."""
-        vcpu, fault = self._pending.pop((session, granted.req))
+        _, arrived = self._pending.pop((session, granted.req))
         file = session.file_id(granted.ino)
-        self._arrived(
-            vcpu,
-            fault,
-            PageGrant(
-                file, granted.start, granted.end, granted.seq,
-                self.private.extent_id(file, granted.instance), session.files[granted.ino],
-            ),
-        )  # fmt: skip
+        instance = self.private.extent_id(file, granted.instance)
+        writable = session.files.get(granted.ino, False)
+        arrived(PageGrant(file, granted.start, granted.end, granted.seq, instance, writable))
 
     def page_denied(self, session: Session, req: int, status: int) -> None:
         """Let the fault become an exit (lock held)."""
-        vcpu, fault = self._pending.pop((session, req))
-        assert fault.slot is not None
-        file = fault.slot.file or 0
-        self._arrived(vcpu, fault, PageGrant(file, 0, 0, 0, 0, status=status))
+        file, arrived = self._pending.pop((session, req))
+        arrived(PageGrant(file, 0, 0, 0, 0, status=status))
+
+    def ask_page(
+        self, need: NeedPage, arrived: Callable[[PageGrant], None], *, again: bool = False
+    ) -> Callable[[], None] | None:
+        """Begin a request to the owner (lock held); what to call without the lock to send it.
+
+        ``arrived`` is called with the answer (lock held). None: the file is used no more.
+        """
+        session, ino = self.private.locate(need.file)
+        if ino not in session.files:
+            return None
+        record = session.lane.get(
+            ino, need.page, need.start, need.end, write=need.write, again=again
+        )
+        self._pending[session, record.req] = (need.file, arrived)
+        self.statistics.pages_asked += 1
+        return partial(session.lane.send, record)
 
     def owner_lost(self, why: str) -> None:
         """Stop: without its owner this memory is nobody's (no lock held)."""
@@ -461,15 +472,15 @@ class RunningVm:
     def _faulted(self, vcpu: Vcpu, fault: Fault, effect: Effect) -> None:
         vcpu.faults += 1
         match effect:
-            case NeedPage(file, page, start, end, write):
-                session, ino = self.private.locate(file)
+            case NeedPage():
                 with self.lock:
-                    record = session.lane.get(ino, page, start, end, write=write, again=vcpu.again)
-                    self._pending[session, record.req] = (vcpu, fault)
+                    arrived = partial(self._arrived, vcpu, fault)
+                    send = self.ask_page(effect, arrived, again=vcpu.again)
+                    if send is None:
+                        return
                     vcpu.awaited = fault
                     vcpu.state = State.WAITS
-                self.statistics.pages_asked += 1
-                session.lane.send(record)
+                send()
             case LeaveGuest(exits.MmioExit()):
                 left = self._in_guest(vcpu, lambda: vcpu.cpu.run_mmio(fault.gpa))
                 self._left(vcpu, left)
