@@ -3,7 +3,7 @@
 
 An emulator process is one host: all its VMs share one arena, and the address of a page in it is
 its host-physical address.  The arena's bookkeeping is guarded by one lock, held for no longer
-than a map or unmap takes.
+than a map or unmap takes.  Private memory lies behind the process's one fence.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import threading
 
 from hwemu.arena import Arena
+from kvmsim.fence import Trespass, make_fence
 from kvmsim.uapi import PAGE_SIZE
 
 _FALLOC_FL_KEEP_SIZE = 1
@@ -25,21 +26,56 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 class HostMemory:
-    """The arena of this process.  ``arena`` itself is for engines."""
+    """The arena of this process, and what fences the private memory in it.
 
-    def __init__(self) -> None:
+    ``arena`` itself is for engines.  ``fence`` is one of :data:`kvmsim.fence.CHOICES`; FenceError
+    if it cannot be had.
+    """
+
+    def __init__(self, fence: str = "auto") -> None:
         self.arena = Arena()
         self._lock = threading.Lock()
+        try:
+            self.fence = make_fence(fence, self.arena.address, self.arena.size)
+        except BaseException:
+            self.arena.close()
+            raise
 
     def place(self, fd: int, offset: int, length: int, *, writable: bool = True) -> int:
         """Map part of a memfd; return its host-physical address."""
         with self._lock:
             return self.arena.place(fd, offset, length, writable=writable)
 
+    def place_private(
+        self, fd: int, offset: int, length: int, on_trespass: Trespass, *, writable: bool
+    ) -> int:
+        """Map part of an extent, behind the fence; nothing of it may be touched yet.
+
+        Memory that may not be written is not fenced: userfaultfd does not take it, and its owner
+        does not rely on that.
+        """
+        hpa = self.place(fd, offset, length, writable=writable)
+        if writable:
+            try:
+                self.fence.cover(self._address(hpa), length, fd, on_trespass)
+            except BaseException:
+                self.retire(hpa, length)
+                raise
+        return hpa
+
+    def admit(self, hpa: int, length: int) -> None:
+        """Let placed pages be touched, before a leaf for them is stored."""
+        self.fence.admit(self._address(hpa), length)
+
+    def shut(self, hpa: int, length: int) -> None:
+        """Let them be touched no more, after the last leaf for them was zapped and flushed."""
+        self.fence.shut(self._address(hpa), length)
+
     def retire(self, hpa: int, length: int) -> None:
         """Unmap a range that no vCPU can reach any more."""
         with self._lock:
             self.arena.retire(hpa, length)
+            self.fence.uncover(self._address(hpa), length)
 
     def read(self, hpa: int, length: int) -> bytes:
         """Read as a device does."""
@@ -54,6 +90,10 @@ class HostMemory:
     def close(self) -> None:
         """Unmap everything; every engine must be closed."""
         self.arena.close()
+        self.fence.close()
+
+    def _address(self, hpa: int) -> int:
+        return self.arena.address + hpa - self.arena.hpa_base
 
 
 class SharedRam:

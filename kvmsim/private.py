@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -51,6 +51,9 @@ class Guest(Protocol):
     def owner_lost(self, why: str) -> None:
         """Stop the VM: no invalidation can reach it any more (no lock held)."""
 
+    def trespassed(self, why: str) -> None:
+        """Stop the VM: a vCPU has met the fence, and sleeps there (no lock held)."""
+
 
 @dataclass(slots=True)
 class _Piece:
@@ -75,6 +78,7 @@ class _Ticket:
 
     epoch: int
     dead: tuple[_Extent, ...]
+    shut: tuple[tuple[int, int], ...]  #: (hpa, bytes) of what lives on
 
 
 class Session:
@@ -92,7 +96,7 @@ class Session:
         self._extents: dict[tuple[int, int], _Extent] = {}
         self._closed = False
         self.lane = Lane(self, User())
-        self.lane.start(socket, label)
+        self.lane.start(socket, label, fence=host.fence.kind, userfault=host.fence.fd)
 
     def file_id(self, ino: int) -> int:
         """Return the VM's name of a file of this session."""
@@ -128,13 +132,17 @@ class Session:
             for instance in zap.dead
             if (extent := self._extents.pop((zap.ino, instance), None)) is not None
         )
-        return _Ticket(self._guest.zap_file(self.file_id(zap.ino), zap.start, zap.end), dead)
+        shut = tuple(self._placed(zap.ino, zap.start, zap.end))
+        epoch = self._guest.zap_file(self.file_id(zap.ino), zap.start, zap.end)
+        return _Ticket(epoch, dead, shut)
 
     def drain(self, tickets: list[object]) -> None:
-        """Wait for old translations and accesses, then let go of dead extents."""
+        """Wait for old translations and accesses, then shut the fence and let go of the dead."""
         held = [ticket for ticket in tickets if isinstance(ticket, _Ticket)]
         self._guest.drain(max(ticket.epoch for ticket in held))
         for ticket in held:
+            for hpa, length in ticket.shut:
+                self._host.shut(hpa, length)
             for extent in ticket.dead:
                 self._release(extent)
 
@@ -163,8 +171,18 @@ class Session:
             if any(piece.start <= start < piece.end for piece in extent.pieces):
                 continue
             offset, length = (start - extent.start) * PAGE_SIZE, (end - start) * PAGE_SIZE
-            hpa = self._host.place(extent.fd, offset, length, writable=self.files[ino])
+            hpa = self._host.place_private(
+                extent.fd, offset, length, self._guest.trespassed, writable=self.files[ino]
+            )
             extent.pieces.append(_Piece(start, end, hpa))
+
+    def _placed(self, ino: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield (hpa, bytes) of what is mapped of file pages ``[start, end)``."""
+        for (owner_ino, _), extent in self._extents.items():
+            for piece in extent.pieces if owner_ino == ino else ():
+                first, last = max(start, piece.start), min(end, piece.end)
+                if first < last:
+                    yield piece.hpa + (first - piece.start) * PAGE_SIZE, (last - first) * PAGE_SIZE
 
     def _release(self, extent: _Extent) -> None:
         for piece in extent.pieces:

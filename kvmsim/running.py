@@ -26,7 +26,6 @@ from hwemu.arena import new_table_pool
 from hwemu.cpu import api as cpu_api
 from hwemu.cpu.unicorn_svm import SvmCpu
 from hwemu.shootdown import Shootdown
-from hwemu.stage2 import Stage2
 from kvmsim import exits
 from kvmsim.fault import (
     Access,
@@ -39,6 +38,7 @@ from kvmsim.fault import (
     Retry,
     RetryReason,
 )
+from kvmsim.fence import FencedStage2
 from kvmsim.hostmem import HostMemory
 from kvmsim.kind import SHARED_BIT_KIND, VmKind
 from kvmsim.private import PrivateMemory, Session
@@ -132,7 +132,7 @@ class RunningVm:
         self.host = host
         self.private = PrivateMemory(self, host, label)
         self._pool = new_table_pool(POOL_SIZE)
-        self.stage2 = Stage2(self._pool, POOL_HPA)
+        self.stage2 = FencedStage2(self._pool, POOL_HPA, host.admit)
         self.vm = Vm(self.stage2, self.private, abi=abi, kind=kind)
         self.shootdown = Shootdown()
         self.statistics = RunnerStatistics()
@@ -318,6 +318,10 @@ class RunningVm:
     def owner_lost(self, why: str) -> None:
         """Stop: without its owner this memory is nobody's (no lock held)."""
         self.stop(f"machine check: the owner of private memory is gone ({why})")
+
+    def trespassed(self, why: str) -> None:
+        """Stop: a flush was forgotten, or the owner took what we hold (no lock held)."""
+        self.stop(f"internal error: {why}")
 
     def _arrived(self, vcpu: Vcpu, fault: Fault, grant: PageGrant) -> None:
         effect = self.vm.page_arrived(fault, grant)

@@ -7,18 +7,15 @@ and the live files in ``.privfs/``.  Ranges are bytes.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any
 
 from privfs import seals
 from privfs.memfile import MemFile
 from privfs.notifier.owner import Owner
-from privfs.notifier.wire import Fence
 from privfs.personality import PAGE_SIZE
 
 #: Rows that one map may have; a caller that wants more asks again from where it ends.
 MAX_ROWS = 65_536
-#: What users and people call the fences.
-FENCES: Final = {Fence.NONE: "none", Fence.MPROTECT: "mprotect", Fence.USERFAULTFD: "uffd"}
 
 
 def file_map(owner: Owner, ino: int, start: int = 0) -> dict[str, Any]:
@@ -105,7 +102,7 @@ def sessions(owner: Owner) -> list[dict[str, Any]]:
             "user": session.name,
             "pid": session.pid,
             "state": session.state.value,
-            "fence": FENCES[session.fence],
+            "fence": session.fence.text,
             "files": sorted(session.files),
             "unacknowledged": len(session.sent),
             "granted": sum(len(pages) for pages in session.granted.values()) * PAGE_SIZE,

@@ -127,7 +127,7 @@ class Lane:
             connect(self._sock, path)
             self._thread = threading.Thread(target=self._run, name=f"lane {label}", daemon=True)
             self._thread.start()
-            fds = [userfault] if fence is Fence.USERFAULTFD else []
+            fds = [userfault] if fence is Fence.UFFD else []
             opened = self._ask(lambda: self.user.hello(label, replaces, fence), fds)
             assert isinstance(opened, Opened)
             if opened.status:

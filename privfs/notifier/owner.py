@@ -133,7 +133,7 @@ class Owner(OwnerState):
         touch, and so allocate, what is freed.
         """
         session = self.sessions.get(sid)
-        if session is None or not session.condemned or session.fence is not Fence.USERFAULTFD:
+        if session is None or not session.condemned or session.fence is not Fence.UFFD:
             return []
         inos = [ino for ino, writable in session.files.items() if writable]
         if not inos:

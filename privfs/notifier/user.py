@@ -149,7 +149,7 @@ class User:
         all that will be mapped; a userfaultfd is sent along.
         """
         low, high = label_words(label)
-        flags = Flag.FD if fence is Fence.USERFAULTFD else Flag.NONE
+        flags = Flag.FD if fence is Fence.UFFD else Flag.NONE
         req = self._begin(Op.HELLO, 0)
         return Record(Op.HELLO, flags, int(fence), req, low, VERSION, replaces, high)
 

@@ -74,7 +74,12 @@ class Fence(enum.IntEnum):
 
     NONE = 0
     MPROTECT = 1  #: PROT_NONE where nothing is granted: it dies of its own mistakes
-    USERFAULTFD = 2  #: userfaultfd(2), a copy of which comes along: also where it hangs
+    UFFD = 2  #: userfaultfd(2), a copy of which comes along: also where it hangs
+
+    @property
+    def text(self) -> str:
+        """What people call it."""
+        return self.name.lower()
 
 
 class Record(NamedTuple):
@@ -251,7 +256,7 @@ def _check(record: Record, to: To) -> None:
     if fields.fenced:
         if record.status not in _FENCES:
             raise _error(record, f"unknown fence {record.status}")
-        if bool(flags & FD) != (record.status == Fence.USERFAULTFD):
+        if bool(flags & FD) != (record.status == Fence.UFFD):
             raise _error(record, "a userfaultfd comes with its fence, and with no other")
 
 

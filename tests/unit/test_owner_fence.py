@@ -18,7 +18,7 @@ from privfs.personality import PAGE_SIZE, RESIZABLE
 
 INO, OTHER = 5, 6
 KEEP, PUNCH = 1, 3
-USERFAULTFD = Fence.USERFAULTFD
+UFFD = Fence.UFFD
 
 
 @dataclass
@@ -69,7 +69,7 @@ def answers(effects: list[Effect]) -> list[tuple[object, int]]:
 
 def test_the_fence_of_a_killed_user_is_a_proof() -> None:
     bench = Bench()
-    bench.user(1, USERFAULTFD)
+    bench.user(1, UFFD)
     bench.punch("p")
     effects = bench.owner.fenced(1)
     assert frees(effects) == [(INO, 0, 1)]
@@ -80,7 +80,7 @@ def test_the_fence_of_a_killed_user_is_a_proof() -> None:
 
 def test_later_calls_do_not_wait_for_it_any_more() -> None:
     bench = Bench()
-    bench.user(1, USERFAULTFD)
+    bench.user(1, UFFD)
     bench.punch("p")
     bench.owner.fenced(1)
     bench.owner.performed(INO, "p")
@@ -89,7 +89,7 @@ def test_later_calls_do_not_wait_for_it_any_more() -> None:
 
 def test_all_that_waits_for_it_goes_on_at_once() -> None:
     bench = Bench()
-    bench.user(1, USERFAULTFD, {INO: True, OTHER: True})
+    bench.user(1, UFFD, {INO: True, OTHER: True})
     bench.punch("p")
     bench.punch("q", page=2, climb=False)
     bench.punch("r", OTHER, climb=False)
@@ -111,7 +111,7 @@ def test_no_other_fence_is(fence: Fence) -> None:
 def test_nor_is_it_for_one_that_was_not_killed(rungs: int) -> None:
     """It may go on, and install what it was granted before."""
     bench = Bench()
-    bench.user(1, USERFAULTFD)
+    bench.user(1, UFFD)
     bench.punch("p", climb=False)
     for _ in range(rungs):
         bench.rung("p")
@@ -122,7 +122,7 @@ def test_nor_is_it_for_one_that_was_not_killed(rungs: int) -> None:
 def test_nor_for_a_file_that_it_only_reads() -> None:
     """A userfaultfd takes no mapping that cannot be written; a read allocates as well."""
     bench = Bench()
-    bench.user(1, USERFAULTFD, {INO: True, OTHER: False})
+    bench.user(1, UFFD, {INO: True, OTHER: False})
     bench.punch("p", OTHER)
     bench.punch("q", climb=False)
     effects = bench.owner.fenced(1)
@@ -133,7 +133,7 @@ def test_nor_for_a_file_that_it_only_reads() -> None:
 
 def test_a_user_without_anything_to_fence() -> None:
     bench = Bench()
-    bench.user(1, USERFAULTFD, {INO: False})
+    bench.user(1, UFFD, {INO: False})
     bench.punch("p")
     assert bench.owner.fenced(1) == []
     assert bench.state(1) is State.KILLED
@@ -141,7 +141,7 @@ def test_a_user_without_anything_to_fence() -> None:
 
 def test_the_others_are_still_waited_for() -> None:
     bench = Bench()
-    bench.user(1, USERFAULTFD)
+    bench.user(1, UFFD)
     bench.user(2, Fence.NONE)
     bench.punch("p")
     assert frees(bench.owner.fenced(1)) == []
@@ -151,7 +151,7 @@ def test_the_others_are_still_waited_for() -> None:
 
 def test_a_fence_found_late_helps_the_next_call() -> None:
     bench = Bench()
-    bench.user(1, USERFAULTFD)
+    bench.user(1, UFFD)
     bench.punch("p")
     assert answers(bench.rung("p")) == [("p", errno.EIO)]
     assert bench.state(1) is State.UNPROVEN
@@ -162,7 +162,7 @@ def test_a_fence_found_late_helps_the_next_call() -> None:
 
 def test_its_exit_is_still_watched_and_its_calls_refused() -> None:
     bench = Bench()
-    bench.user(1, USERFAULTFD)
+    bench.user(1, UFFD)
     bench.punch("p")
     bench.owner.fenced(1)
     assert bench.owner.condemning
@@ -174,7 +174,7 @@ def test_its_exit_is_still_watched_and_its_calls_refused() -> None:
 
 def test_the_memory_of_a_file_that_it_had_pinned_goes() -> None:
     bench = Bench()
-    bench.user(1, USERFAULTFD)
+    bench.user(1, UFFD)
     bench.punch("p")
     assert frees(bench.owner.release(INO)) == []
     bench.owner.fenced(1)
@@ -185,7 +185,7 @@ def test_the_memory_of_a_file_that_it_had_pinned_goes() -> None:
 
 def test_nothing_is_proven_twice_or_of_nobody() -> None:
     bench = Bench()
-    bench.user(1, USERFAULTFD)
+    bench.user(1, UFFD)
     bench.punch("p")
     bench.owner.fenced(1)
     assert bench.owner.fenced(1) == []
@@ -194,7 +194,7 @@ def test_nothing_is_proven_twice_or_of_nobody() -> None:
 
 def test_a_copy_knows_the_fence() -> None:
     bench = Bench()
-    bench.user(1, USERFAULTFD)
+    bench.user(1, UFFD)
     bench.punch("p")
     twin = bench.owner.copy()
     assert twin.key() == bench.owner.key()
@@ -206,6 +206,6 @@ def test_a_copy_knows_the_fence() -> None:
 def test_a_refused_fence_refuses_the_session() -> None:
     bench = Bench()
     bench.owner.connect(1, 1001)
-    effects = bench.owner.received(1, User().hello("u", fence=USERFAULTFD), errno.EINVAL)
+    effects = bench.owner.received(1, User().hello("u", fence=UFFD), errno.EINVAL)
     assert [e.record.status for e in effects if isinstance(e, Send)] == [errno.EINVAL]
     assert [type(e) for e in effects] == [Send, Drop, Forget]

@@ -76,6 +76,6 @@ def test_a_copy_is_independent() -> None:
     twins[2].known.clear()
     twins[3].feed(Event.BREAK)
     twins[4].calling.add(5)
-    twins[5].fence = Fence.USERFAULTFD
+    twins[5].fence = Fence.UFFD
     assert len({subject.key(), *(twin.key() for twin in twins)}) == 7
     assert subject.sent == {3: (1, "op")}

@@ -44,7 +44,7 @@ def sample(op: Op) -> Record:
     if fields.reasoned:
         record = record._replace(status=Reason.TRUNCATE)
     if fields.fenced:
-        record = record._replace(status=Fence.USERFAULTFD, flags=int(Flag.FD))
+        record = record._replace(status=Fence.UFFD, flags=int(Flag.FD))
     return record
 
 
@@ -127,7 +127,7 @@ def test_a_fence_is_one_that_we_know(status: int) -> None:
 @pytest.mark.parametrize("flags", [Flag.NONE, Flag.FD])
 def test_a_userfaultfd_is_the_only_fence_with_a_descriptor(fence: Fence, flags: Flag) -> None:
     frame = pack([sample(Op.HELLO)._replace(status=fence, flags=int(flags))])
-    if (fence is Fence.USERFAULTFD) == (flags is Flag.FD):
+    if (fence is Fence.UFFD) == (flags is Flag.FD):
         assert parse(frame, To.OWNER)[0].status == fence
     else:
         with pytest.raises(WireError, match="comes with its fence"):
