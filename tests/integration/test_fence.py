@@ -3,17 +3,20 @@
 
 The user maps an extent under MISSING|MINOR and hands a copy of the userfaultfd to the owner.
 After a punch, a touch through the stale mapping sleeps and allocates nothing, whatever the user
-does, until the owner answers it.  Installation is then CONTINUE of the granted pages before the
-table entry is stored, also from an engine's fault hook.
+does; what the kernel touches on its behalf fails.  Installation is then CONTINUE of the granted
+pages before the table entry is stored, also from an engine's fault hook.  Only a program that goes
+on can lift the fence, by the same CONTINUE: so a fence proves something once its user is killed.
 """
 
 from __future__ import annotations
 
 import array
 import ctypes
+import errno
 import fcntl
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -24,9 +27,12 @@ import pytest
 
 from hwemu.cpu.api import Access, HltExit
 from hwemu.testing import HEAP, Machine
-from tests.integration import userfault
+from kvmsim.fence.userfault import Userfault
 
-pytestmark = pytest.mark.skipif(bool(userfault.available()), reason=userfault.available())
+try:
+    Userfault().close()
+except OSError as error:
+    pytestmark = pytest.mark.skip(reason=f"no fence: {error.strerror}")
 
 PAGE = 4096
 PAGES = 16
@@ -37,29 +43,42 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 USER = """
 import array, mmap, os, socket, sys, ctypes
 sys.path.insert(0, sys.argv[2])
-from tests.integration import userfault
+from kvmsim.fence.userfault import Userfault
+libc = ctypes.CDLL(None, use_errno=True)
 sock = socket.socket(fileno=int(sys.argv[1]))
 _, anc, _, _ = sock.recvmsg(1, socket.CMSG_SPACE(4))
 fd = array.array("i", anc[0][2])[0]
 memory = mmap.mmap(fd, 16 * 4096)
 address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-uffd = userfault.open_fence()
-userfault.fence(uffd, address, 16 * 4096)
-rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [uffd]))]
+userfault = Userfault()
+userfault.register(address, 16 * 4096)
+rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [userfault.fd]))]
 sock.sendmsg([address.to_bytes(8, "little")], rights)
 while True:
     command = sock.recv(1)
     if not command:
         break
     if command == b"c":  # a grant: install
-        userfault.resume(uffd, address, 4096)
+        userfault.resume(address, 4096)
         sock.send(b"k")
+    if command == b"r":  # a system call that stores to it
+        pipe = os.pipe()
+        os.write(pipe[1], b"x")
+        failed = libc.read(pipe[0], ctypes.c_void_p(address), 1) < 0
+        sock.send(bytes([ctypes.get_errno() if failed else 0]))
     if command == b"t":  # a touch, granted or not
         sock.send(memory[0:1])
     if command == b"w":
         memory[0] = 0x55
         sock.send(b"k")
 """
+
+
+class Copy(Userfault):
+    """The owner's copy of a user's userfaultfd."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
 
 
 class User:
@@ -79,18 +98,20 @@ class User:
         self.sock.sendmsg([b"f"], rights)
         data, ancillary, _, _ = self.sock.recvmsg(8, socket.CMSG_SPACE(4))
         self.address = int.from_bytes(data, "little")
-        self.uffd = array.array("i", ancillary[0][2])[0]
+        self.copy = Copy(array.array("i", ancillary[0][2])[0])
 
     def say(self, command: bytes) -> bytes:
         self.sock.send(command)
         return self.sock.recv(1)
 
-    def fault(self) -> userfault.Fault:
-        """Wait until the user sleeps in a touch."""
+    def fault(self) -> int:
+        """Wait until the user sleeps in a touch; return where."""
         poll = select.poll()
-        poll.register(self.uffd, select.POLLIN)
+        poll.register(self.copy.fd, select.POLLIN)
         assert poll.poll(20_000), "no fault was reported"
-        return userfault.read_fault(self.uffd)
+        address = self.copy.next_fault()
+        assert address is not None
+        return address
 
     @property
     def blocks(self) -> int:
@@ -106,7 +127,7 @@ class User:
         self.process.kill()
         self.process.wait()
         self.sock.close()
-        os.close(self.uffd)
+        self.copy.close()
         os.close(self.memfd)
 
 
@@ -130,7 +151,7 @@ def test_a_touch_after_the_punch_sleeps_and_allocates_nothing(user: User) -> Non
     user.say(b"w")
     user.punch()
     user.sock.send(b"w")  # the user did not unmap: a store through the stale mapping
-    assert user.fault().address & -PAGE == user.address
+    assert user.fault() & -PAGE == user.address
     assert user.blocks == 0
 
 
@@ -142,7 +163,7 @@ def test_the_owner_answers_the_touch_from_its_own_process(user: User) -> None:
     user.sock.send(b"t")
     user.fault()
     user.allocate()
-    userfault.resume(user.uffd, user.address, PAGE)
+    user.copy.resume(user.address, PAGE)
     assert user.sock.recv(1) == b"\0"
 
 
@@ -161,16 +182,45 @@ def test_killing_the_sleeper_leaves_the_fence_and_no_page(user: User) -> None:
     assert user.blocks == 0
 
 
+@pytest.mark.parametrize("owned", [False, True])
+def test_what_the_kernel_stores_for_the_user_is_refused_as_well(user: User, owned: bool) -> None:
+    """The rest of a system call, say, of a process that was killed meanwhile."""
+    user.allocate()
+    user.say(b"c")
+    user.punch()
+    if owned:
+        user.allocate()  # the next owner's
+    assert user.say(b"r") == bytes([errno.EFAULT])
+    assert user.blocks == (PAGE // 512 if owned else 0)
+    assert os.pread(user.memfd, 1, 0) == b"\0"
+
+
+def test_a_user_that_goes_on_can_lift_its_own_fence(user: User) -> None:
+    """Why a stopped user is no proof: it may install what it was granted before it stopped.
+
+    Its own check came before the punch; CONTINUE looks only at what the file has now.
+    """
+    user.allocate()
+    user.process.send_signal(signal.SIGSTOP)
+    user.sock.send(b"c")  # stopped between the check and this
+    user.punch()
+    user.allocate()
+    os.pwrite(user.memfd, b"next", 0)
+    user.process.send_signal(signal.SIGCONT)
+    assert user.sock.recv(1) == b"k"
+    assert user.say(b"t") == b"n"
+
+
 class FencedMachine(Machine):
     """A machine whose memory is fenced: its fault hook continues what it is about to map."""
 
-    uffd = -1
+    userfault: Userfault | None = None
 
     def on_fault(self, gpa: int, access: Access) -> bool:
-        if self.uffd >= 0:
+        if self.userfault is not None:
             page = gpa & -PAGE
             assert _libc.fallocate(self.fd, 0, page, PAGE) == 0
-            userfault.resume(self.uffd, self.address + page, PAGE)
+            self.userfault.resume(self.address + page, PAGE)
         return super().on_fault(gpa, access)
 
     @property
@@ -181,12 +231,12 @@ class FencedMachine(Machine):
 def test_an_engine_runs_over_a_fenced_arena() -> None:
     """The fault hook allocates, continues, then stores the entry: the engine never sleeps."""
     with FencedMachine(size=2 << 20) as machine:
-        machine.uffd = userfault.open_fence()
+        machine.userfault = Userfault()
         try:
-            userfault.fence(machine.uffd, machine.address, machine.size)
+            machine.userfault.register(machine.address, machine.size)
             store = "48c7042500000400" + "77000000" + "f4"  # mov qword [0x40000], 0x77; hlt
             cpu = machine.boot(bytes.fromhex(store))
             assert isinstance(cpu.run(), HltExit)
             assert machine.word(HEAP) == 0x77
         finally:
-            os.close(machine.uffd)
+            machine.userfault.close()
