@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from actors import ROOT, Actor, until
+from actors import ROOT, Actor, Cast, until
 from mounts import Mounted, Mounter, privfs
 from twins import PAGE, User, healthy, private_file, punch, value
 
@@ -28,6 +28,7 @@ CHUNK = 2 * MIB
 UNIT = CHUNK // PAGE
 CHUNKS = 24
 ALL = CHUNKS * UNIT
+LOW = 2 << 20  #: where private memory begins in a guest
 
 
 @pytest.fixture
@@ -145,6 +146,45 @@ def test_a_user_that_is_killed_keeps_nothing(secret: Callable[..., Mounted], use
     assert hung.wait() < 0
     until(lambda: unevictable() < before + CHUNKS * CHUNK // 4, "the machine has it back")
     mounted.audit()
+
+
+@pytest.mark.root
+def test_a_guest_runs_on_while_its_chunks_go(
+    secret: Callable[..., Mounted], user: User, actor: Cast, kernel: Path
+) -> None:
+    """Its kernel, in other chunks, notices nothing; it has let go of each before it is answered."""
+    mounted = secret()
+    path = private_file(mounted)
+    vm = actor("vm_process", kernel, "vm0", path)
+    vm.expect(r"^> ")
+    first = 4 * UNIT
+    for vcpu in range(2):
+        assert vm.ask(f"spin {vcpu} {LOW + first * PAGE:#x} 64").startswith("ok")
+    one = user(path, slot=2)
+    one.ask(f"work 1 {first + 64} {first + UNIT}", "^working$")
+    inode = path.stat().st_ino
+    for _ in range(20):
+        until(lambda: page_users(mounted, inode, first) == 2, "both are at work there")
+        assert punch(path, first, first + UNIT) == 0
+    one.ask("rest", "^resting$")
+    healthy(one)
+    assert vm.ask("stop").startswith("ok")
+    alive = mounted.stat("ram")["extents"]
+    assert secrets_of(one)[0] <= alive
+    links = [os.readlink(link) for link in Path(f"/proc/{vm.pid}/fd").iterdir()]
+    assert links.count("/secretmem (deleted)") <= alive  # root sees it; nobody else does
+    mounted.audit()
+    vm.send("halt 0")
+    vm.expect("vm ended 0")
+    status = mounted.ask("status")
+    assert (status["kills"], status["failures"]) == (0, 0)
+
+
+def page_users(mounted: Mounted, inode: int, page: int) -> int:
+    """Return how many users have pages of the chunk from ``page`` on."""
+    rows = mounted.ask("map", ino=inode, start=page)["rows"]
+    end = (page + UNIT) * PAGE
+    return len({name for row in rows if row["start"] < end for name in row["users"]})
 
 
 # --- a liar ------------------------------------------------------------------------------------
