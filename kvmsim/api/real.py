@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -14,6 +13,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from kvmsim.api.mapping import Mapping, fallocate
 from kvmsim.api.transport import IoctlError, request_name
 from kvmsim.uapi import (
     KVM_CREATE_GUEST_MEMFD,
@@ -30,88 +30,6 @@ _SIGNAL_MASK: Final = struct.Struct("<IQ")  # len, sigset: what follows the leng
 _KICK: Final = signal.SIGRTMIN
 
 _NEW_FD: Final = frozenset({KVM_CREATE_VM, KVM_CREATE_VCPU, KVM_CREATE_GUEST_MEMFD})
-
-_MAP_NORESERVE: Final = 0x4000  # the mmap module has no name for it yet
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-for _name in ("process_vm_readv", "process_vm_writev"):
-    getattr(_libc, _name).restype = ctypes.c_ssize_t
-
-
-class _IoVec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
-
-
-class Mapping:
-    """A shared mapping of this process: anonymous, or of a guest_memfd.
-
-    The host may be refused a guest_memfd's pages.  Accesses to one go through process_vm_readv(2)
-    and process_vm_writev(2) on ourselves, which answer EFAULT where a load would end in SIGBUS.
-    """
-
-    def __init__(self, size: int, fd: int = -1, offset: int = 0) -> None:
-        self.size = size
-        self._careful = fd >= 0
-        flags = mmap.MAP_SHARED | (0 if fd >= 0 else mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
-        try:
-            self._map = mmap.mmap(fd, size, flags=flags, offset=offset)
-        except OSError as error:
-            raise IoctlError(error.errno or errno.EINVAL, "mmap") from None
-        except ValueError as error:  # what Python refuses by itself
-            raise IoctlError(errno.EINVAL, "mmap", str(error)) from None
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-
-    def read(self, offset: int, length: int) -> bytes:
-        """Read bytes."""
-        self._check("read", offset, length)
-        if not self._careful:
-            return self._map[offset : offset + length]
-        buffer = ctypes.create_string_buffer(length)
-        self._transfer("process_vm_readv", buffer, offset, length)
-        return buffer.raw
-
-    def write(self, offset: int, data: bytes) -> None:
-        """Write bytes."""
-        self._check("write", offset, len(data))
-        if not self._careful:
-            self._map[offset : offset + len(data)] = data
-        else:
-            buffer = ctypes.create_string_buffer(data, len(data))
-            self._transfer("process_vm_writev", buffer, offset, len(data))
-
-    def discard(self, offset: int, size: int) -> None:
-        """Free pages by MADV_REMOVE, which punches what is mapped."""
-        self._check("madvise(MADV_REMOVE)", offset, size)
-        try:
-            self._map.madvise(mmap.MADV_REMOVE, offset, size)
-        except OSError as error:
-            raise IoctlError(error.errno or errno.EINVAL, "madvise(MADV_REMOVE)") from None
-
-    def close(self) -> None:
-        """Unmap."""
-        self._map.close()
-
-    def _check(self, operation: str, offset: int, length: int) -> None:
-        if self._map.closed:
-            raise IoctlError(errno.EFAULT, operation, "the memory is unmapped")
-        if offset < 0 or length < 0 or offset + length > self.size:
-            where = f"[{offset:#x}, {offset + length:#x}) of {self.size:#x} bytes"
-            raise IoctlError(errno.EFAULT, operation, where)
-
-    def _transfer(
-        self, operation: str, buffer: ctypes.Array[ctypes.c_char], offset: int, length: int
-    ) -> None:
-        ours = _IoVec(ctypes.addressof(buffer), length)
-        theirs = _IoVec(self.address + offset, length)
-        done = getattr(_libc, operation)(
-            os.getpid(), ctypes.byref(ours), ctypes.c_ulong(1), ctypes.byref(theirs),
-            ctypes.c_ulong(1), ctypes.c_ulong(0),
-        )  # fmt: skip
-        if done != length:
-            number = ctypes.get_errno() if done < 0 else errno.EFAULT
-            where = f"guest_memfd mapping [{offset:#x}, {offset + length:#x})"
-            raise IoctlError(number, operation, f"{where}: not the host's to touch")
 
 
 @dataclass(slots=True)
@@ -217,13 +135,11 @@ class RealTransport:
 
     def map_file(self, file: int, offset: int, size: int) -> Mapping:
         """Map a guest_memfd."""
-        return Mapping(size, file, offset)
+        return Mapping(size, file, offset, careful=True)
 
     def fallocate(self, file: int, mode: int, offset: int, size: int) -> None:
-        """fallocate(2); a signal interrupts an allocation, and a retry goes on with it."""
-        while _libc.fallocate(file, mode, offset, size) != 0:
-            if (number := ctypes.get_errno()) != errno.EINTR:
-                raise IoctlError(number, f"fallocate({mode:#x}, {offset:#x}, {size:#x})")
+        """fallocate(2)."""
+        fallocate(file, mode, offset, size)
 
     def fileno(self, file: int) -> int:
         """A handle is a descriptor."""

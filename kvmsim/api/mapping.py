@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Memory of this process: mappings that answer errors where a load would end in a signal."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from typing import Final
+
+from kvmsim.api.transport import IoctlError
+
+_MAP_NORESERVE: Final = 0x4000  # the mmap module has no name for it yet
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+for _name in ("process_vm_readv", "process_vm_writev"):
+    getattr(_libc, _name).restype = ctypes.c_ssize_t
+
+
+class _IoVec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
+
+
+def _transfer(operation: str, buffer: ctypes.Array[ctypes.c_char], address: int) -> int:
+    """Copy between a buffer and an address of ours; 0 or the errno."""
+    length = len(buffer)
+    ours, theirs = _IoVec(ctypes.addressof(buffer), length), _IoVec(address, length)
+    done = getattr(_libc, operation)(
+        os.getpid(), ctypes.byref(ours), ctypes.c_ulong(1), ctypes.byref(theirs),
+        ctypes.c_ulong(1), ctypes.c_ulong(0),
+    )  # fmt: skip
+    if done == length:
+        return 0
+    return ctypes.get_errno() if done < 0 else errno.EFAULT
+
+
+def read_address(address: int, length: int) -> bytes:
+    """Read memory of this process; OSError (EFAULT) where none is or where it is not ours."""
+    buffer = (ctypes.c_char * length)()
+    if length and (number := _transfer("process_vm_readv", buffer, address)):
+        raise OSError(number, f"read of [{address:#x}, {address + length:#x})")
+    return buffer.raw
+
+
+def write_address(address: int, data: bytes) -> None:
+    """Write memory of this process; OSError (EFAULT) where none is or where it is not ours."""
+    buffer = (ctypes.c_char * len(data)).from_buffer_copy(data)
+    if data and (number := _transfer("process_vm_writev", buffer, address)):
+        raise OSError(number, f"write to [{address:#x}, {address + len(data):#x})")
+
+
+def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
+    """fallocate(2); a signal interrupts an allocation, and a retry goes on with it."""
+    while _libc.fallocate(fd, mode, offset, size) != 0:
+        if (number := ctypes.get_errno()) != errno.EINTR:
+            raise IoctlError(number, f"fallocate({mode:#x}, {offset:#x}, {size:#x})")
+
+
+class Mapping:
+    """A shared mapping: anonymous, or of a file.
+
+    ``careful``: the host may be refused the pages, so every access is a system call that can fail.
+    """
+
+    def __init__(self, size: int, fd: int = -1, offset: int = 0, *, careful: bool = False) -> None:
+        self.size = size
+        self._careful = careful
+        flags = mmap.MAP_SHARED | _MAP_NORESERVE | (mmap.MAP_ANONYMOUS if fd < 0 else 0)
+        try:
+            self._map = mmap.mmap(fd, size, flags=flags, offset=offset)
+        except OSError as error:
+            raise IoctlError(error.errno or errno.EINVAL, "mmap") from None
+        except ValueError as error:  # what Python refuses by itself
+            raise IoctlError(errno.EINVAL, "mmap", str(error)) from None
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read bytes."""
+        self._check("read", offset, length)
+        if not self._careful:
+            return self._map[offset : offset + length]
+        try:
+            return read_address(self.address + offset, length)
+        except OSError as error:
+            raise self._refused(error, "read", offset, length) from None
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write bytes."""
+        self._check("write", offset, len(data))
+        if not self._careful:
+            self._map[offset : offset + len(data)] = data
+            return
+        try:
+            write_address(self.address + offset, data)
+        except OSError as error:
+            raise self._refused(error, "write", offset, len(data)) from None
+
+    def discard(self, offset: int, size: int) -> None:
+        """Free pages by MADV_REMOVE, which punches what is mapped."""
+        self._check("madvise(MADV_REMOVE)", offset, size)
+        try:
+            self._map.madvise(mmap.MADV_REMOVE, offset, size)
+        except OSError as error:
+            raise IoctlError(error.errno or errno.EINVAL, "madvise(MADV_REMOVE)") from None
+
+    def close(self) -> None:
+        """Unmap."""
+        self._map.close()
+
+    def _check(self, operation: str, offset: int, length: int) -> None:
+        if self._map.closed:
+            raise IoctlError(errno.EFAULT, operation, "the memory is unmapped")
+        if offset < 0 or length < 0 or offset + length > self.size:
+            where = f"[{offset:#x}, {offset + length:#x}) of {self.size:#x} bytes"
+            raise IoctlError(errno.EFAULT, operation, where)
+
+    def _refused(self, error: OSError, operation: str, offset: int, length: int) -> IoctlError:
+        where = f"guest_memfd mapping [{offset:#x}, {offset + length:#x})"
+        return IoctlError(error.errno or errno.EFAULT, operation, f"{where}: not the host's")
