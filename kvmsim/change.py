@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvmsim.inplace import ConvertFile
 from kvmsim.memslot import SlotChange
 from kvmsim.mmu import Zapped
 
@@ -33,7 +34,7 @@ class PoisonPage:
     page: int
 
 
-Then = SlotChange | StoreAttributes | ReleaseFile | PoisonPage
+Then = SlotChange | StoreAttributes | ConvertFile | ReleaseFile | PoisonPage
 
 
 @dataclass(frozen=True, slots=True)

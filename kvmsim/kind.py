@@ -4,7 +4,8 @@
 Three things may say it: a bit of the guest-physical address (TDX's SHARED bit,
 kvm_gfn_direct_bits() of arch/x86/kvm/mmu.h), the attribute of the gfn (KVM_X86_SW_PROTECTED_VM,
 kvm_mmu_page_fault() of arch/x86/kvm/mmu/mmu.c), or the processor beside the address
-(PFERR_PRIVATE_ACCESS: SNP's C-bit). Where no memory is private (KVM_X86_DEFAULT_VM:
+(PFERR_PRIVATE_ACCESS: SNP's C-bit). Of pKVM the stage-2 entry itself says it; here the attribute
+stands for that. Where no memory is private (KVM_X86_DEFAULT_VM:
 kvm_arch_has_private_mem() is false) nothing has to.
 """
 
@@ -17,6 +18,7 @@ from types import MappingProxyType
 from typing import Final
 
 from kvmsim.uapi import (
+    KVM_VM_TYPE_ARM_PROTECTED,
     KVM_X86_DEFAULT_VM,
     KVM_X86_SNP_VM,
     KVM_X86_SW_PROTECTED_VM,
@@ -43,18 +45,27 @@ class PrivateRule(Enum):
     NEVER = "no access is"
 
 
+class Contents(Enum):
+    """Who can read what a page holds after it changed its type in place."""
+
+    COMMON = "guest and host alike"
+    ENCRYPTED = "who wrote it"
+    OWNED = "its owner, and then the other as it stands"
+
+
 @dataclass(frozen=True, slots=True)
 class VmKind:
     """One kind. ``shared_bit`` is a mask, 0 but for ``PrivateRule.SHARED_BIT``."""
 
     name: str
     vm_type: int
-    """KVM_X86_*_VM, the argument of KVM_CREATE_VM."""
+    """KVM_X86_*_VM or KVM_VM_TYPE_ARM_*, the argument of KVM_CREATE_VM."""
     rule: PrivateRule
     shared_bit: int = 0
     protected_state: bool = False
     """Nobody emulates this guest's instructions: no read-only slots, whose writes are MMIO
     (kvm_arch_has_readonly_mem())."""
+    contents: Contents = Contents.COMMON
 
     def __post_init__(self) -> None:
         bit = self.shared_bit
@@ -95,8 +106,28 @@ KINDS: Final[Mapping[str, VmKind]] = MappingProxyType(
             SHARED_BIT_KIND,
             VmKind("default", KVM_X86_DEFAULT_VM, PrivateRule.NEVER),
             VmKind("sw-protected", KVM_X86_SW_PROTECTED_VM, PrivateRule.ATTRIBUTE),
-            VmKind("tdx", KVM_X86_TDX_VM, PrivateRule.SHARED_BIT, SHARED_BIT, protected_state=True),
-            VmKind("snp", KVM_X86_SNP_VM, PrivateRule.ACCESS, protected_state=True),
+            VmKind(
+                "tdx",
+                KVM_X86_TDX_VM,
+                PrivateRule.SHARED_BIT,
+                SHARED_BIT,
+                protected_state=True,
+                contents=Contents.ENCRYPTED,
+            ),
+            VmKind(
+                "snp",
+                KVM_X86_SNP_VM,
+                PrivateRule.ACCESS,
+                protected_state=True,
+                contents=Contents.ENCRYPTED,
+            ),
+            VmKind(
+                "pkvm",
+                KVM_VM_TYPE_ARM_PROTECTED,
+                PrivateRule.ATTRIBUTE,
+                protected_state=True,
+                contents=Contents.OWNED,
+            ),
         )
     }
 )

@@ -17,6 +17,7 @@ from enum import Enum
 from typing import Self
 
 from kvmsim.kind import SHARED_BIT_KIND, VmKind
+from kvmsim.rangeindex import RangeIndex
 from kvmsim.region import (
     ARCH,
     BIND,
@@ -114,15 +115,27 @@ class SlotChange:
 class Memslots:
     """The slots of one VM (one address space), by id, by gfn and by file page."""
 
-    __slots__ = ("_bases", "_by_base", "_by_file", "_by_id", "abi", "kind")
+    __slots__ = (
+        "_bases",
+        "_by_base",
+        "_by_file",
+        "_by_id",
+        "_by_shared",
+        "abi",
+        "generation",
+        "kind",
+    )
 
     def __init__(self, abi: Abi = "upstream", kind: VmKind = SHARED_BIT_KIND) -> None:
         self.abi: Abi = abi
         self.kind: VmKind = kind
+        self.generation = 0
+        """Changes so far (kvm_memslots.generation); no part of the state."""
         self._by_id: dict[int, Memslot] = {}
         self._by_base: dict[int, Memslot] = {}
         self._bases: list[int] = []
-        self._by_file: dict[int, list[tuple[int, int]]] = {}  # file: sorted (file_page, slot id)
+        self._by_file: dict[int, RangeIndex] = {}
+        self._by_shared: dict[int, RangeIndex] = {}  # by id(), of what a slot keeps alive
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -158,14 +171,10 @@ class Memslots:
 
         A callback never sees a page outside its slot. v7 lets one page be in several slots.
         """
-        bound = self._by_file.get(file, ())
-        # Where ranges are disjoint only the last that begins before ``start`` can reach into it.
-        disjoint = ABIS[self.abi].checks_file
-        skip = max(bisect_left(bound, (start, -1)) - 1, 0) if disjoint else 0
-        for file_page, slot_id in bound[skip : bisect_left(bound, (end, -1))]:
-            slot = self._by_id[slot_id]
-            first, last = max(start, file_page), min(end, file_page + slot.npages)
-            if first < last:
+        bound = self._by_file.get(file)
+        if bound is not None:
+            for slot_id, first, last in bound.meeting(start, end):
+                slot = self._by_id[slot_id]
                 yield slot, slot.private_gfn(first), slot.private_gfn(last)
 
     def find_shared(
@@ -175,12 +184,12 @@ class Memslots:
 
         Not those that are served by their file alone: no leaf of theirs points there.
         """
-        for slot in self:
-            if slot.shared is side and not slot.whole:
-                page = slot.shared_page(slot.base_gfn)
-                first, last = max(start, page), min(end, page + slot.npages)
-                if first < last:
-                    yield slot, slot.base_gfn + first - page, slot.base_gfn + last - page
+        bound = self._by_shared.get(id(side))
+        if bound is not None:
+            for slot_id, first, last in bound.meeting(start, end):
+                slot = self._by_id[slot_id]
+                delta = slot.base_gfn - slot.shared_page(slot.base_gfn)
+                yield slot, first + delta, last + delta
 
     def overlaps(self, start: int, end: int, *, but: int) -> bool:
         """Whether a slot other than ``but`` holds any of gfns [start, end)."""
@@ -227,6 +236,7 @@ class Memslots:
 
     def apply(self, change: SlotChange) -> None:
         """Do what :meth:`plan` found legal. Nothing may have been set in between."""
+        self.generation += 1
         if change.old is not None:
             self._remove(change.old)
         if change.new is not None:
@@ -247,7 +257,8 @@ class Memslots:
 
     def release(self, file: int) -> None:
         """The slots of ``file`` lose it; they stay slots with a private file, which is gone."""
-        for _, slot_id in self._by_file.pop(file, ()):
+        self.generation += 1
+        for slot_id in self._by_file.pop(file, ()):
             slot = self._by_id[slot_id]
             orphan = replace(slot, file=None)
             self._by_id[slot_id] = self._by_base[slot.base_gfn] = orphan
@@ -264,7 +275,9 @@ class Memslots:
         twin = type(self)(self.abi, self.kind)
         twin._by_id, twin._by_base = self._by_id.copy(), self._by_base.copy()
         twin._bases = self._bases.copy()
+        twin.generation = self.generation
         twin._by_file = {file: bound.copy() for file, bound in self._by_file.items()}
+        twin._by_shared = {side: bound.copy() for side, bound in self._by_shared.items()}
         return twin
 
     def _bind(self, request: Request) -> PrivateFile:
@@ -280,14 +293,20 @@ class Memslots:
         self._by_id[slot.id] = slot
         self._by_base[slot.base_gfn] = slot
         insort(self._bases, slot.base_gfn)
-        if slot.file is not None:
-            insort(self._by_file.setdefault(slot.file, []), (slot.file_page, slot.id))
+        for indexes, of, page in self._indexed(slot):
+            indexes.setdefault(of, RangeIndex()).add(page, slot.npages, slot.id)
 
     def _remove(self, slot: Memslot) -> None:
         del self._by_id[slot.id], self._by_base[slot.base_gfn]
         del self._bases[bisect_left(self._bases, slot.base_gfn)]
+        for indexes, of, page in self._indexed(slot):
+            indexes[of].remove(page, slot.npages, slot.id)
+            if not indexes[of]:
+                del indexes[of]
+
+    def _indexed(self, slot: Memslot) -> Iterator[tuple[dict[int, RangeIndex], int, int]]:
+        """Where the slot's two sides are found again: index, what of, first page."""
         if slot.file is not None:
-            bound = self._by_file[slot.file]
-            bound.remove((slot.file_page, slot.id))
-            if not bound:
-                del self._by_file[slot.file]
+            yield self._by_file, slot.file, slot.file_page
+        if slot.shared is not None and not slot.whole:
+            yield self._by_shared, id(slot.shared), slot.shared_page(slot.base_gfn)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvmsim.attributes import Attributes
+from kvmsim.inplace import InPlaceFile
 from kvmsim.invalidate import MmuInvalidate
 from kvmsim.kind import VmKind
 from kvmsim.memslot import Memslot, Memslots
@@ -35,6 +36,13 @@ class SecondStage(Protocol):
 
     def zap(self, gpa: int, npages: int) -> int:
         """Clear the leaves of a range; how many there were."""
+
+
+class Cache(Protocol):
+    """Something that remembers where a gfn is."""
+
+    def invalidate(self, start: int, end: int) -> None:
+        """Forget gfns [start, end)."""
 
 
 class Backing(Protocol):
@@ -82,6 +90,10 @@ class Mmu:
     max_level: int = 1
     """The largest leaves that may be made (KVM: max_huge_page_level)."""
     poison: Poison = field(default_factory=Poison)
+    caches: list[Cache] = field(default_factory=list)
+    """What is told of every gfn that is taken away (:mod:`kvmsim.gpc`)."""
+    files: dict[int, InPlaceFile] | None = None
+    """The files that keep their indices' types; None: the VM keeps its gfns' types."""
 
     @property
     def kind(self) -> VmKind:
@@ -89,11 +101,23 @@ class Mmu:
         return self.slots.kind
 
     def is_private(self, gfn: int, slot: Memslot | None) -> bool:
-        """Whether the gfn's attribute says so (kvm_mem_is_private())."""
+        """Whether the gfn's attribute says so (kvm_mem_is_private()).
+
+        Where files keep the types, what has none is shared (kvm_gmem_get_memory_attributes()).
+        """
+        if self.files is not None:
+            if slot is None or slot.file is None:
+                return False
+            return self.files[slot.file].is_private(slot.private_page(gfn))
         return bool(self.attributes.get(gfn) & ABIS[self.abi].attribute_private)
 
     def same_type(self, gfn: int, slot: Memslot) -> tuple[int, int]:
         """The gfns [first, last) around ``gfn``, not all of them of the slot, of one type."""
+        if self.files is not None:
+            if slot.file is None:
+                return slot.base_gfn, slot.end_gfn
+            run = self.files[slot.file].attributes.run(slot.private_page(gfn))
+            return slot.private_gfn(run.start), slot.private_gfn(run.end)
         run = self.attributes.run(gfn)
         return run.start, run.end
 
@@ -108,6 +132,8 @@ class Mmu:
             self.invalidate.begin()
             for start, end in gfns:
                 self.invalidate.range_add(start, end)
+                for cache in self.caches:
+                    cache.invalidate(start, end)
         for start, end in gfns:
             # Attributes may be set where no slot can be.
             npages = min(end, self.kind.max_gfn) - start

@@ -38,6 +38,14 @@ from kvmsim.effect import (
     RetryReason,
 )
 from kvmsim.fault import Fault
+from kvmsim.inplace import (
+    Attributes2,
+    ConvertFile,
+    Fill,
+    InPlaceFile,
+    changes_types,
+    plan_conversion,
+)
 from kvmsim.invalidate import MmuInvalidate
 from kvmsim.kind import SHARED_BIT_KIND, VmKind
 from kvmsim.memoryuse import MemoryUse, memory_use
@@ -68,11 +76,16 @@ class Vm:
         around: int = 16,
         window: int = 512,
         max_level: int = 1,
+        in_place: bool = False,
     ) -> None:
         slots = Memslots(abi, kind)
         self.mmu = Mmu(
             slots, Attributes(), MmuInvalidate(), stage2, backing, abi, around, window, max_level
         )
+        if in_place:
+            if abi == "v7":
+                raise ValueError("v7 has no conversion in place")
+            self.mmu.files = {}
         self._counters = Counters()
         self._changing: Then | None = None
         self.pre_fault_allowed = not kind.protected_state
@@ -100,6 +113,8 @@ class Vm:
         """Check the change and zap what it takes away; KvmError if it is refused."""
         self._require_unchanging("KVM_SET_USER_MEMORY_REGION2")
         change = self.mmu.slots.plan(region, shared=shared, file=file, v1=v1)
+        if change.new is not None and isinstance(file, PrivateFile) and change.new.has_file:
+            self.know(file)
         taken = change.taken
         gfns = [] if taken is None else [(taken.base_gfn, taken.end_gfn)]
         return self._begin(gfns, halves=self.kind.halves, then=change)
@@ -129,6 +144,8 @@ class Vm:
         operation = "KVM_SET_MEMORY_ATTRIBUTES"
         if self.abi == "v7":
             raise KvmError(errno.ENOTTY, operation, "v7 has KVM_MEMORY_ENCRYPT_REG_REGION")
+        if self.mmu.files is not None:
+            raise KvmError(errno.ENOTTY, operation, "the files of this VM keep the types")
         self._require_unchanging(operation)
         supported = ABIS[self.abi].attribute_private if self.kind.private_memory else 0
         start, end = check_request(operation, address, size, attributes, flags, supported=supported)
@@ -156,6 +173,29 @@ class Vm:
         value = ABIS[self.abi].attribute_private if private else 0
         then = StoreAttributes(start, end, value)
         return self.end(self._begin([(start, end)], halves=self.kind.halves, then=then))
+
+    def know(self, file: PrivateFile) -> InPlaceFile | None:
+        """The types of a file's indices, made at its first mention; None: the VM keeps types."""
+        if self.mmu.files is None:
+            return None
+        return self.mmu.files.setdefault(file.id, InPlaceFile.of(file))
+
+    def begin_set_memory_attributes2(self, file: PrivateFile, request: Attributes2) -> Invalidation:
+        """KVM_SET_MEMORY_ATTRIBUTES2 on ``file``, until its pages are unreachable for the guest.
+
+        Then prove that, fill the allocated pages of the range as ``then`` says, and call
+        :meth:`end`. ConversionError changes nothing.
+        """
+        self._require_unchanging("KVM_SET_MEMORY_ATTRIBUTES2")
+        known = self.know(file)
+        plan = plan_conversion(file.id, known, request, self.kind, launched=self.pre_fault_allowed)
+        assert known is not None
+        gfns: list[tuple[int, int]] = []
+        if changes_types(known, plan) or plan.fill is not Fill.KEEP:
+            found = self.mmu.slots.find_file(file.id, plan.start, plan.end)
+            gfns = [(first, last) for _, first, last in found]
+        known.converting = (plan.start, plan.end)
+        return self._begin(gfns, halves=self.kind.halves, then=plan)
 
     # --- invalidations from below --------------------------------------------------------
 
@@ -209,6 +249,11 @@ class Vm:
                 self._changing = None
             case StoreAttributes(start, end, value):
                 self.mmu.attributes.set(start, end, value)
+                self._changing = None
+            case ConvertFile(file, start, end, value):
+                assert self.mmu.files is not None
+                self.mmu.files[file].attributes.set(start, end, value)
+                self.mmu.files[file].converting = None
                 self._changing = None
             case ReleaseFile(file):
                 self.mmu.slots.release(file)
@@ -265,6 +310,7 @@ class Vm:
             mmu.attributes.key(),
             mmu.invalidate.key(),
             mmu.poison.key(),
+            mmu.files and tuple((file, mmu.files[file].key()) for file in sorted(mmu.files)),
             self._changing is not None,
             self.pre_fault_allowed,
         )
@@ -280,6 +326,8 @@ class Vm:
         twin.mmu.attributes = mmu.attributes.copy()
         twin.mmu.invalidate = mmu.invalidate.copy()
         twin.mmu.poison = mmu.poison.copy()
+        if mmu.files is not None:
+            twin.mmu.files = {number: file.copy() for number, file in mmu.files.items()}
         twin._changing = self._changing
         twin.pre_fault_allowed = self.pre_fault_allowed
         return twin

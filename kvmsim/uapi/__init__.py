@@ -40,6 +40,9 @@ USERSPACE_MEMORY_REGION2: Final = Struct("<IIQQQQI4x112x")
 MEMORY_ATTRIBUTES: Final = Struct("<QQQQ")
 """address, size, attributes, flags."""
 
+MEMORY_ATTRIBUTES2: Final = Struct("<QQQQQ11Q")
+"""offset, size, attributes, flags, error_offset (out), reserved; of the in-place series."""
+
 ENC_REGION: Final = Struct("<QQ")
 """addr, size; in v7 a guest-physical range."""
 
@@ -63,6 +66,7 @@ KVM_RUN: Final = io(0x80)
 KVM_MEMORY_ENCRYPT_REG_REGION: Final = ior(0xBB, ENC_REGION.size)
 KVM_MEMORY_ENCRYPT_UNREG_REGION: Final = ior(0xBC, ENC_REGION.size)
 KVM_SET_MEMORY_ATTRIBUTES: Final = iow(0xD2, MEMORY_ATTRIBUTES.size)
+KVM_SET_MEMORY_ATTRIBUTES2: Final = iowr(0xD2, MEMORY_ATTRIBUTES2.size)
 KVM_CREATE_GUEST_MEMFD: Final = iowr(0xD4, CREATE_GUEST_MEMFD.size)
 KVM_PRE_FAULT_MEMORY: Final = iowr(0xD5, PRE_FAULT_MEMORY.size)
 
@@ -85,6 +89,7 @@ KVM_X86_DEFAULT_VM: Final = 0
 KVM_X86_SW_PROTECTED_VM: Final = 1
 KVM_X86_SNP_VM: Final = 4
 KVM_X86_TDX_VM: Final = 5
+KVM_VM_TYPE_ARM_PROTECTED: Final = 1 << 31
 
 # --- flags of KVM_CREATE_GUEST_MEMFD ---------------------------------------------------------
 
@@ -102,6 +107,10 @@ KVM_USER_MEM_SLOTS: Final = 32764  # SHRT_MAX - KVM_INTERNAL_MEM_SLOTS (3) on x8
 KVM_MEM_MAX_NR_PAGES: Final = (1 << 31) - 1
 
 KVM_MEMORY_ATTRIBUTE_PRIVATE: Final = 1 << 3
+
+# What becomes of contents when a file converts in place; without either no promise is made.
+KVM_SET_MEMORY_ATTRIBUTES2_ZERO: Final = 1 << 0
+KVM_SET_MEMORY_ATTRIBUTES2_PRESERVE: Final = 1 << 1
 
 # --- hypercalls (include/uapi/linux/kvm_para.h) ----------------------------------------------
 

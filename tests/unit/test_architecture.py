@@ -32,7 +32,8 @@ SANS_IO = {
     "kvmsim.attributes", "kvmsim.device.results", "kvmsim.device.caller",
     "kvmsim.invalidate", "kvmsim.fault", "kvmsim.exits", "kvmsim.vm", "kvmsim.kind",
     "kvmsim.effect", "kvmsim.level", "kvmsim.poison", "kvmsim.change", "kvmsim.memoryuse",
-    "kvmsim.prefault", "kvmsim.statistics",
+    "kvmsim.prefault", "kvmsim.statistics", "kvmsim.inplace", "kvmsim.hostaccess",
+    "kvmsim.gpc", "kvmsim.rangeindex",
     "kvmsim.script", "hwemu.stage2",
     "hwemu.leafruns", "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
 }  # fmt: skip
