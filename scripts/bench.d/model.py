@@ -23,6 +23,8 @@ class Unit(enum.Enum):
     """What a sample counts: its name in the report and how many raw units make one."""
 
     MICROSECONDS = ("µs", 1e3)
+    MILLISECONDS = ("ms", 1e6)
+    INVALIDATIONS = ("1000 invalidations/s", 1e3)
     PAGES = ("1000 pages/s", 1e3)
     INSTRUCTIONS = ("million instructions/s", 1e6)
 
@@ -33,13 +35,13 @@ class Unit(enum.Enum):
 
     @property
     def scale(self) -> float:
-        """Raw units (ns, pages/s, instructions/s) in one."""
+        """Raw units (ns, events/s) in one."""
         return self.value[1]
 
     @property
     def is_rate(self) -> bool:
         """Whether more is better."""
-        return self is not Unit.MICROSECONDS
+        return self not in (Unit.MICROSECONDS, Unit.MILLISECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,11 @@ class Counts:
     pages: int
     guest_iterations: int
     native_iterations: int
+    resident_gib: int
 
 
-FULL = Counts(5, 2000, 8192, 20_000_000, 100_000_000)
-QUICK = Counts(3, 100, 512, 500_000, 5_000_000)
+FULL = Counts(5, 2000, 8192, 20_000_000, 100_000_000, 8)
+QUICK = Counts(3, 100, 512, 500_000, 5_000_000, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ static inline int listen_at(const char *path)
 	struct sockaddr_un address = socket_address(path);
 	int fd = new_socket();
 
-	if (bind(fd, (struct sockaddr *)&address, sizeof(address)) || listen(fd, 1))
+	if (bind(fd, (struct sockaddr *)&address, sizeof(address)) || listen(fd, 1024))
 		give_up(path);
 	return fd;
 }

@@ -17,6 +17,8 @@ SCHEMA = 1
 _DASH = "–"
 _TITLES = {
     Unit.MICROSECONDS: "What a caller waits for",
+    Unit.MILLISECONDS: "Whole files",
+    Unit.INVALIDATIONS: "What one owner gets through",
     Unit.PAGES: "First touches of guest memory",
     Unit.INSTRUCTIONS: "Guest instructions",
 }

@@ -39,12 +39,12 @@ def _mountpoint(bench: Bench) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def privfs_mount(bench: Bench, placement: Placement) -> Iterator[Path]:
-    """Mount privfs with its daemon on the server's CPU."""
+def privfs_mount(bench: Bench, placement: Placement, *options: str) -> Iterator[Path]:
+    """Mount privfs, with options, with its daemon on the server's CPU."""
     _require_fuse()
     with _mountpoint(bench) as place:
         try:
-            mount = child.start(["-q", "--", str(place)], tied=True)
+            mount = child.start(["-q", *options, "--", str(place)], tied=True)
         except Failure as failure:
             why = str(failure) or "its message is on stderr; privfs doctor may know more"
             raise Unavailable(f"privfs does not mount: {why}") from failure

@@ -17,6 +17,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "scripts/bench"
 CALLS = {"fstat", "ftruncate_up", "ftruncate_down", "punch", "allocate", "punch_with_user"}
+CROWDS = {"users_64", "files_32", "files_10000"}
+RATES = {"files_32"}  # and whatever is emulated
+UNTIMED = {"healthy_p99", "punch_sparse", "punch_resident"}  # one number a round
 EMULATED = {"touch_fresh", "touch_allocated", "guest_count", "guest_memory"}
 WITHOUT_FUSE = ["invalidation", "guest_count", "guest_memory"]
 
@@ -59,8 +62,8 @@ def check(found: dict[str, Any], rows: set[tuple[str, str]]) -> None:
     """Every row is there once, measured to the end on both sides."""
     assert sorted((r["row"], r["placement"]) for r in found["rows"]) == sorted(rows)
     for row in found["rows"]:
-        timed = row["unit"] == "ns"
-        assert timed == (row["row"] not in EMULATED)
+        assert (row["unit"] == "ns") == (row["row"] not in EMULATED | RATES)
+        timed = row["unit"] == "ns" and row["row"] not in UNTIMED
         check_side(row["privfs"], 2, timed=timed)
         check_side(row["rival"], 2, timed=timed)
         assert row["rival"]["name"]
@@ -84,9 +87,12 @@ def test_reports_every_case_on_every_placement(tmp_path: Path) -> None:
     places = ["same", "split"] if len(os.sched_getaffinity(0)) > 1 else ["same"]
     rows = {
         (row, place)
-        for row in CALLS | {"invalidation", "touch_fresh", "touch_allocated"}
+        for row in CALLS
+        | CROWDS
+        | {"invalidation", "healthy_p99", "touch_fresh", "touch_allocated"}
         for place in places
     }
+    rows |= {(row, "split") for row in ("punch_sparse", "punch_resident") if "split" in places}
     check(found, rows | {("guest_count", "same"), ("guest_memory", "same")})
 
 
@@ -95,6 +101,12 @@ def test_mounts_are_measured_and_unmounted(tmp_path: Path) -> None:
     cpu = min(os.sched_getaffinity(0))
     found = report(tmp_path, "--cpus", cpu, *only("fallocate", "punch_with_user"))
     check(found, {(row, "same") for row in ("punch", "allocate", "punch_with_user")})
+
+
+def test_crowds_are_told_and_heard(tmp_path: Path) -> None:
+    cpu = min(os.sched_getaffinity(0))
+    found = report(tmp_path, "--cpus", cpu, *only("users_64", "files_32"))
+    check(found, {(row, "same") for row in ("users_64", "files_32")})
 
 
 def test_a_rival_that_was_not_built_is_named_and_ours_is_measured(tmp_path: Path) -> None:

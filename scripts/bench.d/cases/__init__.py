@@ -3,6 +3,14 @@
 
 from __future__ import annotations
 
-from cases import calls, instructions, invalidation, touch
+from cases import calls, crowd, hung, instructions, invalidation, large, touch
 
-CASES = (*calls.CASES, *invalidation.CASES, *touch.CASES, *instructions.CASES)
+CASES = (
+    *calls.CASES,
+    *invalidation.CASES,
+    *crowd.CASES,
+    *hung.CASES,
+    *large.CASES,
+    *touch.CASES,
+    *instructions.CASES,
+)
