@@ -21,10 +21,12 @@ MAX_ROWS = 65_536
 def file_map(owner: Owner, ino: int, start: int = 0) -> dict[str, Any]:
     """Return the runs of equal state of a file from page ``start``: hole, allocated, mapped.
 
-    ``next`` is the page to go on from, None when the map is complete.
+    ``next`` is the page to go on from, None when the map is complete.  What v7 and the shim have
+    allocated past the end of a file is in it, the holes there are not.
     """
     file = owner.files[ino]
-    end = file.size // PAGE_SIZE
+    inside = file.size // PAGE_SIZE
+    end = max(inside, file.pages.max() + 1 if file.pages else 0)
     users = [owner.sessions[sid] for sid in sorted(owner.users[ino])]
     rows: list[dict[str, Any]] = []
     page = start
@@ -32,11 +34,13 @@ def file_map(owner: Owner, ino: int, start: int = 0) -> dict[str, Any]:
         names: list[str] = []
         if page not in file.pages:
             data = file.data_from(page)
-            last = min(end, data) if data is not None else end
-            state = "hole"
+            last = end if data is None else data
+            if page >= inside:
+                page = last  # there is nothing that could be a hole
+                continue
+            last, state = min(last, inside), "hole"
         else:
             last = min(file.hole_from(page), end)
-
             for user in users:
                 pages = user.granted[ino]
                 if page in pages:

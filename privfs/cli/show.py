@@ -223,7 +223,7 @@ def status_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
         **_unpromised(found["backing"]),
         "Refusal": mode,
         "Memory": f"{size(memory['total'])} budget, {size(memory['used'])} used, "
-        f"{size(memory['free'])} free",
+        f"{size(memory['free'])} free; the machine can give {size(memory['available'])} of it",
         "Files": f"{found['files']} in {found['extents']} extents",
         "Invalidations": f"{waits['total']}, p50 {tables.microseconds(waits['p50_us'])}, "
         f"p99 {tables.microseconds(waits['p99_us'])}; {found['kills']} users killed, "

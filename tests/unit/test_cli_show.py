@@ -115,7 +115,8 @@ STATUS = {
     "backing": {
         "store": "secretmem", "page_size": 2 << 20, "promises": {"reclaim": False, "audit": False},
     },
-    "passthrough_errno": errno.EPERM, "memory": {"total": 1 << 20, "used": 4096, "free": 0},
+    "passthrough_errno": errno.EPERM,
+    "memory": {"total": 1 << 20, "used": 4096, "free": 1 << 19, "available": 1 << 18},
     "files": 1, "extents": 1, "kills": 2, "failures": 0,
     "invalidations": {"total": 3, "p50_us": 50.0, "p99_us": 2500.0},
     "sessions": [
@@ -151,6 +152,8 @@ def test_status_shows_users_and_why_there_is_no_passthrough(
     assert backing[0].strip() == "secretmem, pages of 2M"
     assert backing[1].startswith("Beware:        memory that was given up is free when the last ")
     assert backing[1].endswith("; " + Promise.AUDIT.value)
+    budget = "Memory:        1M budget, 4K used, 512K free; the machine can give 256K of it\n"
+    assert budget in said
     assert "3, p50 50 µs, p99 2.5 ms; 2 users killed, 0 failed" in said
     assert said.splitlines()[-2:] == [
         "USER PID STATE FENCE FILES GRANTED UNACKED",
