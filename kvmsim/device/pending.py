@@ -6,7 +6,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from kvmsim.device.results import Failure, Value
+from kvmsim.device.results import Failure, Pending, Value
 
 Outcome = Value | Failure
 
@@ -22,6 +22,8 @@ class Call:
         self._changed = threading.Condition()
         self._outcome: Outcome | None = None
         self._callbacks: list[Callable[[Outcome], None]] = []
+        self._cancelled = False
+        self._followed: Pending | None = None
 
     def on_done(self, callback: Callable[[Outcome], None]) -> None:
         """Have ``callback`` called once with the outcome, by any thread, or at once."""
@@ -33,8 +35,24 @@ class Call:
 
     def cancel(self) -> None:
         """End soon."""
-        if self._outcome is None:
+        with self._changed:
+            if self._outcome is not None:
+                return
+            self._cancelled = True
+            followed = self._followed
+        if followed is None:
             self._on_cancel(self)
+        else:
+            followed.cancel()
+
+    def follow(self, other: Pending) -> None:
+        """End as ``other`` does, and when this is cancelled cancel it."""
+        with self._changed:
+            self._followed = other
+            cancelled = self._cancelled
+        if cancelled:
+            other.cancel()
+        other.on_done(self.finish)
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
         """Wait for the outcome; None if there is none after ``timeout`` seconds."""

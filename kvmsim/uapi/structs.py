@@ -113,6 +113,8 @@ VAPIC_ADDR: Final = Struct("<Q")
 """vapic_addr."""
 U64_VALUE: Final = Struct("<Q")
 """A plain number."""
+U64_PAIR: Final = Struct("<QQ")
+"""Two, as struct kvm_pre_fault_memory begins: gpa, size."""
 
 # --- struct kvm_run --------------------------------------------------------------------------
 

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``/dev/kvm`` itself: the host, its VMs, and the requests that need none.
+
+kvm_dev_ioctl() of virt/kvm/kvm_main.c and kvm_arch_dev_ioctl() of arch/x86/kvm/x86.c (v6.18).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Sequence
+from typing import Final, Self
+
+from kvmsim.device import cpuid, msrs
+from kvmsim.device.caller import Caller
+from kvmsim.device.capabilities import VM_TYPES, Asked, check_extension
+from kvmsim.device.gmem import GuestMemfds
+from kvmsim.device.results import FdKind, NewFd, Result
+from kvmsim.device.table import Call, Level, Row, dispatch, table
+from kvmsim.device.vcpustate import MCE_CAP_SUPPORTED
+from kvmsim.device.vm import VmDevice
+from kvmsim.hostmem import HostMemory
+from kvmsim.uapi import (
+    KVM_API_VERSION,
+    KVM_CHECK_EXTENSION,
+    KVM_CREATE_VM,
+    KVM_GET_API_VERSION,
+    KVM_GET_VCPU_MMAP_SIZE,
+    KVM_MAX_CPUID_ENTRIES,
+    KVM_MAX_IO_MSRS,
+    KVM_RUN_MMAP_SIZE,
+    Abi,
+    requests,
+    structs,
+)
+
+
+class KvmDevice:
+    """A simulated host with KVM: what a descriptor of /dev/kvm stands for.
+
+    ``memory``: a directory on a privfs mount, for KVM_CREATE_GUEST_MEMFD. ``abi``: today's
+    interface, or that of the 2022 series. ``host``: the arena to use; of the process, if it has
+    one. Any number of descriptors may stand for one device.
+    """
+
+    def __init__(
+        self,
+        memory: str | os.PathLike[str] | None = None,
+        *,
+        abi: Abi = "upstream",
+        host: HostMemory | None = None,
+    ) -> None:
+        self.abi: Abi = abi
+        self._owns_host = host is None
+        self.host = HostMemory() if host is None else host
+        self.gmem = None if memory is None else GuestMemfds(memory)
+        self.owners: dict[tuple[int, int], object] = {}
+        self._lock = threading.Lock()
+        self._vms: set[VmDevice] = set()
+
+    def ioctl(self, request: int, argument: int, caller: Caller) -> Result:
+        """One ioctl on a descriptor of /dev/kvm."""
+        return dispatch(self, Level.SYSTEM, TABLE, request, argument, caller)
+
+    def release(self) -> None:
+        """A descriptor is gone: nothing goes with it."""
+
+    def forget(self, vm: VmDevice) -> None:
+        """The VM is no more."""
+        with self._lock:
+            self._vms.discard(vm)
+
+    def close(self) -> None:
+        """Give the host back; every VM must have been released, else RuntimeError."""
+        if self._vms:
+            raise RuntimeError(f"{len(self._vms)} VMs of the device have open descriptors")
+        if self._owns_host:
+            self.host.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # --- requests -----------------------------------------------------------------------------
+
+    def get_api_version(self, call: Call) -> int:
+        """KVM_GET_API_VERSION."""
+        _no_argument(call)
+        return KVM_API_VERSION
+
+    def create_vm(self, call: Call) -> NewFd:
+        """KVM_CREATE_VM."""
+        kind = VM_TYPES[self.abi].get(call.argument)
+        if kind is None:
+            raise call.refused(errno.EINVAL, f"VM type {call.argument} is not there")
+        vm = VmDevice(self, kind, call.caller)
+        with self._lock:
+            self._vms.add(vm)
+        return NewFd(FdKind.CONTROL, "anon_inode:kvm-vm", vm)
+
+    def check_extension(self, call: Call) -> int:
+        """KVM_CHECK_EXTENSION."""
+        asked = Asked(self.abi, None, None if self.gmem is None else self.gmem.flags)
+        return check_extension(call.argument, asked)
+
+    def get_vcpu_mmap_size(self, call: Call) -> int:
+        """KVM_GET_VCPU_MMAP_SIZE."""
+        _no_argument(call)
+        return KVM_RUN_MMAP_SIZE
+
+    def get_supported_cpuid(self, call: Call) -> None:
+        """KVM_GET_SUPPORTED_CPUID."""
+        _write_cpuid(call, cpuid.SUPPORTED)
+
+    def get_emulated_cpuid(self, call: Call) -> None:
+        """KVM_GET_EMULATED_CPUID."""
+        _write_cpuid(call, cpuid.EMULATED)
+
+    def get_msr_index_list(self, call: Call) -> None:
+        """KVM_GET_MSR_INDEX_LIST."""
+        _write_indices(call, msrs.SAVED)
+
+    def get_msr_feature_index_list(self, call: Call) -> None:
+        """KVM_GET_MSR_FEATURE_INDEX_LIST."""
+        _write_indices(call, tuple(msrs.FEATURES))
+
+    def get_msrs(self, call: Call) -> int:
+        """KVM_GET_MSRS of features: how many could be read, from the first on."""
+        (count,) = call.read(structs.MSRS)
+        if count >= KVM_MAX_IO_MSRS:
+            raise call.refused(errno.E2BIG, f"{count} registers at once")
+        data = call.fetch(count * structs.MSR_ENTRY.size, structs.MSRS.size)
+        done = []
+        for index, _ in structs.MSR_ENTRY.iter_unpack(data):
+            if index not in msrs.FEATURES:
+                break
+            done.append(structs.MSR_ENTRY.pack(index, msrs.FEATURES[index]))
+        call.write(b"".join(done), structs.MSRS.size)
+        return len(done)
+
+    def get_mce_cap_supported(self, call: Call) -> None:
+        """KVM_X86_GET_MCE_CAP_SUPPORTED."""
+        call.write(structs.U64_VALUE.pack(MCE_CAP_SUPPORTED))
+
+
+def _no_argument(call: Call) -> None:
+    if call.argument:
+        raise call.refused(errno.EINVAL, "the argument must be 0")
+
+
+def _write_cpuid(call: Call, entries: Sequence[cpuid.Entry]) -> None:
+    """kvm_dev_ioctl_get_cpuid()."""
+    (room,) = call.read(structs.CPUID2)
+    if room < 1 or min(room, KVM_MAX_CPUID_ENTRIES) < len(entries):
+        raise call.refused(errno.E2BIG, f"room for {room} entries, there are {len(entries)}")
+    call.write(b"".join(entry.pack() for entry in entries), structs.CPUID2.size)
+    call.write(structs.CPUID2.pack(len(entries)))
+
+
+def _write_indices(call: Call, indices: tuple[int, ...]) -> None:
+    (room,) = call.read(structs.MSR_LIST)
+    call.write(structs.MSR_LIST.pack(len(indices)))
+    if room < len(indices):
+        raise call.refused(errno.E2BIG, f"room for {room} indices, there are {len(indices)}")
+    packed = b"".join(index.to_bytes(4, "little") for index in indices)
+    call.write(packed, structs.MSR_LIST.size)
+
+
+TABLE: Final = table(
+    (
+        Row(KVM_GET_API_VERSION, KvmDevice.get_api_version, "12", "EINVAL: argument not 0"),
+        Row(KVM_CREATE_VM, KvmDevice.create_vm,
+            "types 0, KVM_X86_SW_PROTECTED_VM, and 30: gpa bit 39 selects the side; v7: 0 is that",
+            "EINVAL: other types"),
+        Row(KVM_CHECK_EXTENSION, KvmDevice.check_extension, "only what is there"),
+        Row(KVM_GET_VCPU_MMAP_SIZE, KvmDevice.get_vcpu_mmap_size, "three pages",
+            "EINVAL: argument not 0"),
+        Row(requests.KVM_GET_SUPPORTED_CPUID, KvmDevice.get_supported_cpuid,
+            "the engine's processor", "E2BIG: no room"),
+        Row(requests.KVM_GET_EMULATED_CPUID, KvmDevice.get_emulated_cpuid, "nothing",
+            "E2BIG: no room"),
+        Row(requests.KVM_GET_MSR_INDEX_LIST, KvmDevice.get_msr_index_list,
+            "all that a vCPU keeps", "E2BIG: no room; the count is told"),
+        Row(requests.KVM_GET_MSR_FEATURE_INDEX_LIST, KvmDevice.get_msr_feature_index_list,
+            "two", "E2BIG: no room; the count is told"),
+        Row(requests.KVM_GET_MSRS, KvmDevice.get_msrs, "feature registers",
+            "E2BIG: 256 or more"),
+        Row(requests.KVM_X86_GET_MCE_CAP_SUPPORTED, KvmDevice.get_mce_cap_supported, "all"),
+    )
+)  # fmt: skip
+"""By request number."""

@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A vCPU's descriptor: its lock, its state, and KVM_RUN from begin to outcome.
+
+KVM holds vcpu->mutex over every ioctl, KVM_RUN for as long as the guest runs. Here an ioctl that
+finds the vCPU running is queued and answered later, as its caller would sleep on the mutex.
+KVM_RUN follows kvm_arch_vcpu_ioctl_run() and vcpu_run() of arch/x86/kvm/x86.c (v6.18).
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections import deque
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+from hwemu.cpu.api import EFER_LMA, MsrExit
+from kvmsim import exits
+from kvmsim.device import vcpustate
+from kvmsim.device.caller import Caller
+from kvmsim.device.cpuid import GuestCpuid
+from kvmsim.device.events import Events
+from kvmsim.device.hypercall import Answer, hypercall
+from kvmsim.device.msrs import MsrStore
+from kvmsim.device.pending import Call as PendingCall
+from kvmsim.device.pending import Outcome
+from kvmsim.device.registers import RESET_REGS, RESET_SREGS
+from kvmsim.device.results import Begun, Failure, Result, Value
+from kvmsim.device.runbuffer import RunBuffer
+from kvmsim.device.table import Call, Level, dispatch
+from kvmsim.device.vcputable import TABLE
+from kvmsim.uapi import (
+    KVM_EXIT_INTR,
+    KVM_EXIT_IRQ_WINDOW_OPEN,
+    KVM_EXIT_UNKNOWN,
+    KVM_MP_STATE_HALTED,
+    KVM_MP_STATE_RUNNABLE,
+    KVM_MP_STATE_UNINITIALIZED,
+)
+from kvmsim.uapi.encoding import KVMIO
+
+if TYPE_CHECKING:
+    from kvmsim.device.vm import VmDevice
+    from kvmsim.running import Vcpu
+
+_CS_L: Final = 1 << 9
+_IF: Final = 1 << 9
+
+
+class Completion(Enum):
+    """What the next KVM_RUN must do first (complete_userspace_io)."""
+
+    NOTHING = "nothing"
+    PORT = "hand the data of an IN to the guest"
+    MMIO = "hand the data of a load to the guest"
+    HYPERCALL = "hand the result of a hypercall to the guest"
+
+
+@dataclass(slots=True)
+class _Queued:
+    request: int
+    argument: int
+    caller: Caller
+    pending: PendingCall
+
+
+class VcpuDevice:
+    """vCPU ``id`` of ``vm`` on the engine ``engine``."""
+
+    def __init__(self, vm: VmDevice, id: int, engine: Vcpu, *, bsp: bool) -> None:
+        self.vm = vm
+        self.id = id
+        self.engine = engine
+        self.cpu = engine.cpu
+        self.cpuid = GuestCpuid()
+        self.msrs = MsrStore(vm.clock.tsc, bsp=bsp)
+        self.events = Events()
+        self.cr8 = 0
+        self.debugregs: tuple[int, ...] = (0, 0, 0, 0, 0xFFFF0FF0, 0x400)
+        self.lapic = b""
+        self.signal_mask: int | None = None
+        self.has_run = False
+        self.stale_code = False
+        waits = vm.irqchip and not bsp
+        self.mp_state = KVM_MP_STATE_UNINITIALIZED if waits else KVM_MP_STATE_RUNNABLE
+        self.buffer: RunBuffer | None = None
+        self.completion = Completion.NOTHING
+        self._asked = 0  # bytes that the completion needs
+        self._mutex = threading.Lock()  # over the five below; KVM's mutex is _busy
+        self._busy = False
+        self._idle = threading.Condition(self._mutex)
+        self._queue: deque[_Queued] = deque()
+        self._running: PendingCall | None = None
+        self._caller: Caller | None = None
+        self._other: PendingCall | None = None  # a call other than KVM_RUN that waits
+        self._released = False
+        self.cpu.set_cpuid(self.cpuid)
+        self.cpu.set_sregs(RESET_SREGS)
+        self.cpu.set_regs(RESET_REGS)
+
+    # --- the descriptor -----------------------------------------------------------------------
+
+    def attach(self, memory: memoryview) -> None:
+        """Use ``memory`` as struct kvm_run; ValueError if it is too small or read-only."""
+        self.buffer = RunBuffer(memory, self.vm.abi)
+
+    def ioctl(self, request: int, argument: int, caller: Caller) -> Result:
+        """One ioctl on the vCPU's descriptor (kvm_vcpu_ioctl())."""
+        if caller.mm != self.vm.mm or self.vm.dead:
+            return Failure(errno.EIO, self.vm.dead or "the VM belongs to another address space")
+        if request >> 8 & 0xFF != KVMIO:
+            return Failure(errno.EINVAL, f"request {request:#x} is not of KVM")
+        with self._mutex:
+            if self._busy:
+                pending = PendingCall(self._cancel)
+                self._queue.append(_Queued(request, argument, caller, pending))
+                return Begun(pending)
+            self._busy = True
+        result = self._dispatch(request, argument, caller)
+        if not isinstance(result, Begun):
+            self._unlock()
+        return result
+
+    def _dispatch(self, request: int, argument: int, caller: Caller) -> Result:
+        try:
+            return dispatch(self, Level.VCPU, TABLE, request, argument, caller)
+        except BaseException:
+            self._unlock()
+            raise
+
+    def _unlock(self) -> None:
+        """Let go of the mutex; whoever waits for it goes on in a thread of its own."""
+        with self._mutex:
+            if self._queue:
+                threading.Thread(target=self._serve, name=f"vcpu {self.id} ioctls").start()
+                return
+            self._busy = False
+            self._idle.notify_all()
+
+    def _serve(self) -> None:
+        """Do the queued ioctls in order, with the mutex held, up to one that runs the guest."""
+        while True:
+            with self._mutex:
+                if not self._queue:
+                    self._busy = False
+                    self._idle.notify_all()
+                    return
+                queued = self._queue.popleft()
+            result = self._dispatch(queued.request, queued.argument, queued.caller)
+            if isinstance(result, Begun):
+                queued.pending.follow(result.pending)
+                return
+            assert isinstance(result, Value | Failure)
+            queued.pending.finish(result)
+
+    def release(self) -> None:
+        """The last reference is gone; a guest that runs leaves first. The id stays taken."""
+        with self._mutex:
+            if self._released:
+                return
+            self._released = True
+            waiting = [queued.pending for queued in self._queue]
+            waiting += [pending for pending in (self._running, self._other) if pending]
+        for pending in waiting:
+            pending.cancel()
+        with self._mutex:
+            self._idle.wait_for(lambda: not self._busy)
+        if self.buffer is not None:
+            self.buffer.release()
+            self.buffer = None
+        self.vm.unpin()
+
+    def _cancel(self, pending: PendingCall) -> None:
+        with self._mutex:
+            queued = next((one for one in self._queue if one.pending is pending), None)
+            if queued is None:
+                if self._running is pending:
+                    self.vm.running.interrupt(self.engine.index)
+                return
+            self._queue.remove(queued)
+        pending.finish(Failure(errno.EINTR, "interrupted while the vCPU was busy"))
+
+    # --- KVM_RUN ------------------------------------------------------------------------------
+
+    def run(self, call: Call) -> Result:
+        """KVM_RUN: complete what waits, then let the guest run."""
+        if call.argument:
+            raise call.refused(errno.EINVAL, "the argument must be 0")
+        buffer = self.buffer
+        if buffer is None:
+            raise call.refused(errno.EINVAL, "no memory was attached for kvm_run")
+        immediate_exit = buffer.immediate_exit
+        buffer.begin()
+        self.has_run = True
+        if self.mp_state != KVM_MP_STATE_UNINITIALIZED:
+            vcpustate.take_sync_regs(self, buffer, call)
+            if not self.vm.irqchip:
+                cr8 = buffer.cr8
+                if cr8 & ~0xF:
+                    raise call.refused(errno.EINVAL, f"cr8 {cr8:#x} is not valid")
+                self.cr8 = cr8
+            self._complete(buffer)
+        if immediate_exit:
+            self._save(buffer)
+            return Failure(errno.EINTR, "immediate_exit")
+        buffer.set_exit_reason(KVM_EXIT_UNKNOWN)
+        if call.caller.signal_pending(self.signal_mask):
+            buffer.set_exit_reason(KVM_EXIT_INTR)
+            self._save(buffer)
+            return Failure(errno.EINTR, "a signal was pending")
+        return self._start(call.caller, buffer)
+
+    def _start(self, caller: Caller, buffer: RunBuffer) -> Result:
+        if self.stale_code:
+            self.stale_code = False
+            self.cpu.flush()
+        if self.mp_state == KVM_MP_STATE_HALTED and self.events.waiting:
+            self.mp_state = KVM_MP_STATE_RUNNABLE
+        pending = PendingCall(self._cancel)
+        self.engine.polled = buffer.request_interrupt_window
+        self.vm.start()
+        with self._mutex:  # together: a cancel finds the run, and ended() finds it or we its cause
+            if self.vm.dead:
+                return Failure(errno.EIO, self.vm.dead)
+            self._running = pending
+            self._caller = caller
+            if self.mp_state == KVM_MP_STATE_RUNNABLE:
+                self.vm.running.make_runnable(self.engine.index)
+        return Begun(pending, self.signal_mask)
+
+    def wait_for(self, pending: PendingCall) -> Begun:
+        """Keep the mutex until ``pending`` is over; it is no KVM_RUN."""
+
+        def done(_: Outcome) -> None:
+            with self._mutex:
+                self._other = None
+            self._unlock()
+
+        with self._mutex:
+            self._other = pending
+        pending.on_done(done)
+        return Begun(pending)
+
+    def _complete(self, buffer: RunBuffer) -> None:
+        completion, self.completion = self.completion, Completion.NOTHING
+        match completion:
+            case Completion.PORT:
+                self.cpu.complete(buffer.port_data(self._asked))
+            case Completion.MMIO:
+                self.cpu.complete(buffer.mmio_data(self._asked))
+            case Completion.HYPERCALL:
+                result = buffer.hypercall_result()
+                self.cpu.complete(result if self._long_mode() else result & 0xFFFF_FFFF)
+
+    # --- in the runner thread -----------------------------------------------------------------
+
+    def enter(self) -> bool:
+        """Inject what waits; False if KVM_RUN ended instead, since an interrupt may come."""
+        injection = self.events.next()
+        if injection is not None:
+            self.cpu.inject(injection.vector, injection.error_code)
+            return True
+        buffer = self.buffer
+        if (
+            self.engine.polled
+            and buffer is not None
+            and not self.vm.irqchip
+            and buffer.request_interrupt_window
+            and self.cpu.interruptible
+        ):
+            self._end(KVM_EXIT_IRQ_WINDOW_OPEN, Value(0))
+            return False
+        return True
+
+    def msr(self, access: MsrExit) -> int | None:
+        """RDMSR or WRMSR of what the engine does not keep; None: #GP."""
+        if access.is_write:
+            return 0 if self.msrs.write(access.index, access.value, host=False) else None
+        return self.msrs.read(access.index)
+
+    def exited(self, left: exits.Exit) -> None:
+        """The guest left: go on if the kernel would, else end KVM_RUN."""
+        match left:
+            case exits.HltExit() if self.vm.irqchip:
+                self.mp_state = KVM_MP_STATE_HALTED
+                self.vm.running.halt(self.engine.index)
+                return
+            case exits.HypercallExit():
+                forwarded = self._hypercall(left)
+                if forwarded is None:
+                    return
+                left = forwarded
+            case exits.BadHvaExit(gpa):
+                if self._caller is not None and self.vm.memory.resolve(gpa, self._caller):
+                    return
+        self._end(left, None)
+
+    def ended(self, why: str) -> None:
+        """No vCPU of the VM runs any more."""
+        with self._mutex:
+            running, other = self._running, self._other
+        if running is not None:
+            self._finish(Failure(errno.EIO, why))
+        if other is not None:
+            other.cancel()
+
+    def _hypercall(self, left: exits.HypercallExit) -> exits.HypercallExit | None:
+        answer = hypercall(
+            left.nr,
+            left.args,
+            cpl=self.cpu.get_sregs().ss.attributes >> 5 & 3,
+            long_mode=self._long_mode(),
+            forwarded=self.vm.forwarded_hypercalls,
+        )
+        if isinstance(answer, Answer):
+            self.cpu.complete(answer.value)
+            return None
+        return answer
+
+    def _end(self, left: exits.Exit | int, outcome: Outcome | None) -> None:
+        """Write the exit, say what the next KVM_RUN must complete, and answer."""
+        self.vm.running.halt(self.engine.index)
+        buffer = self.buffer
+        assert buffer is not None
+        if isinstance(left, int):
+            buffer.set_exit_reason(left)
+        else:
+            long_mode = isinstance(left, exits.HypercallExit) and self._long_mode()
+            result = buffer.write_exit(left, long_mode=long_mode)
+            outcome = Failure(-result, _why(left)) if result else Value(0)
+            self._note_completion(left)
+        vcpustate.store_sync_regs(self, buffer)
+        self._save(buffer)
+        assert outcome is not None
+        self._finish(outcome)
+
+    def _note_completion(self, left: exits.Exit) -> None:
+        match left:
+            case exits.IoExit(write=False, size=size, count=count):
+                self.completion, self._asked = Completion.PORT, size * count
+            case exits.MmioExit(write=False, length=length):
+                self.completion, self._asked = Completion.MMIO, length
+            case exits.HypercallExit():
+                self.completion = Completion.HYPERCALL
+
+    def _finish(self, outcome: Outcome) -> None:
+        with self._mutex:
+            pending, self._running = self._running, None
+            self._caller = None
+            self.vm.running.forget_interrupt(self.engine.index)
+        assert pending is not None
+        self._unlock()
+        pending.finish(outcome)
+
+    def _save(self, buffer: RunBuffer) -> None:
+        ready = self.vm.irqchip or (self.cpu.interruptible and not self.events.waiting)
+        buffer.save(
+            ready=ready,
+            if_flag=bool(self.cpu.get_regs().rflags & _IF),
+            cr8=self.cr8,
+            apic_base=self.msrs.apic_base,
+        )
+
+    def _long_mode(self) -> bool:
+        """is_64_bit_hypercall()."""
+        sregs = self.cpu.get_sregs()
+        return bool(sregs.efer & EFER_LMA and sregs.cs.attributes & _CS_L)
+
+
+def _why(left: exits.Exit) -> str:
+    match left:
+        case exits.MemoryFaultExit(gpa, size, private, _, reason):
+            side = "private" if private else "shared"
+            return f"KVM_EXIT_MEMORY_FAULT: {side} gpa {gpa:#x}+{size:#x}: {reason}"
+        case exits.BadHvaExit(gpa):
+            return f"no memory of the caller behind gpa {gpa:#x}"
+        case exits.InterruptedExit():
+            return "interrupted by a signal"
+    return type(left).__name__
