@@ -15,10 +15,10 @@ import click
 from kvmsim.cli import streams
 from kvmsim.cli.exitcodes import Exit, exit_code
 from kvmsim.cli.failure import Failure, check_memory, ended_badly, explained
+from kvmsim.cli.hosts import fence_option, make_host
 from kvmsim.cli.verbosity import Verbosity, verbose_options
 from kvmsim.cli.vms import make_vm
 from kvmsim.console import ConsoleVm, Ending
-from kvmsim.hostmem import HostMemory
 from kvmsim.images import read_kernel
 from kvmsim.running import RunningVm
 from kvmsim.script import DISCARDS, Memory, ScriptError, Vm, parse_memory
@@ -63,6 +63,7 @@ def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
     "--console", "where", metavar="stdio|unix:PATH", callback=_place, default="stdio",
     help="Where the console is (stdio).",
 )  # fmt: skip
+@fence_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines: boot, console, end.")
 @click.option("--timeout", metavar="S", type=click.FloatRange(min=0, min_open=True),
               help="End the VM after S seconds.")  # fmt: skip
@@ -84,6 +85,7 @@ def boot(
     discard: str,
     selftest: bool,
     where: str,
+    fence: str,
     as_json: bool,
     timeout: float | None,
     trace_path: str | None,
@@ -107,7 +109,9 @@ def boot(
         place: streams.Place = streams.Standard()
         if where != "stdio":
             place = stack.enter_context(streams.listening(where.removeprefix(_UNIX)))
-        ending, vm = _live(wanted, place, timeout, running, as_json=as_json, quiet=quiet or as_json)
+        ending, vm = _live(
+            wanted, place, timeout, running, fence, as_json=as_json, quiet=quiet or as_json
+        )
         code = exit_code(ending) if ending else Exit.TIMEOUT
         if as_json:
             click.echo(_end_event(vm, ending, code), nl=False)
@@ -132,6 +136,7 @@ def _live(
     place: streams.Place,
     timeout: float | None,
     running: type[RunningVm],
+    fence: str,
     *,
     as_json: bool,
     quiet: bool,
@@ -141,18 +146,18 @@ def _live(
         check_memory(memory)
     with explained():
         image = read_kernel(wanted.kernel)
+    host = make_host(fence)
     outlet = streams.Outlet()
     to_person = outlet.put
     if as_json and isinstance(place, streams.Standard):
         to_person = streams.JsonLines(outlet.put, wanted.name).output
-    host = HostMemory()
     try:
         with explained():
             vm = make_vm(host, wanted, to_person, outlet.ring, running=running)
         try:
             with explained():
                 vm.boot(image)
-            _announce(wanted, place, as_json=as_json, quiet=quiet)
+            _announce(wanted, place, host.fence.kind.text, as_json=as_json, quiet=quiet)
             deadline = float("inf") if timeout is None else time.monotonic() + timeout
             if not streams.attend(vm, place, outlet, deadline):
                 return None, vm
@@ -169,7 +174,7 @@ def _live(
         outlet.close()
 
 
-def _announce(wanted: Vm, place: streams.Place, *, as_json: bool, quiet: bool) -> None:
+def _announce(wanted: Vm, place: streams.Place, fence: str, *, as_json: bool, quiet: bool) -> None:
     sizes = [memory.size or os.stat(memory.path).st_size - memory.offset
              for memory in wanted.memory]  # fmt: skip
     if as_json:
@@ -178,15 +183,16 @@ def _announce(wanted: Vm, place: streams.Place, *, as_json: bool, quiet: bool) -
             for memory, size in zip(wanted.memory, sizes, strict=True)
         ]
         line = streams.event(
-            "boot", vm=wanted.name, pid=os.getpid(), vcpus=wanted.vcpus, memory=memory
-        )
+            "boot", vm=wanted.name, pid=os.getpid(), vcpus=wanted.vcpus, memory=memory,
+            fence=fence,
+        )  # fmt: skip
         click.echo(line, nl=False)
     elif not quiet:
         files = ", ".join(memory.path for memory in wanted.memory)
         how = "Ctrl-C ends it" if isinstance(place, streams.Standard) else f"pid {os.getpid()}"
         click.echo(
             f"kvmsim: {wanted.name}: {wanted.vcpus} vCPUs, {sum(sizes) >> 10} KiB of private "
-            f"memory in {files}; {how}",
+            f"memory in {files}, fence {fence}; {how}",
             err=True,
         )
 

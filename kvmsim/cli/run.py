@@ -10,6 +10,7 @@ import click
 
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.cli.failure import Failure
+from kvmsim.cli.hosts import fence_option
 from kvmsim.cli.session import play
 from kvmsim.cli.verbosity import Verbosity, verbose_options
 from kvmsim.script import GRAMMAR, ScriptError, parse
@@ -23,9 +24,10 @@ _FORMS = "Statements, one a line, # begins a comment:\n\n\b\n" + "\n".join(
 @click.command(short_help="Run a session script.", epilog=_FORMS)
 @click.argument("script", metavar="SCRIPT", type=click.Path())
 @click.option("--var", "pairs", metavar="NAME=VALUE", multiple=True, help="Sets $NAME.")
+@fence_option
 @click.option("-q", "--quiet", is_flag=True, help="Say only what does not hold.")
 @verbose_options
-def run(script: str, pairs: tuple[str, ...], quiet: bool, verbosity: Verbosity) -> None:
+def run(script: str, pairs: tuple[str, ...], fence: str, quiet: bool, verbosity: Verbosity) -> None:
     """Run SCRIPT: boot VMs, type and expect on their consoles, run host commands.
 
     Ends with 0 only if all that the script claims holds.
@@ -46,6 +48,6 @@ def run(script: str, pairs: tuple[str, ...], quiet: bool, verbosity: Verbosity) 
         statements = parse(text, variables)
     except ScriptError as error:
         raise Failure(Exit.USAGE, f"{script}:{error}") from error
-    play(script, statements, variables, click.echo)
+    play(script, statements, variables, click.echo, fence)
     if not quiet:
         click.echo(f"kvmsim: {script}: {len(statements)} statements held", err=True)

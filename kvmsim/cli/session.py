@@ -17,9 +17,9 @@ from typing import Final
 
 from kvmsim.cli.exitcodes import Exit, exit_code
 from kvmsim.cli.failure import Failure, check_memory, explained
+from kvmsim.cli.hosts import make_host
 from kvmsim.cli.vms import make_vm
 from kvmsim.console import ConsoleVm, Lines
-from kvmsim.hostmem import HostMemory
 from kvmsim.images import read_kernel
 from kvmsim.script import Expect, Host, Output, Say, Send, Statement, Stop, Vm, Wait
 
@@ -77,10 +77,12 @@ class Console:
 class Session:
     """A script under way: its VMs, in this one process, and its last host command."""
 
-    def __init__(self, variables: Mapping[str, str], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, variables: Mapping[str, str], say: Callable[[str], None], fence: str
+    ) -> None:
         self._variables = dict(variables)
         self._say = say
-        self._host = HostMemory()
+        self._host = make_host(fence)
         self._vms: dict[str, tuple[ConsoleVm, Console]] = {}
         self._output = ""
         self._groups: list[int] = []
@@ -225,9 +227,11 @@ def _tail(text: str) -> str:
 
 
 @contextlib.contextmanager
-def session(variables: Mapping[str, str], say: Callable[[str], None]) -> Iterator[Session]:
+def session(
+    variables: Mapping[str, str], say: Callable[[str], None], fence: str
+) -> Iterator[Session]:
     """Return a session that leaves nothing behind."""
-    made = Session(variables, say)
+    made = Session(variables, say, fence)
     try:
         yield made
     finally:
@@ -239,9 +243,10 @@ def play(
     statements: tuple[Statement, ...],
     variables: Mapping[str, str],
     say: Callable[[str], None],
+    fence: str,
 ) -> None:
     """Run a script to its end; Failure names file and line of what did not hold."""
-    with session(variables, say) as running:
+    with session(variables, say, fence) as running:
         for statement in statements:
             try:
                 running.run(statement)

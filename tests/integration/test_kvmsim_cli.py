@@ -119,13 +119,15 @@ def given_back(mounted: Mounted) -> bool:
 # --- a console in pipes ------------------------------------------------------------------------
 
 
-def test_a_guest_answers_and_ends_with_its_status(mounted: Mounted) -> None:
-    done = kvmsim("boot", "--memory", mounted.path / "ram", text="info\nhalt 3\n")
+@pytest.mark.parametrize("fence", ["mprotect", "none"])
+def test_a_guest_answers_and_ends_with_its_status(mounted: Mounted, fence: str) -> None:
+    arguments = ["boot", f"--fence={fence}", "--memory", mounted.path / "ram"]
+    done = kvmsim(*arguments, text="info\nhalt 3\n")
     assert done.returncode == 3
     assert "> ok info vcpus=2 private_capable=33554432" in done.stdout
     assert done.stderr.splitlines() == [
-        f"kvmsim: vm0: 2 vCPUs, 32768 KiB of private memory in {mounted.path / 'ram'}; "
-        "Ctrl-C ends it",
+        f"kvmsim: vm0: 2 vCPUs, 32768 KiB of private memory in {mounted.path / 'ram'}, "
+        f"fence {fence}; Ctrl-C ends it",
         "kvmsim: vm0: the guest ended with status 3",
     ]
     assert given_back(mounted)
@@ -178,6 +180,7 @@ def test_json(mounted: Mounted) -> None:
     assert (done.returncode, done.stderr) == (4, "")
     boot, *lines, end = map(json.loads, done.stdout.splitlines())
     assert (boot["event"], boot["vm"], boot["vcpus"]) == ("boot", "vm0", 2)
+    assert boot["fence"] in ("uffd", "none")
     assert boot["memory"] == [
         {"path": os.fspath(mounted.path / "ram"), "offset": 0, "size": 32 * MIB, "slots": 2}
     ]
