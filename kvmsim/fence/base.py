@@ -105,11 +105,13 @@ class FencedStage2(Stage2):
 
 def gaps(pages: BitMap, first: int, last: int) -> Iterator[tuple[int, int]]:
     """Yield the runs of [first, last) that ``pages`` lacks."""
-    whole = BitMap(range(first, last))
-    if pages.intersect(whole):
-        yield from runs(whole - pages)
-    else:
-        yield first, last
+    missing = BitMap(range(first, last)) - pages
+    if missing:
+        low, high = missing.min(), missing.max() + 1
+        if high - low == len(missing):  # as nearly always: one run
+            yield low, high
+        else:
+            yield from runs(missing)
 
 
 def runs(pages: BitMap) -> Iterator[tuple[int, int]]:
