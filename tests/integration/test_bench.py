@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 
+from kvmsim.fence import FenceError
+from kvmsim.hostmem import HostMemory
+
 ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "scripts/bench"
 CALLS = {"fstat", "ftruncate_up", "ftruncate_down", "punch", "allocate", "punch_with_user"}
@@ -22,6 +25,8 @@ RATES = {"files_32"}  # and whatever is emulated
 UNTIMED = {"healthy_p99", "punch_sparse", "punch_resident"}  # one number a round
 EMULATED = {"touch_fresh", "touch_allocated", "guest_count", "guest_memory"}
 WITHOUT_FUSE = ["invalidation", "guest_count", "guest_memory"]
+MPROTECT = {("mprotect_grant", "same"), ("mprotect_punch", "same")}
+UFFD = {("uffd_grant", "same"), ("uffd_punch", "same")}
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("cc") is None, reason="the rivals need a C compiler"),
@@ -72,8 +77,8 @@ def check(found: dict[str, Any], rows: set[tuple[str, str]]) -> None:
 
 def test_reports_what_needs_no_mount(tmp_path: Path) -> None:
     cpu = min(os.sched_getaffinity(0))
-    found = report(tmp_path, "--cpus", cpu, *only(*WITHOUT_FUSE))
-    check(found, {(row, "same") for row in WITHOUT_FUSE})
+    found = report(tmp_path, "--cpus", cpu, *only(*WITHOUT_FUSE, "fence_mprotect"))
+    check(found, {(row, "same") for row in WITHOUT_FUSE} | MPROTECT)
     assert found["schema"] == 1
     assert found["placements"] == {"same": {"caller": cpu, "server": cpu}}
     assert found["machine"]["versions"]["kernel"] == os.uname().release
@@ -93,7 +98,13 @@ def test_reports_every_case_on_every_placement(tmp_path: Path) -> None:
         for place in places
     }
     rows |= {(row, "split") for row in ("punch_sparse", "punch_resident") if "split" in places}
-    check(found, rows | {("guest_count", "same"), ("guest_memory", "same")})
+    rows |= {("guest_count", "same"), ("guest_memory", "same")} | MPROTECT | UFFD
+    try:
+        HostMemory("uffd").close()
+    except FenceError:
+        rows -= UFFD
+        found["rows"] = [r for r in found["rows"] if (r["row"], r["placement"]) not in UFFD]
+    check(found, rows)
 
 
 @pytest.mark.fuse

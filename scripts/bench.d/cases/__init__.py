@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from cases import calls, crowd, hung, instructions, invalidation, large, touch
+from cases import calls, crowd, fence, hung, instructions, invalidation, large, touch
 
 CASES = (
     *calls.CASES,
@@ -12,5 +12,6 @@ CASES = (
     *hung.CASES,
     *large.CASES,
     *touch.CASES,
+    *fence.CASES,
     *instructions.CASES,
 )
