@@ -24,10 +24,10 @@ import os
 import resource
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
 
 from privfs.backing.shmem import Shmem
 from privfs.backing.store import Store
+from privfs.backing.values import BackingError, Extent, Finding, Statistics
 from privfs.extents import PAGE_SIZE, chunks
 
 BLOCK_SIZE = 512  # the unit of st_blocks, stat(2)
@@ -37,66 +37,6 @@ _ADVICE = {
     errno.EMFILE: "raise the limit on open files (ulimit -n, LimitNOFILE=)",
     errno.ENFILE: "raise the system's limit on open files (fs.file-max)",
 }
-
-
-class BackingError(Exception):
-    """Memory could not be had, or an extent that does not exist was named.
-
-    errno is ENOSPC when memory or descriptors ran out, ENOENT for an unknown extent, otherwise
-    what the kernel said. Of an allocation [start, end), the pages [start, completed) are
-    allocated; nothing beyond them was changed.
-    """
-
-    def __init__(
-        self, code: int, operation: str, ino: int, pages: tuple[int, int], completed: int, why: str
-    ) -> None:
-        super().__init__(
-            f"{operation}: file {ino}, pages [{pages[0]:#x}, {pages[1]:#x}): "
-            f"{errno.errorcode.get(code, code)}: {why}"
-        )
-        self.errno = code
-        self.operation = operation
-        self.ino = ino
-        self.start, self.end = pages
-        self.completed = completed
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """One extent that is alive: file pages [start, end) of a file, in the memfd *fd*.
-
-    The page ``start`` is at offset 0 of the memfd. The generation is never used twice in the life
-    of a Backing, so it tells an extent from its successor in the same place.
-    """
-
-    ino: int
-    index: int
-    start: int
-    end: int
-    fd: int
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What an audit found: ``reallocated`` or ``held``, and where (file pages)."""
-
-    name: str
-    ino: int
-    start: int
-    end: int
-    detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """Counts of a Backing: files and extents alive, all extents ever, limit, bytes held."""
-
-    files: int
-    extents: int
-    extents_created: int
-    extent_limit: int
-    bytes_held: int
 
 
 class Backing:
@@ -221,15 +161,24 @@ class Backing:
         Where extents come and go whole, those of the range end.
         """
         self._require_whole("punch", ino, start, end)
-        for extent in self.extents(ino):
-            first, last = max(start, extent.start), min(end, extent.end)
-            if first >= last:
-                continue
+        for extent in self._overlapping(ino, start, end):
             if self.store.layout.whole:
                 self.kill(ino, extent.index)
                 continue
+            first, last = max(start, extent.start), min(end, extent.end)
             offset = (first - extent.start) * PAGE_SIZE
             self.store.punch(extent.fd, offset, (last - first) * PAGE_SIZE)
+
+    def _overlapping(self, ino: int, start: int, end: int) -> list[Extent]:
+        """Return the extents of a file that are alive and have pages of [start, end)."""
+        layout = self.store.layout
+        with self._lock:
+            alive = self._files.get(ino, {})
+            if start == end or not alive:
+                return []
+            reach = range(layout.extent_of(start), layout.extent_of(end - 1) + 1)
+            fewer = reach if len(reach) < len(alive) else sorted(alive)
+            return [alive[index] for index in fewer if index in reach and index in alive]
 
     def kill(self, ino: int, index: int) -> None:
         """End one extent: its memory is freed and can never come back. Unknown: nothing to do."""
