@@ -94,6 +94,7 @@ def _status(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str,
         },
         "kills": service.kills,
         "failures": service.failures,
+        "strays": service.strays.view(),
         "frames": {"in": hub.frames_in, "out": hub.frames_out},
     }
 
@@ -104,16 +105,20 @@ def _audit(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, 
     ``unaudited`` says what no audit of such memory can find.
     """
     findings: list[dict[str, Any]] = []
+    touched: list[int] = []
     skipped = 0
     for ino, file in service.owner.files.items():
         if not file.idle:
             skipped += 1
             continue
         found = service.backing.audit(ino, file.allocated, partial(_holds, file.pages))
+        touched += [ino] if found else []
         findings += [
             {"finding": f.name, "inode": f.ino, "start": f.start, "end": f.end, "detail": f.detail}
             for f in found
         ]
+    for ino in touched:
+        service.look_over(ino)
     broken = [promise.value for promise in Promise if promise not in service.backing.store.promises]
     return {"findings": findings, "skipped": skipped, "unaudited": broken}
 

@@ -92,6 +92,11 @@ class Events:
                 self._tell({"event": "gone", "session": sid})
             case core.Expire(ino):
                 self._tell({"event": "expire", "inode": ino})
+            case core.Stray(ino, start, end, what, holders):
+                self._tell({
+                    "event": "stray", "inode": ino, "users": ",".join(holders), "why": what,
+                    **_bytes(start, end),
+                })  # fmt: skip
             case core.Note(text):
                 self._tell({"event": "note", "why": text})
 

@@ -270,6 +270,11 @@ class MemFile:
         """True while no operation is active or queued."""
         return not self._active and not self._waiting
 
+    @property
+    def alone(self) -> bool:
+        """True while no more than one operation is active."""
+        return len(self._active) <= 1
+
     def operations(self) -> list[tuple[OpId, str, int, int]]:
         """List the active operations as (op, step, start, end)."""
         return [(a.op, a.left[0].value, a.start, a.end) for a in self._active]

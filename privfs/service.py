@@ -38,10 +38,12 @@ from privfs.notifier.owner import Owner
 from privfs.notifier.wire import Op, Record
 from privfs.operation import Kind, OpId, Request, Step
 from privfs.personality import Personality, Refused
+from privfs.strays import Strays
 
 log = logging.getLogger(__name__)
 
 _COMPLAINT_SECONDS: Final = 10.0
+_SWEEP_SECONDS: Final = 10.0
 
 
 @dataclass(slots=True)
@@ -85,6 +87,7 @@ class Service:
         self.kills = self.failures = 0
         self.latencies = Latencies()
         self.events = Events(self.owner)
+        self.strays = Strays(self.owner, self.backing)
         self._on_expire = on_expire
         self._ops = count(1)
         self._calls: dict[OpId, Call] = {}
@@ -108,6 +111,7 @@ class Service:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._tick)
+                nursery.start_soon(self._sweep)
                 task_status.started()
                 await self.hub.serve(listener)
         finally:
@@ -229,6 +233,22 @@ class Service:
         except BackingError:
             return None
 
+    # --- freed memory -------------------------------------------------------------------------
+
+    def look_over(self, ino: int) -> None:
+        """Look for touches of freed memory of a file, tell of them and do what must be done."""
+        if self.backing.extents(ino):
+            self._apply(list(self.strays.sweep(ino)))
+
+    async def _sweep(self) -> None:
+        """Look over what users have: what is never allocated again would never be looked at."""
+        while True:
+            await trio.sleep(_SWEEP_SECONDS)
+            for ino in [ino for ino, users in self.owner.users.items() if users]:
+                if ino in self.owner.files:
+                    self.look_over(ino)
+                await trio.lowlevel.checkpoint()
+
     # --- effects ------------------------------------------------------------------------------
 
     def _apply(self, effects: Iterable[core.Effect]) -> None:
@@ -244,9 +264,7 @@ class Service:
                     self.hub.send(sid, record, extent)
                     touched.add(sid)
                 case core.Work():
-                    more = self._work(effect)
-                    if more is not None:
-                        todo.extend(more)
+                    todo.extend(self._work(effect))
                 case core.Answer(op):
                     self._answer(op, effect)
                 case core.Arm(ino, op, rung):
@@ -261,7 +279,13 @@ class Service:
                     self.hub.forget(sid)
                 case core.Expire(ino):
                     self.backing.destroy(ino)
+                    self.strays.forget(ino)
                     self._on_expire(ino)
+                case core.Stray(ino, start, end, what, holders):
+                    log.warning(
+                        "freed memory was touched: inode %d pages [%#x, %#x): %s; held by %s",
+                        ino, start, end, what, ", ".join(holders) or "nobody alive",
+                    )  # fmt: skip
                 case core.Note(text, serious):
                     log.log(logging.WARNING if serious else logging.INFO, "%s", text)
         if touched and len(self._calls) > 1:  # more may come: a frame holds many records
@@ -282,9 +306,14 @@ class Service:
             if call.event is not None:
                 call.event.set()
 
-    def _work(self, work: core.Work) -> list[core.Effect] | None:
-        """Perform FREE or ALLOCATE now, or in a thread when it is long (then None)."""
+    def _work(self, work: core.Work) -> list[core.Effect]:
+        """Perform FREE or ALLOCATE now, or in a thread when it is long; return what follows now."""
         perform = work.perform
+        told: list[core.Effect] = []
+        if perform.step is Step.ALLOCATE:
+            refused, told = self.strays.before(work)
+            if refused:
+                return [*told, *self.owner.performed(work.ino, perform.op, errno.EIO)]
         began = self._began.pop((work.ino, perform.op), None)
         if began is not None and perform.step is Step.FREE:
             self.latencies.add(time.monotonic() - began)
@@ -295,8 +324,8 @@ class Service:
         if not prompt and self._nursery is not None:
             self._coming[perform.op] = pages if perform.step is Step.ALLOCATE else 0
             self._nursery.start_soon(self._work_in_thread, work)
-            return None
-        return self._performed(work, *self._perform(work, None))
+            return told
+        return [*told, *self._performed(work, *self._perform(work, None))]
 
     async def _work_in_thread(self, work: core.Work) -> None:
         op = work.perform.op

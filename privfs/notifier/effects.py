@@ -81,4 +81,14 @@ class Note(NamedTuple):
     serious: bool = False
 
 
-Effect = Send | Drop | Kill | Forget | Arm | Work | Answer | Expire | Note
+class Stray(NamedTuple):
+    """Memory was found that no bitmap has: freed memory was touched, by one of ``holders``."""
+
+    ino: int
+    start: int
+    end: int
+    what: str
+    holders: tuple[str, ...]
+
+
+Effect = Send | Drop | Kill | Forget | Arm | Work | Answer | Expire | Note | Stray

@@ -19,7 +19,7 @@ from typing import Final
 from pyroaring import BitMap
 
 from privfs.memfile import MemFile
-from privfs.notifier.effects import Answer, Arm, Effect, Note, Rung, Send
+from privfs.notifier.effects import Answer, Arm, Effect, Note, Rung, Send, Stray
 from privfs.notifier.ownerstate import Get, OwnerState
 from privfs.notifier.session import Event, Session, State
 from privfs.notifier.wire import MAX_GRANT, VERSION, Fence, Op, Record, words_label
@@ -165,7 +165,7 @@ class Owner(OwnerState):
         if wait.rung is Rung.CONDEMN:
             out: list[Effect] = []
             for sid in sorted(wait.sids - stopped if wait.patience else wait.sids):
-                out += self._condemn(self.sessions[sid], where)
+                out += self._condemn(self.sessions[sid], f"no acknowledgement for {where}")
             if wait.sids & stopped and wait.patience:
                 wait.patience -= 1
                 return [*out, Arm(ino, op, Rung.CONDEMN)]
@@ -177,6 +177,24 @@ class Owner(OwnerState):
         del self._waits[ino, op]
         why = f"no proof that {names} cannot reach {where}; nothing was freed"
         return [Note(why, True), *self._run(ino, self.files[ino].abandon(op, errno.EIO, why))]
+
+    def strayed(
+        self, ino: int, index: int, start: int, end: int, what: str, *, certain: bool
+    ) -> list[Effect]:
+        """Extent ``index`` of a file holds memory in ``[start, end)`` that its bitmap has not.
+
+        Somebody touched it after all users had promised not to; ``certain`` if nothing else can be
+        the reason.  Whoever it was for certain is killed; on doubt nobody is.
+        """
+        held = self.holders.of((ino, self.files[ino].instances[index]))
+        users = [self.sessions[sid] for sid in sorted(held.alive)]
+        out: list[Effect] = [Stray(ino, start, end, what, tuple(user.name for user in users))]
+        alone = len({user.pid for user in users}) == 1 and not held.dead and not held.left
+        if certain and alone and self._kills:
+            where = f"inode {ino} pages [{start:#x}, {end:#x})"
+            for user in users:
+                out += self._condemn(user, f"nobody else can have touched freed memory, {where}")
+        return out
 
     # --- records ------------------------------------------------------------------------------
 

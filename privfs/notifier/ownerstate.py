@@ -27,6 +27,7 @@ from privfs.notifier.effects import (
     Send,
     Work,
 )
+from privfs.notifier.holders import Ledger
 from privfs.notifier.session import Event, Session, State
 from privfs.notifier.wire import Flag, Op, Reason, Record
 from privfs.operation import (
@@ -105,6 +106,7 @@ class OwnerState:
         self.files: dict[int, MemFile] = {}
         self.sessions: dict[int, Session] = {}
         self.users: dict[int, set[int]] = {}
+        self.holders = Ledger()  # decides nothing but whom a touch of freed memory is blamed on
         self._quota = quota_pages
         self._kills = kills
         self._patience = patience
@@ -171,6 +173,7 @@ class OwnerState:
         instance = file.instances[index]
         if (get.ino, instance) not in session.known or record.flags & _EXTENT:
             session.known.add((get.ino, instance))
+            self.holders.given((get.ino, instance), get.sid)
             first, last = file.personality.layout.extent_range(index)
             memfd = (get.ino, index, session.files[get.ino])
             out.append(
@@ -289,6 +292,7 @@ class OwnerState:
         return [effect for get in again for effect in self._serve(get)]
 
     def _bury(self, ino: int, instance: int) -> None:
+        self.holders.buried((ino, instance))
         for sid in self.users[ino]:
             session = self.sessions[sid]
             if (ino, instance) in session.known:
@@ -299,16 +303,15 @@ class OwnerState:
         if self.personality.layout.whole:
             session.given_up += extents * self.personality.layout.pages
 
-    def _condemn(self, session: Session, where: str) -> list[Effect]:
-        """Kill a user that does not answer; its own system calls end now, or it could not exit."""
+    def _condemn(self, session: Session, why: str) -> list[Effect]:
+        """Kill a user; its own system calls end now, or it could not exit."""
         if session.condemned:
             return []
-        out: list[Effect] = [Note(f"killing {session.name}: no acknowledgement for {where}", True)]
+        out: list[Effect] = [Note(f"killing {session.name}: {why}", True), Kill(session.sid)]
         if session.talks:
-            out.append(Drop(session.sid, "no acknowledgement"))
+            out.append(Drop(session.sid, why))
         session.feed(Event.CONDEMN)
         self._parked = [get for get in self._parked if get.sid != session.sid]
-        out.append(Kill(session.sid))
         for op, (_, caller) in list(self._callers.items()):
             if caller == session.pid:
                 out += self.cancel(op, errno.EIO)
@@ -317,6 +320,7 @@ class OwnerState:
     def _end(self, session: Session, event: Event) -> list[Effect]:
         session.feed(event)
         sid = session.sid
+        self.holders.ended(sid, dead=event is Event.EXIT)
         out: list[Effect] = []
         inos = list(session.files)
         for ino in inos:
@@ -370,6 +374,7 @@ class OwnerState:
         twin.files = {ino: f.copy(twin.budget) for ino, f in self.files.items()}
         twin.sessions = {sid: s.copy() for sid, s in self.sessions.items()}
         twin.users = {ino: u.copy() for ino, u in self.users.items()}
+        twin.holders = self.holders.copy()
         twin._kills, twin._patience = self._kills, self._patience
         twin._quota = self._quota
         twin._max_parked, twin._max_calls = self._max_parked, self._max_calls

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import watchful
 from crowd import PATIENCE, Crowd, Member
 from place import Breach, Place, until
 
@@ -26,7 +25,7 @@ def at_any_time(place: Place) -> None:
     if findings:
         raise Breach(f"audit: {findings[:3]}")
     for line in place.log().splitlines():
-        if watchful.FOUND in line or not _EXPECTED_LOG.search(line):
+        if not _EXPECTED_LOG.search(line):
             raise Breach(f"the mount said: {line}")
 
 

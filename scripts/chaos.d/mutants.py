@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import watchful
+from freefirst import free_first
 
 from kvmsim.running import RunningVm, Vcpu
 from privfs import service
@@ -141,7 +141,7 @@ class Mutant:
 
 MUTANTS = {
     "none": Mutant("every rule holds"),
-    "free-first": Mutant("a punch frees, then invalidates", watchful.free_first),
+    "free-first": Mutant("a punch frees, then invalidates", free_first),
     "first-ack": Mutant("the first acknowledgement counts for all", first_ack),
     "eof-is-ack": Mutant("the end of a socket counts as a proof", eof_is_ack),
     "skip-hung": Mutant("a user that does not answer is left out", skip_hung),

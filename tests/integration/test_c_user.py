@@ -152,25 +152,6 @@ def test_a_user_that_does_not_answer(mount: Mounter, user: User, mode: str, endi
     mounted.audit()
 
 
-def test_a_liar_is_found(mount: Mounter, user: User) -> None:
-    """What it touches after it said that it could not is memory that no file owns."""
-    mounted = mount()
-    path = private_file(mounted)
-    liar = user(path, "liar")
-    value(liar, "touch 3")
-    mounted.audit()
-    assert punch(path, 3, 4) == 0
-    assert value(liar, "touch 3")
-    findings = mounted.ask("audit")["findings"]
-    assert findings
-    inode = path.stat().st_ino
-    assert all(finding["inode"] == inode for finding in findings)
-    assert any(
-        finding["start"] <= 3 < finding["end"] or finding["start"] <= 3 * PAGE < finding["end"]
-        for finding in findings
-    ), findings
-
-
 def test_a_slow_user_is_waited_for(mount: Mounter, user: User) -> None:
     mounted = mount()
     path = private_file(mounted)

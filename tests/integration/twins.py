@@ -26,11 +26,20 @@ def private_file(mounted: Mounted, name: str = "ram", pages: int = PAGES) -> Pat
     return path
 
 
+def allocate(path: Path, start: int, end: int) -> int:
+    """Allocate pages as any caller does; the errno."""
+    return _fallocate(path, 0, start, end)
+
+
 def punch(path: Path, start: int, end: int) -> int:
     """Punch pages as any caller does; the errno."""
+    return _fallocate(path, 0x03, start, end)
+
+
+def _fallocate(path: Path, mode: int, start: int, end: int) -> int:
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        failed = _libc.fallocate(fd, 0x03, start * PAGE, (end - start) * PAGE)
+        failed = _libc.fallocate(fd, mode, start * PAGE, (end - start) * PAGE)
         return ctypes.get_errno() if failed else 0
     finally:
         os.close(fd)

@@ -535,7 +535,7 @@ def test_the_ladder() -> None:
     assert "user(1002)" not in note.text
     assert arm == Arm(INO, "p", Rung.CONDEMN)
     effects = bench.owner.timer(INO, "p")
-    assert [type(e) for e in effects] == [Note, Drop, Kill, Arm]
+    assert [type(e) for e in effects] == [Note, Kill, Drop, Arm]
     assert effects[-1] == Arm(INO, "p", Rung.GIVE_UP)
     assert (bench.state(1), bench.state(2)) == (State.KILLED, State.OPEN)
     bench.get(2, 0, req=50)
