@@ -94,6 +94,7 @@ class Vcpu:
     again: bool = False  #: the next request asks for the extent's memfd too
     awaited: Fault | None = None  #: the fault whose page makes it runnable again
     interrupted: bool = False  #: leaves at its next turn, whatever it waits for
+    settling: bool = False  #: leaves with InterruptedExit behind the instruction it is in
     polled: bool = False  #: ends its slices even when no other is runnable
     faults: int = 0
     zapped: deque[tuple[int, int]] = field(default_factory=deque)  #: since its last flush
@@ -244,7 +245,7 @@ class RunningVm:
     def forget_interrupt(self, index: int) -> None:
         """Take back what is left of :meth:`interrupt`; runner thread, vCPU halted."""
         with self._work:
-            self.vcpus[index].interrupted = False
+            self.vcpus[index].interrupted = self.vcpus[index].settling = False
 
     # --- zaps and proofs ----------------------------------------------------------------------
 
@@ -378,9 +379,15 @@ class RunningVm:
             left, vcpu.exit = vcpu.exit, None
             self._deliver(vcpu, left)
             return
+        if vcpu.settling and vcpu.awaited is None:
+            settled = self._in_guest(vcpu, vcpu.cpu.settle)
+            if not isinstance(settled, cpu_api.KickExit):
+                self._left(vcpu, settled)
+                return
+            vcpu.interrupted = True
         if vcpu.interrupted:
             with self._work:
-                vcpu.interrupted = False
+                vcpu.interrupted = vcpu.settling = False
                 vcpu.awaited = None
                 vcpu.state = State.HALTED
             self._deliver(vcpu, exits.InterruptedExit())

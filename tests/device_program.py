@@ -8,6 +8,7 @@ linear addresses to the gpas of the same number, in 2 MiB pages; ``HIGH`` maps a
 from __future__ import annotations
 
 import ctypes
+import os
 import struct
 from struct import Struct
 from types import TracebackType
@@ -196,7 +197,7 @@ class Program:
         self.put(fd, requests.KVM_SET_REGS, structs.REGS.pack(*regs.values()))
 
     def run_buffer(self, fd: int) -> memoryview:
-        """struct kvm_run."""
+        """The vCPU's struct kvm_run."""
         return self.process.mmap(fd)
 
     def run(self, fd: int) -> exits.Exit:
@@ -204,8 +205,7 @@ class Program:
         try:
             result = self.process.ioctl(fd, KVM_RUN)
         except OSError as error:
-            assert error.errno is not None
-            result = -error.errno
+            result = -(error.errno or 0)
         return exits.decode(bytes(self.run_buffer(fd)), result, self.abi)
 
     def ucall(self, fd: int) -> int:
@@ -218,8 +218,6 @@ class Program:
 
     def close(self) -> None:
         """Close everything and give the host back."""
-        import os
-
         for fd in self.extra:
             os.close(fd)
         self.extra.clear()

@@ -279,6 +279,14 @@ class Cpu(Protocol):
         """
         ...
 
+    def settle(self) -> CpuExit:
+        """Finish the instruction of the last exit, whose answer was given, and run no other.
+
+        `KickExit` when it is finished, at once if there is none; another exit that it causes
+        comes first. Touches guest memory, as `run` does.
+        """
+        ...
+
     def kick(self) -> None:
         """From any thread: `run` returns soon. Never lost: between runs, the next one returns
         `KickExit` at once. One `KickExit` answers all kicks before it; no other exit does.

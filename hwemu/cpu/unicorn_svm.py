@@ -170,6 +170,23 @@ class SvmCpu:
                 self._last_fault = exit_ if isinstance(exit_, Stage2Fault) else None
                 return exit_
 
+    def settle(self) -> CpuExit:
+        """Finish the instruction that was answered, and no other (see `Cpu.settle`)."""
+        self._require_answer()
+        while True:
+            if self._bay.outbox:
+                return self._bay.outbox.popleft()
+            text = self._enter_guest()
+            if text is not None:
+                return CpuError(text)
+            self._intercepts.finish_instruction()
+            if self._bay.device is None:
+                return KickExit()
+            exit_ = self._bay.attempt()
+            if exit_ is not None:
+                self._last_fault = exit_ if isinstance(exit_, Stage2Fault) else None
+                return exit_
+
     def _require_answer(self) -> None:
         if self._closed:
             raise CpuStateError("run: the vCPU is closed")
@@ -177,13 +194,20 @@ class SvmCpu:
         if asked is not None:
             raise CpuStateError(f"run: complete() must answer {asked} first")
 
-    def _advance(self) -> CpuExit | None:
-        intercepts = self._intercepts
+    def _enter_guest(self) -> str | None:
+        """Bring the registers that were set into the engine; an error as text."""
         if self._regs is not None and self._sregs is not None:
             text = self._engine.enter(self._regs, self._sregs, self._root_hpa)
             if text is not None:
-                return CpuError(f"the processor refuses this state: {text}")
+                return f"the processor refuses this state: {text}"
             self._regs = self._sregs = None
+        return None
+
+    def _advance(self) -> CpuExit | None:
+        intercepts = self._intercepts
+        text = self._enter_guest()
+        if text is not None:
+            return CpuError(text)
         if intercepts.shutdown:
             return ShutdownExit("triple fault")
         intercepts.finish_instruction()

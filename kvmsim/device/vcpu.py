@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 _CS_L: Final = 1 << 9
 _IF: Final = 1 << 9
+_IMMEDIATE: Final = "immediate_exit"
 
 
 class Completion(Enum):
@@ -93,6 +94,7 @@ class VcpuDevice:
         self._queue: deque[_Queued] = deque()
         self._running: PendingCall | None = None
         self._caller: Caller | None = None
+        self._only_settle = False
         self._other: PendingCall | None = None  # a call other than KVM_RUN that waits
         self._released = False
         self.cpu.set_cpuid(self.cpuid)
@@ -193,6 +195,7 @@ class VcpuDevice:
         immediate_exit = buffer.immediate_exit
         buffer.begin()
         self.has_run = True
+        unfinished = self.completion is not Completion.NOTHING
         if self.mp_state != KVM_MP_STATE_UNINITIALIZED:
             vcpustate.take_sync_regs(self, buffer, call)
             if not self.vm.irqchip:
@@ -202,8 +205,10 @@ class VcpuDevice:
                 self.cr8 = cr8
             self._complete(buffer)
         if immediate_exit:
+            if unfinished:
+                return self._start(call.caller, buffer, only_settle=True)
             self._save(buffer)
-            return Failure(errno.EINTR, "immediate_exit")
+            return Failure(errno.EINTR, _IMMEDIATE)
         buffer.set_exit_reason(KVM_EXIT_UNKNOWN)
         if call.caller.signal_pending(self.signal_mask):
             buffer.set_exit_reason(KVM_EXIT_INTR)
@@ -211,7 +216,7 @@ class VcpuDevice:
             return Failure(errno.EINTR, "a signal was pending")
         return self._start(call.caller, buffer)
 
-    def _start(self, caller: Caller, buffer: RunBuffer) -> Result:
+    def _start(self, caller: Caller, buffer: RunBuffer, *, only_settle: bool = False) -> Result:
         if self.stale_code:
             self.stale_code = False
             self.cpu.flush()
@@ -225,6 +230,7 @@ class VcpuDevice:
                 return Failure(errno.EIO, self.vm.dead)
             self._running = pending
             self._caller = caller
+            self.engine.settling = self._only_settle = only_settle
             if self.mp_state == KVM_MP_STATE_RUNNABLE:
                 self.vm.running.make_runnable(self.engine.index)
         return Begun(pending, self.signal_mask)
@@ -291,6 +297,9 @@ class VcpuDevice:
                 if forwarded is None:
                     return
                 left = forwarded
+            case exits.InterruptedExit() if self._only_settle:
+                self._end(None, Failure(errno.EINTR, _IMMEDIATE))
+                return
             case exits.BadHvaExit(gpa):
                 if self._caller is not None and self.vm.memory.resolve(gpa, self._caller):
                     return
@@ -318,14 +327,14 @@ class VcpuDevice:
             return None
         return answer
 
-    def _end(self, left: exits.Exit | int, outcome: Outcome | None) -> None:
-        """Write the exit, say what the next KVM_RUN must complete, and answer."""
+    def _end(self, left: exits.Exit | int | None, outcome: Outcome | None) -> None:
+        """Write the exit (None: none), say what the next KVM_RUN must complete, and answer."""
         self.vm.running.halt(self.engine.index)
         buffer = self.buffer
         assert buffer is not None
         if isinstance(left, int):
             buffer.set_exit_reason(left)
-        else:
+        elif left is not None:
             long_mode = isinstance(left, exits.HypercallExit) and self._long_mode()
             result = buffer.write_exit(left, long_mode=long_mode)
             outcome = Failure(-result, _why(left)) if result else Value(0)

@@ -1,0 +1,500 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""KVM_RUN of the simulated device: exits, their completion, interruption, other vCPUs, the end."""
+
+from __future__ import annotations
+
+import errno
+import struct
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+from device_program import HEAP, HIGH, IDT, PAGE, TEXT, Program
+
+from kvmsim import exits
+from kvmsim.device.results import Begun, Failure, Value
+from kvmsim.uapi import (
+    KVM_CAP_EXIT_HYPERCALL,
+    KVM_CREATE_VCPU,
+    KVM_EXIT_INTR,
+    KVM_EXIT_IRQ_WINDOW_OPEN,
+    KVM_INTERNAL_ERROR_EMULATION,
+    KVM_RUN,
+    requests,
+    structs,
+)
+
+# mov al, 0x42; out 0xe9, al; mov ax, 0x1234; mov dx, 0x3f8; out dx, ax;
+# mov eax, 0x55667788; out dx, eax; in ax, dx; in eax, dx; hlt
+PIO = bytes.fromhex("b042e6e966b8341266baf80366efb888776655ef66ededf4")
+# mov rbx, [rdi]; mov [rdi + 8], rbx; mov dword ptr [rdi + 16], 0x11223344; hlt
+MMIO = bytes.fromhex("488b1f48895f08c7471044332211f4")
+# mov eax, 12; vmcall; mov rdi, rax; in al, 4; hlt
+HYPERCALL = bytes.fromhex("b80c0000000f01c14889c7e404f4")
+# 1: inc qword ptr [rdi]; jmp 1b
+SPIN = bytes.fromhex("48ff07ebfb")
+# 1: mov rax, [rdi]; jmp 1b
+SPIN_READ = bytes.fromhex("488b07ebfb")
+# lock xadd [rdi], rax; hlt
+XADD = bytes.fromhex("f0480fc107f4")
+# mov byte ptr [rdi], 1; 1: cmp byte ptr [rsi], 0; je 1b; hlt
+RENDEZVOUS = bytes.fromhex("c60701803e0074fbf4")
+# cpuid; mov rdi, rcx; in al, 4; mov ecx, 0x10; rdmsr; mov ecx, 0x277; rdmsr; mov rdi, rax;
+# in al, 4; mov ecx, 0x12345; rdmsr; hlt
+REGISTERS = bytes.fromhex("0fa24889cfe404b9100000000f32b9770200000f324889c7e404b9452301000f32f4")
+# sti; 1: pause; jmp 1b
+STI = bytes.fromhex("fbf390ebfc")
+# mov rdi, [rsp]; in al, 4; iretq
+HANDLER = bytes.fromhex("488b3c24e40448cf")
+
+Boot = Callable[..., Program]
+
+
+@pytest.fixture
+def boot() -> Iterator[Boot]:
+    made: list[Program] = []
+
+    def start(*codes: bytes, type: int = 0, **regs: int) -> Program:
+        program = Program(type=type)
+        made.append(program)
+        program.boot(*codes)
+        for vcpu in program.vcpus:
+            program.set_regs(vcpu, **regs)
+        return program
+
+    yield start
+    for program in made:
+        program.close()
+
+
+def begin(program: Program, vcpu: int) -> Begun:
+    """KVM_RUN without waiting."""
+    process = program.process
+    result = process.caller.objects[vcpu].ioctl(KVM_RUN, 0, process.caller)
+    assert isinstance(result, Begun)
+    return result
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what a guest does."""
+    event = threading.Event()
+    for _ in range(20000):
+        if condition():
+            return
+        event.wait(0.001)
+    raise AssertionError("it did not happen in 20 s")
+
+
+# --- exits and their completion -----------------------------------------------------------------
+
+
+def test_ports(boot: Boot) -> None:
+    program = boot(PIO)
+    vcpu = program.vcpus[0]
+    assert program.run(vcpu) == exits.IoExit(0xE9, 1, True, b"\x42")
+    assert program.run(vcpu) == exits.IoExit(0x3F8, 2, True, b"\x34\x12")
+    assert program.run(vcpu) == exits.IoExit(0x3F8, 4, True, b"\x88\x77\x66\x55")
+    assert program.run(vcpu) == exits.IoExit(0x3F8, 2, False)
+    program.run_buffer(vcpu)[PAGE : PAGE + 2] = b"\xcd\xab"
+    assert program.run(vcpu) == exits.IoExit(0x3F8, 4, False)
+    assert program.regs(vcpu)["rax"] == 0x5566ABCD, "the upper half of EAX stays"
+    program.run_buffer(vcpu)[PAGE : PAGE + 4] = b"\x44\x33\x22\x11"
+    assert program.run(vcpu) == exits.HltExit()
+    assert program.regs(vcpu)["rax"] == 0x11223344
+    assert program.regs(vcpu)["rip"] == TEXT + len(PIO)
+
+
+def test_devices(boot: Boot) -> None:
+    program = boot(MMIO, rdi=HIGH)
+    vcpu = program.vcpus[0]
+    assert program.run(vcpu) == exits.MmioExit(HIGH, 8, False)
+    at = 32 + 8
+    program.run_buffer(vcpu)[at : at + 8] = struct.pack("<Q", 0x1122334455667788)
+    stored = struct.pack("<Q", 0x1122334455667788)
+    assert program.run(vcpu) == exits.MmioExit(HIGH + 8, 8, True, stored)
+    assert program.run(vcpu) == exits.MmioExit(HIGH + 16, 4, True, b"\x44\x33\x22\x11")
+    assert program.run(vcpu) == exits.HltExit()
+
+
+def test_a_hypercall_is_answered_in_the_kernel_or_forwarded(boot: Boot) -> None:
+    regs = {"rbx": HIGH, "rcx": 2, "rdx": 1 << 4}
+    program = boot(HYPERCALL, **regs)
+    vcpu = program.vcpus[0]
+    assert program.ucall(vcpu) == -1000 & (1 << 64) - 1, "KVM_ENOSYS: not enabled"
+    program.ioctl(
+        program.vm, requests.KVM_ENABLE_CAP, structs.ENABLE_CAP, KVM_CAP_EXIT_HYPERCALL, 0,
+        1 << 12, 0, 0, 0,
+    )  # fmt: skip
+    program.set_regs(vcpu, rip=TEXT, **regs)
+    left = program.run(vcpu)
+    assert left == exits.HypercallExit(12, (HIGH, 2, 1 << 4, 0, 0, 0))
+    long_mode = program.run_buffer(vcpu)[32 + 64]
+    assert long_mode == 1, "KVM_EXIT_HYPERCALL_LONG_MODE"
+    at = 32 + 56
+    program.run_buffer(vcpu)[at : at + 8] = struct.pack("<Q", 0x99)
+    assert program.ucall(vcpu) == 0x99
+    program.set_regs(vcpu, rip=TEXT, **{**regs, "rbx": HIGH + 1})
+    assert program.ucall(vcpu) == -22 & (1 << 64) - 1, "KVM_EINVAL: not aligned"
+
+
+def test_registers_that_the_guest_asks_for(boot: Boot) -> None:
+    program = boot(REGISTERS)
+    vcpu = program.vcpus[0]
+    assert program.ucall(vcpu) == int.from_bytes(b"cAMD", "little"), "AuthenticAMD"
+    assert program.ucall(vcpu) == 0x0007_0406, "MSR_IA32_CR_PAT"
+    assert program.run(vcpu) == exits.ShutdownExit(), "#GP without an IDT"
+
+
+def test_without_memory_the_guest_cannot_even_start() -> None:
+    with Program() as program:
+        program.ioctl(program.vm, requests.KVM_SET_NR_MMU_PAGES, None, 64)
+        vcpu = program.add_vcpu(0)
+        assert program.regs(vcpu)["rip"] == 0xFFF0
+        left = program.run(vcpu)
+        assert left == exits.InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION)
+
+
+def test_a_hole_of_the_caller_is_efault(boot: Boot) -> None:
+    program = boot(MMIO, rdi=HIGH)
+    vcpu = program.vcpus[0]
+    where = program.process.ranges.allocate(PAGE)
+    program.process.ranges.free(where)
+    program.slot(1, HIGH, PAGE, where.address)
+    with pytest.raises(OSError, match="no memory of the caller") as caught:
+        program.process.ioctl(vcpu, KVM_RUN)
+    assert caught.value.errno == errno.EFAULT
+    assert program.regs(vcpu)["rip"] == TEXT, "the instruction was not executed"
+
+
+def test_memory_that_comes_later_is_found(boot: Boot) -> None:
+    program = boot(MMIO, rdi=HIGH)
+    vcpu = program.vcpus[0]
+    ranges = program.process.ranges
+    where = ranges.allocate(PAGE)
+    ranges._ranges.remove(where)  # mapped after the slot was made
+    program.slot(1, HIGH, PAGE, where.address)
+    ranges._ranges.append(where)
+    ranges._ranges.sort()
+    where.write(0, b"\x77")
+    assert program.run(vcpu) == exits.HltExit()
+    assert where.read(0, 20) == b"\x77" + bytes(7) + b"\x77" + bytes(7) + b"\x44\x33\x22\x11"
+
+
+def test_memory_that_is_mapped_anew_is_looked_up_anew(boot: Boot) -> None:
+    program = boot(MMIO, rdi=HIGH)
+    vcpu = program.vcpus[0]
+    first = program.process.ranges.allocate(2 * PAGE)
+    second = program.process.ranges.allocate(2 * PAGE)
+    first.write(0, b"one")
+    second.write(0, b"two")
+    program.slot(1, HIGH, PAGE, first.address)
+    assert program.run(vcpu) == exits.HltExit()
+    assert first.read(8, 3) == b"one"
+    # As if the second were mapped over the first: what the provider says changes.
+    first.address, second.address = second.address, first.address
+    program.process.ranges._ranges.sort()
+    vm = program.process.caller.objects[program.vm]
+    vm.memory.host_range_changed(second.address, 2 * PAGE)  # type: ignore[attr-defined]
+    program.set_regs(vcpu, rip=TEXT, rdi=HIGH)
+    assert program.run(vcpu) == exits.HltExit()
+    assert second.read(8, 3) == b"two"
+
+
+def test_code_that_the_host_wrote_is_run_after_rip_was_set(boot: Boot) -> None:
+    program = boot(bytes.fromhex("bf01000000e404f4"))  # mov edi, 1; in al, 4; hlt
+    vcpu = program.vcpus[0]
+    assert program.ucall(vcpu) == 1
+    assert program.run(vcpu) == exits.HltExit()
+    assert program.ram is not None
+    program.ram.write(TEXT, bytes.fromhex("bf02000000e404f4"))
+    program.set_regs(vcpu, rip=TEXT)
+    assert program.ucall(vcpu) == 2
+
+
+# --- interruption -------------------------------------------------------------------------------
+
+
+def test_immediate_exit_completes_what_waits_and_runs_nothing(boot: Boot) -> None:
+    program = boot(bytes.fromhex("e404480fb6f8e404f4"))  # in al, 4; movzx rdi, al; in al, 4; hlt
+    vcpu = program.vcpus[0]
+    program.ucall(vcpu)
+    run = program.run_buffer(vcpu)
+    run[PAGE] = 0x5A
+    run[1] = 1
+    before = bytes(run[8:12])
+    with pytest.raises(OSError, match="immediate_exit") as caught:
+        program.process.ioctl(vcpu, KVM_RUN)
+    assert caught.value.errno == errno.EINTR
+    assert bytes(run[8:12]) == before, "exit_reason is not touched"
+    assert program.regs(vcpu)["rip"] == TEXT + 2, "the IN is complete"
+    run[PAGE] = 0
+    run[1] = 0
+    assert program.ucall(vcpu) == 0x5A
+
+
+def test_a_signal_ends_a_run_and_loses_nothing(boot: Boot) -> None:
+    program = boot(SPIN, rdi=HEAP)
+    vcpu = program.vcpus[0]
+    assert program.ram is not None
+    counted = 0
+    for _ in range(5):
+        begun = begin(program, vcpu)
+        until(lambda: program.ram.read(HEAP, 8) != counted.to_bytes(8, "little"))  # type: ignore[union-attr]  # noqa: B023
+        begun.pending.cancel()
+        begun.pending.cancel()
+        outcome = begun.pending.wait(20)
+        assert isinstance(outcome, Failure)
+        assert outcome.errno == errno.EINTR
+        assert exits.decode(bytes(program.run_buffer(vcpu)), -errno.EINTR) == (
+            exits.InterruptedExit()
+        )
+        counted = int.from_bytes(program.ram.read(HEAP, 8), "little")
+        assert program.regs(vcpu)["rip"] in (TEXT, TEXT + 3)
+
+
+def test_a_pending_signal_keeps_the_guest_from_running(boot: Boot) -> None:
+    program = boot(PIO)
+    vcpu = program.vcpus[0]
+    seen = []
+
+    def pending(mask: int | None) -> bool:
+        seen.append(mask)
+        return len(seen) == 1
+
+    program.process.caller.signal_pending = pending  # type: ignore[method-assign]
+    data = struct.pack("<IQ", 8, 0x1234)
+    program.put(vcpu, requests.KVM_SET_SIGNAL_MASK, data)
+    assert program.run(vcpu) == exits.InterruptedExit()
+    assert program.regs(vcpu)["rip"] == TEXT
+    assert isinstance(program.run(vcpu), exits.IoExit)
+    assert seen == [0x1234, 0x1234]
+
+
+def test_other_ioctls_wait_for_the_run_and_can_be_given_up(boot: Boot) -> None:
+    program = boot(SPIN, rdi=HEAP)
+    vcpu = program.vcpus[0]
+    caller = program.process.caller
+    device = caller.objects[vcpu]
+    begun = begin(program, vcpu)
+    import ctypes
+
+    space = ctypes.create_string_buffer(structs.REGS.size)
+    waits = [device.ioctl(requests.KVM_GET_REGS, ctypes.addressof(space), caller) for _ in range(2)]
+    again = device.ioctl(KVM_RUN, 0, caller)
+    assert all(isinstance(result, Begun) for result in (*waits, again))
+    assert isinstance(waits[0], Begun)
+    assert isinstance(waits[1], Begun)
+    assert isinstance(again, Begun)
+    waits[1].pending.cancel()
+    assert waits[1].pending.wait(20) == Failure(errno.EINTR, "interrupted while the vCPU was busy")
+    assert waits[0].pending.wait(0) is None
+    begun.pending.cancel()
+    assert waits[0].pending.wait(20) == Value(0)
+    assert structs.REGS.unpack(space.raw)[5] == HEAP
+    assert again.pending.wait(0) is None, "the next run goes on by itself"
+    again.pending.cancel()
+    outcome = again.pending.wait(20)
+    assert isinstance(outcome, Failure)
+    assert outcome.errno == errno.EINTR
+
+
+# --- events -------------------------------------------------------------------------------------
+
+
+def write_gate(program: Program, vector: int, handler: int) -> None:
+    assert program.ram is not None
+    low = handler & 0xFFFF | 0x08 << 16 | 0x8E << 40 | (handler >> 16 & 0xFFFF) << 48
+    program.ram.write(IDT + 16 * vector, struct.pack("<QQ", low, handler >> 32))
+
+
+def test_interrupts_wait_for_their_window(boot: Boot) -> None:
+    handler = TEXT + 0x800
+    program = boot(bytes.fromhex("e404") + STI)
+    vcpu = program.vcpus[0]
+    write_gate(program, 0x40, handler)
+    assert program.ram is not None
+    program.ram.write(handler, HANDLER)
+    program.ucall(vcpu)
+    run = program.run_buffer(vcpu)
+    assert run[12] == 0, "not ready: IF is clear"
+    run[0] = 1  # request_interrupt_window
+    program.process.ioctl(vcpu, KVM_RUN)
+    assert int.from_bytes(run[8:12], "little") == KVM_EXIT_IRQ_WINDOW_OPEN
+    assert run[12:14] == b"\1\1", "ready, and IF is set"
+    program.put(vcpu, requests.KVM_INTERRUPT, structs.INTERRUPT.pack(0x40))
+    run[0] = 0
+    assert program.ucall(vcpu) >= TEXT + 3, "the handler found where STI's loop was left"
+    begun = begin(program, vcpu)
+    begun.pending.cancel()
+    assert isinstance(begun.pending.wait(20), Failure)
+
+
+def test_nmi_and_exceptions_are_injected(boot: Boot) -> None:
+    handler = TEXT + 0x800
+    program = boot(SPIN, rdi=HEAP)
+    vcpu = program.vcpus[0]
+    write_gate(program, 2, handler)
+    write_gate(program, 6, handler)
+    assert program.ram is not None
+    program.ram.write(handler, HANDLER)
+    program.ioctl(vcpu, requests.KVM_NMI)
+    assert program.ucall(vcpu) == TEXT
+    program.set_regs(vcpu, rip=TEXT)
+    events = bytearray(program.get(vcpu, requests.KVM_GET_VCPU_EVENTS, structs.VCPU_EVENTS.size))
+    events[0:2] = b"\1\6"
+    program.put(vcpu, requests.KVM_SET_VCPU_EVENTS, bytes(events))
+    assert program.ucall(vcpu) == TEXT, "#UD at the first instruction"
+
+
+def test_with_an_irqchip_hlt_waits_inside_kvm_run() -> None:
+    with Program() as program:
+        program.ioctl(program.vm, requests.KVM_CREATE_IRQCHIP)
+        program.boot(bytes.fromhex("f4e404f4"))  # hlt; in al, 4; hlt
+        vcpu = program.vcpus[0]
+        begun = begin(program, vcpu)
+        device = program.process.caller.objects[vcpu]
+        until(lambda: device.mp_state == 3)  # type: ignore[attr-defined]
+        assert begun.pending.wait(0) is None
+        begun.pending.cancel()
+        assert isinstance(begun.pending.wait(20), Failure)
+        mp_state = program.get(vcpu, requests.KVM_GET_MP_STATE, 4)
+        assert mp_state == structs.MP_STATE.pack(3)
+        begun = begin(program, vcpu)
+        begun.pending.cancel()
+        assert isinstance(begun.pending.wait(20), Failure), "still halted"
+        program.put(vcpu, requests.KVM_SET_MP_STATE, structs.MP_STATE.pack(0))
+        assert isinstance(program.run(vcpu), exits.IoExit)
+
+
+def test_an_application_processor_waits_for_init() -> None:
+    with Program() as program:
+        program.ioctl(program.vm, requests.KVM_CREATE_IRQCHIP)
+        program.boot(PIO, PIO)
+        first, second = program.vcpus
+        assert program.get(first, requests.KVM_GET_MP_STATE, 4) == structs.MP_STATE.pack(0)
+        assert program.get(second, requests.KVM_GET_MP_STATE, 4) == structs.MP_STATE.pack(1)
+        begun = begin(program, second)
+        assert isinstance(program.run(first), exits.IoExit)
+        assert begun.pending.wait(0) is None
+        begun.pending.cancel()
+        assert isinstance(begun.pending.wait(20), Failure)
+        reason = bytes(program.run_buffer(second)[8:12])
+        assert int.from_bytes(reason, "little") == KVM_EXIT_INTR
+
+
+# --- several vCPUs, and the end -----------------------------------------------------------------
+
+
+def test_many_vcpus_run_at_once(boot: Boot) -> None:
+    codes = [RENDEZVOUS] * 6
+    program = boot(*codes)
+    for index, vcpu in enumerate(program.vcpus):
+        following = (index + 1) % len(codes)
+        program.set_regs(vcpu, rdi=HEAP + index, rsi=HEAP + following)
+    begun = [begin(program, vcpu) for vcpu in program.vcpus]
+    for run, vcpu in zip(begun, program.vcpus, strict=True):
+        assert run.pending.wait(20) == Value(0), "each one waits for the next"
+        assert exits.decode(bytes(program.run_buffer(vcpu)), 0) == exits.HltExit()
+
+
+def test_locked_instructions_of_all_vcpus_count(boot: Boot) -> None:
+    program = boot(*[XADD] * 4, rdi=HEAP, rax=1)
+    for _ in range(5):
+        begun = [begin(program, vcpu) for vcpu in program.vcpus]
+        assert [run.pending.wait(20) for run in begun] == [Value(0)] * 4
+        for index, vcpu in enumerate(program.vcpus):
+            program.set_regs(vcpu, rip=TEXT + index * PAGE, rax=1)
+    assert program.ram is not None
+    assert program.ram.read(HEAP, 8) == (20).to_bytes(8, "little")
+
+
+def test_threads_may_run_their_vcpus_blocking(boot: Boot) -> None:
+    program = boot(*[RENDEZVOUS] * 3)
+    for index, vcpu in enumerate(program.vcpus):
+        program.set_regs(vcpu, rdi=HEAP + index, rsi=HEAP + (index + 1) % 3)
+    left: list[exits.Exit] = []
+    threads = [
+        threading.Thread(target=lambda vcpu=vcpu: left.append(program.run(vcpu)))  # type: ignore[misc]
+        for vcpu in program.vcpus
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert left == [exits.HltExit()] * 3
+
+
+def test_a_slot_can_be_deleted_under_a_guest_that_uses_it(boot: Boot) -> None:
+    program = boot(SPIN_READ, rdi=HIGH)
+    vcpu = program.vcpus[0]
+    memory = program.process.ranges.allocate(PAGE)
+    for _ in range(20):
+        program.slot(1, HIGH, PAGE, memory.address)
+        begun = begin(program, vcpu)
+        assert begun.pending.wait(0.002) is None
+        program.slot(1, HIGH, 0, 0)
+        assert begun.pending.wait(20) == Value(0)
+        left = exits.decode(bytes(program.run_buffer(vcpu)), 0)
+        assert left == exits.MmioExit(HIGH, 8, False)
+
+
+def test_what_was_deleted_is_not_read_any_more(boot: Boot) -> None:
+    """Stores by the host after the deletion never reach the guest."""
+    program = boot(bytes.fromhex("488b0748890648890ee404ebf4"), rdi=HIGH, rsi=HEAP, rcx=0)
+    # 1: mov rax, [rdi]; mov [rsi], rax; mov [rsi], rcx; in al, 4; jmp 1b
+    vcpu = program.vcpus[0]
+    old, new = (program.process.ranges.allocate(PAGE) for _ in range(2))
+    old.write(0, b"old")
+    new.write(0, b"new")
+    program.slot(1, HIGH, PAGE, old.address)
+    program.ucall(vcpu)
+    assert program.regs(vcpu)["rax"] & 0xFFFFFF == int.from_bytes(b"old", "little") & 0xFFFF00 | (
+        program.regs(vcpu)["rax"] & 0xFF
+    )
+    program.slot(1, HIGH, 0, 0)
+    program.slot(1, HIGH, PAGE, new.address)
+    program.run_buffer(vcpu)[PAGE] = ord("x")
+    program.ucall(vcpu)
+    assert program.regs(vcpu)["rax"] == int.from_bytes(b"new", "little")
+
+
+def test_a_vcpu_that_runs_can_be_closed(boot: Boot) -> None:
+    program = boot(SPIN, SPIN, rdi=HEAP)
+    begun = [begin(program, vcpu) for vcpu in program.vcpus]
+    program.process.close(program.vcpus[0])
+    outcome = begun[0].pending.wait(0)
+    assert isinstance(outcome, Failure)
+    assert outcome.errno == errno.EINTR
+    assert begun[1].pending.wait(0) is None, "the other goes on"
+    with pytest.raises(OSError, match="there is a vCPU 0"):
+        program.ioctl(program.vm, KVM_CREATE_VCPU, None, 0)
+
+
+def test_a_vcpu_keeps_its_vm(boot: Boot) -> None:
+    program = boot(PIO)
+    program.process.close(program.vm)
+    assert isinstance(program.run(program.vcpus[0]), exits.IoExit)
+    assert len(program.device._vms) == 1
+    program.process.close(program.vcpus[0])
+    assert not program.device._vms
+
+
+def test_registers_travel_in_kvm_run(boot: Boot) -> None:
+    program = boot(bytes.fromhex("4889c7e404f4"))  # mov rdi, rax; in al, 4; hlt
+    vcpu = program.vcpus[0]
+    run = program.run_buffer(vcpu)
+    at = 304
+    run[288:296] = struct.pack("<Q", 7)
+    program.ucall(vcpu)
+    regs = list(structs.REGS.unpack(run[at : at + structs.REGS.size]))
+    assert regs[16] == TEXT + 3
+    sregs = bytes(run[at + 144 : at + 144 + structs.SREGS_SIZE])
+    assert sregs == program.get(vcpu, requests.KVM_GET_SREGS, structs.SREGS_SIZE)
+    regs[0], regs[16] = 0x77, TEXT
+    run[at : at + structs.REGS.size] = structs.REGS.pack(*regs)
+    run[296:304] = struct.pack("<Q", 1)
+    assert program.ucall(vcpu) == 0x77
+    assert bytes(run[296:304]) == bytes(8)
+    run[296:304] = struct.pack("<Q", 8)
+    with pytest.raises(OSError, match="unknown bits"):
+        program.process.ioctl(vcpu, KVM_RUN)
