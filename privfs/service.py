@@ -29,10 +29,9 @@ from privfs.events import Events
 from privfs.ladder import Ladder, Latencies
 from privfs.machine import Machine
 from privfs.notifier import effects as core
-from privfs.notifier.dying import harmless
+from privfs.notifier.dying import harmless, runs_no_more
 from privfs.notifier.effects import Rung
 from privfs.notifier.fds import Peer, check_private_file, identify, thread_group
-from privfs.notifier.fenced import runs_no_more
 from privfs.notifier.link import Hub
 from privfs.notifier.owner import Owner
 from privfs.notifier.wire import Op, Record

@@ -12,7 +12,9 @@ but it is not needed, where of every thread one of these is true:
   ``fatal_signal_pending``); and it sleeps in a call whose rest touches no memory of its caller.
 
 SIGKILL alone is not enough: the rest of a read(2), say, still copies to the caller's memory, and a
-worker of io_uring or vhost copies for others and never returns to a program at all.
+worker of io_uring or vhost copies for others and never returns to a program at all.  A userfaultfd
+stops such copies, and only the program itself could lift it: behind one, it is enough that the
+program runs no more.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Final
 _HARMLESS: Final = {"76": "truncate", "77": "ftruncate", "285": "fallocate"}
 _KILLED: Final = 1 << (signal.SIGKILL - 1)
 _WORKER: Final = 0x10 | 0x4000  # PF_IO_WORKER, PF_USER_WORKER of linux/sched.h
+_EXITING: Final = 0x4  # PF_EXITING
 _IO_URING: Final = "anon_inode:[io_uring]"  # may copy for its owner before get_signal() ends it
 
 
@@ -48,6 +51,22 @@ def harmless(pid: int) -> bool:
         return False
 
 
+def runs_no_more(pid: int) -> bool:
+    """Return True if no thread of process ``pid`` will execute an instruction of its program.
+
+    False if that cannot be told: init of our pid namespace, say, takes no SIGKILL from inside.
+    """
+    try:
+        before = _threads(pid)
+        return (
+            all(_returns_no_more(f"/proc/{pid}/task/{tid}") for tid in before)
+            and before == _threads(pid)
+            and len(before) == int(_status(f"/proc/{pid}")["Threads"])
+        )
+    except (OSError, KeyError, ValueError):
+        return False
+
+
 def _threads(pid: int) -> set[str]:
     return set(os.listdir(f"/proc/{pid}/task"))
 
@@ -56,10 +75,19 @@ def _sleeps_killed(task: str) -> bool:
     status = _status(task)
     if status["State"][0] != "D" or not int(status["SigPnd"], 16) & _KILLED:
         return False
-    with open(f"{task}/stat") as file:
-        flags = int(file.read().rpartition(")")[2].split()[6])
     with open(f"{task}/syscall") as file:
-        return not flags & _WORKER and file.read().split()[0] in _HARMLESS
+        return not _flags(task) & _WORKER and file.read().split()[0] in _HARMLESS
+
+
+def _returns_no_more(task: str) -> bool:
+    status = _status(task)
+    killed = "VmSize" not in status or int(status["SigPnd"], 16) & _KILLED
+    return bool(killed or _flags(task) & (_WORKER | _EXITING))
+
+
+def _flags(task: str) -> int:
+    with open(f"{task}/stat") as file:
+        return int(file.read().rpartition(")")[2].split()[6])
 
 
 def _has_io_uring(pid: int) -> bool:

@@ -4,9 +4,9 @@
 ``hello``, ``register PATH [FLAGS]``, ``record OP [FLAGS STATUS REQ OBJ START END SEQ]``,
 ``frame HEX``, ``noise BYTES SEED``, ``flood COUNT OP ...`` (that record again and again, reading
 nothing), ``fds COUNT`` (HELLO with descriptors), ``odd KIND PATH`` (REGISTER with another kind of
-descriptor), ``read``.  What arrives is printed as ``got OP STATUS REQ OBJ START END SEQ``, the end
-of the session as ``eof``.  Each command is answered ``sent`` or, if the socket is closed,
-``closed``.
+descriptor), ``fence KIND PATH`` (HELLO with one for a userfaultfd), ``read``.  What arrives is
+printed as ``got OP STATUS REQ OBJ START END SEQ``, the end of the session as ``eof``.  Each command
+is answered ``sent`` or, if the socket is closed, ``closed``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 
 from privfs.notifier.lane import connect
 from privfs.notifier.user import User
-from privfs.notifier.wire import MAX_FRAME, MAX_RECORDS, RECORD, Op, Record, pack
+from privfs.notifier.wire import MAX_FRAME, MAX_RECORDS, RECORD, Fence, Op, Record, pack
 
 PAGE = 4096
 
@@ -56,8 +56,8 @@ class RawUser:
         self.send(pack([User().register()]), [fd])
         os.close(fd)
 
-    def odd(self, kind: str, path: str) -> None:
-        """REGISTER with a descriptor that is no open private file."""
+    def odd(self, kind: str, path: str, record: Record) -> None:
+        """Send a record with another descriptor than it wants."""
         ours, theirs = socket.socketpair()
         ours.shutdown(socket.SHUT_RDWR)
         reader, writer = os.pipe()
@@ -69,8 +69,9 @@ class RawUser:
             "self": self.sock.fileno(),
             "path": os.open(path, os.O_PATH),
             "symlink": os.open(path, os.O_PATH | os.O_NOFOLLOW),
+            "file": os.open(path, os.O_RDONLY),
         }
-        self.send(pack([User().register()]), [made[kind]])
+        self.send(pack([record]), [made[kind]])
         theirs.close()
         os.close(writer)
 
@@ -83,7 +84,9 @@ class RawUser:
             case ["register", path, flags]:
                 self.register(path, getattr(os, flags))
             case ["odd", kind, path]:
-                self.odd(kind, path)
+                self.odd(kind, path, User().register())
+            case ["fence", kind, path]:
+                self.odd(kind, path, User().hello("raw", fence=Fence.UFFD))
             case ["record", name, *numbers]:
                 self.send(self.record(name, *numbers))
             case ["frame", *text]:

@@ -49,6 +49,9 @@ ENDS = {
     "a byte too many": ["noise 41 5"],
     "an empty frame": ["frame"],
     "a frame that is too large": ["large"],
+    "a fence that nobody knows": ["record HELLO 0 3 1 0 1"],
+    "a userfaultfd that does not come": ["record HELLO 1 2 1 0 1"],
+    "a userfaultfd without its flag": ["record HELLO 0 2 1 0 1"],
     "too many descriptors": ["fds 9"],
     "a descriptor that nobody wants": ["fds 1"],
     "GET before HELLO": ["record GET 0 0 1 7 0 1 0"],
@@ -154,6 +157,19 @@ def test_only_an_open_private_file_can_be_registered(
         bystander.check()
     finally:
         bystander.close()
+
+
+@pytest.mark.parametrize("kind", ["memfd", "socket", "pipe", "epoll", "self", "file", "path"])
+def test_a_fence_is_a_userfaultfd(mount: Mounter, actor: Cast, kind: str) -> None:
+    """Any other descriptor refuses the session; one of the mount itself is closed aside."""
+    mounted = mount()
+    path = private_file(mounted, "ram")
+    user = raw(actor, mounted)
+    user.ask(f"fence {kind} {path}", OK)
+    user.ask("read", f"got WELCOME {errno.EINVAL}")
+    user.send("read")
+    user.expect(EOF)
+    assert mounted.ask("status")["sessions"] == []
 
 
 def test_a_reader_is_granted_no_stores(mount: Mounter, actor: Cast) -> None:

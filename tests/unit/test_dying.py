@@ -7,24 +7,31 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 
-from privfs.notifier.dying import harmless
+import pytest
+
+from privfs.notifier.dying import harmless, runs_no_more
+
+JUDGES = [harmless, runs_no_more]
 
 
-def test_who_runs_or_could_run_is_not_harmless() -> None:
-    assert not harmless(os.getpid())
-    assert not harmless(0)
+@pytest.mark.parametrize("judge", JUDGES)
+def test_who_runs_or_could_run_does_not_count(judge: Callable[[int], bool]) -> None:
+    assert not judge(os.getpid())
+    assert not judge(0)
     with subprocess.Popen(["sleep", "60"]) as stopped:
         stopped.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, stopped.pid, os.WSTOPPED | os.WNOWAIT)
-        assert not harmless(stopped.pid)
+        assert not judge(stopped.pid)
         stopped.kill()
         os.waitid(os.P_PID, stopped.pid, os.WEXITED | os.WNOWAIT)
-        assert harmless(stopped.pid)
-    assert not harmless(stopped.pid), "nobody of that number: it cannot be told"
+        assert judge(stopped.pid)
+    assert not judge(stopped.pid), "nobody of that number: it cannot be told"
 
 
-def test_a_thread_that_lives_on() -> None:
+@pytest.mark.parametrize("judge", JUDGES)
+def test_a_thread_that_lives_on(judge: Callable[[int], bool]) -> None:
     """A dead leader is not a dead process."""
     program = (
         "import ctypes, threading\n"
@@ -37,7 +44,7 @@ def test_a_thread_that_lives_on() -> None:
         process.stdout.readline()
         while open_state(process.pid) != "Z":
             threading.Event().wait(0.005)
-        assert not harmless(process.pid)
+        assert not judge(process.pid)
         process.kill()
 
 
