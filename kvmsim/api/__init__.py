@@ -18,6 +18,7 @@ from __future__ import annotations
 from kvmsim.api.kvm import Kvm
 from kvmsim.api.memory import GuestMemfd, Memslot
 from kvmsim.api.registers import Dtable, Regs, Segment, Sregs
+from kvmsim.api.simulated import Simulation
 from kvmsim.api.transport import IoctlError, Memory, Transport
 from kvmsim.api.vcpu import Vcpu
 from kvmsim.api.vm import Vm
@@ -31,6 +32,7 @@ __all__ = [
     "Memslot",
     "Regs",
     "Segment",
+    "Simulation",
     "Sregs",
     "Transport",
     "Vcpu",

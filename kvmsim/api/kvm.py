@@ -73,6 +73,7 @@ class Kvm:
     def close(self) -> None:
         """Close every VM, guest_memfd and memory that came from here. Idempotent."""
         transport, self._transport = self._transport, None
+        self.handle = -1
         if transport is None:
             return
         for vm in self._vms:

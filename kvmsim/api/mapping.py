@@ -23,34 +23,6 @@ class _IoVec(ctypes.Structure):
     _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
 
 
-def _transfer(operation: str, buffer: ctypes.Array[ctypes.c_char], address: int) -> int:
-    """Copy between a buffer and an address of ours; 0 or the errno."""
-    length = len(buffer)
-    ours, theirs = _IoVec(ctypes.addressof(buffer), length), _IoVec(address, length)
-    done = getattr(_libc, operation)(
-        os.getpid(), ctypes.byref(ours), ctypes.c_ulong(1), ctypes.byref(theirs),
-        ctypes.c_ulong(1), ctypes.c_ulong(0),
-    )  # fmt: skip
-    if done == length:
-        return 0
-    return ctypes.get_errno() if done < 0 else errno.EFAULT
-
-
-def read_address(address: int, length: int) -> bytes:
-    """Read memory of this process; OSError (EFAULT) where none is or where it is not ours."""
-    buffer = (ctypes.c_char * length)()
-    if length and (number := _transfer("process_vm_readv", buffer, address)):
-        raise OSError(number, f"read of [{address:#x}, {address + length:#x})")
-    return buffer.raw
-
-
-def write_address(address: int, data: bytes) -> None:
-    """Write memory of this process; OSError (EFAULT) where none is or where it is not ours."""
-    buffer = (ctypes.c_char * len(data)).from_buffer_copy(data)
-    if data and (number := _transfer("process_vm_writev", buffer, address)):
-        raise OSError(number, f"write to [{address:#x}, {address + len(data):#x})")
-
-
 def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
     """fallocate(2); a signal interrupts an allocation, and a retry goes on with it."""
     while _libc.fallocate(fd, mode, offset, size) != 0:
@@ -81,21 +53,18 @@ class Mapping:
         self._check("read", offset, length)
         if not self._careful:
             return self._map[offset : offset + length]
-        try:
-            return read_address(self.address + offset, length)
-        except OSError as error:
-            raise self._refused(error, "read", offset, length) from None
+        buffer = (ctypes.c_char * length)()
+        self._transfer("process_vm_readv", buffer, offset)
+        return buffer.raw
 
     def write(self, offset: int, data: bytes) -> None:
         """Write bytes."""
         self._check("write", offset, len(data))
         if not self._careful:
             self._map[offset : offset + len(data)] = data
-            return
-        try:
-            write_address(self.address + offset, data)
-        except OSError as error:
-            raise self._refused(error, "write", offset, len(data)) from None
+        else:
+            buffer = (ctypes.c_char * len(data)).from_buffer_copy(data)
+            self._transfer("process_vm_writev", buffer, offset)
 
     def discard(self, offset: int, size: int) -> None:
         """Free pages by MADV_REMOVE, which punches what is mapped."""
@@ -116,6 +85,16 @@ class Mapping:
             where = f"[{offset:#x}, {offset + length:#x}) of {self.size:#x} bytes"
             raise IoctlError(errno.EFAULT, operation, where)
 
-    def _refused(self, error: OSError, operation: str, offset: int, length: int) -> IoctlError:
-        where = f"guest_memfd mapping [{offset:#x}, {offset + length:#x})"
-        return IoctlError(error.errno or errno.EFAULT, operation, f"{where}: not the host's")
+    def _transfer(self, operation: str, buffer: ctypes.Array[ctypes.c_char], offset: int) -> None:
+        """Copy by a system call on ourselves: it answers EFAULT where a load would be SIGBUS."""
+        length = len(buffer)
+        ours = _IoVec(ctypes.addressof(buffer), length)
+        theirs = _IoVec(self.address + offset, length)
+        done = getattr(_libc, operation)(
+            os.getpid(), ctypes.byref(ours), ctypes.c_ulong(1), ctypes.byref(theirs),
+            ctypes.c_ulong(1), ctypes.c_ulong(0),
+        )  # fmt: skip
+        if done != length:
+            number = ctypes.get_errno() if done < 0 else errno.EFAULT
+            where = f"guest_memfd mapping [{offset:#x}, {offset + length:#x})"
+            raise IoctlError(number, operation, f"{where}: not the host's to touch")

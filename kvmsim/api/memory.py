@@ -3,9 +3,16 @@
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Self
 
-from kvmsim.api.transport import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, Memory, Transport
+from kvmsim.api.transport import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    IoctlError,
+    Memory,
+    Transport,
+)
 from kvmsim.uapi import GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD
 
 if TYPE_CHECKING:
@@ -24,7 +31,6 @@ class GuestMemfd:
         self.size = size
         self.flags = flags
         self._transport = transport
-        self._closed = False
 
     @property
     def mappable(self) -> bool:
@@ -52,15 +58,17 @@ class GuestMemfd:
 
         Without FLAG_INIT_SHARED the mapping is there and every access to it answers EFAULT.
         """
+        if self.handle < 0:
+            raise IoctlError(errno.EBADF, "mmap", "the guest_memfd is closed")
         return self._transport.map_file(
             self.handle, offset, self.size - offset if size is None else size
         )
 
     def close(self) -> None:
         """Close the fd. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            self._transport.close_handle(self.handle)
+        handle, self.handle = self.handle, -1  # whose number may become another's
+        if handle >= 0:
+            self._transport.close_handle(handle)
 
     def __enter__(self) -> Self:
         return self

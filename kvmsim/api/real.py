@@ -67,6 +67,8 @@ class RealTransport:
 
     def ioctl(self, handle: int, request: int, argument: int | bytearray = 0) -> int:
         """Make an ioctl, again if a signal interrupted it."""
+        if handle not in self._handles:
+            raise IoctlError(errno.EBADF, request_name(request))
         while True:
             try:
                 result: int = fcntl.ioctl(handle, request, argument)

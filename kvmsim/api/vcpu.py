@@ -41,7 +41,6 @@ class Vcpu:
         self.exit: exits.Exit | None = None  #: what the last :meth:`run` returned
         self._transport = transport
         self._run = transport.map_run(handle, run_size)
-        self._closed = False
 
     # --- registers ----------------------------------------------------------------------------
 
@@ -75,6 +74,7 @@ class Vcpu:
         A failure that kvm_run explains is an exit too: MemoryFaultExit, BadHvaExit, and for EINTR
         InterruptedExit.  IoctlError for any other, ValueError for an unknown exit_reason.
         """
+        self._check_open("KVM_RUN")
         RUN_EXIT_REASON.pack_into(self._run, KVM_RUN_EXIT_REASON_OFFSET, 0)
         self.exit = None
         result = self._transport.run(self.handle)
@@ -108,10 +108,12 @@ class Vcpu:
     @property
     def immediate_exit(self) -> bool:
         """Whether KVM_RUN returns before any guest code, once what is pending is completed."""
+        self._check_open("immediate_exit")
         return bool(self._run[KVM_RUN_IMMEDIATE_EXIT_OFFSET])
 
     @immediate_exit.setter
     def immediate_exit(self, value: bool) -> None:
+        self._check_open("immediate_exit")
         self._run[KVM_RUN_IMMEDIATE_EXIT_OFFSET] = value
 
     def settle(self) -> None:
@@ -129,6 +131,7 @@ class Vcpu:
 
     def cancel(self) -> None:
         """From any thread: the :meth:`run` under way, else the next one, is InterruptedExit."""
+        self._check_open("cancel")
         self._transport.cancel(self.handle)
 
     # --- memory -------------------------------------------------------------------------------
@@ -146,9 +149,13 @@ class Vcpu:
 
     def close(self) -> None:
         """Close the vCPU; it must not run. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            self._transport.close_handle(self.handle)
+        handle, self.handle = self.handle, -1  # whose number may become another's
+        if handle >= 0:
+            self._transport.close_handle(handle)
+
+    def _check_open(self, operation: str) -> None:
+        if self.handle < 0:
+            raise IoctlError(errno.EBADF, operation, "the vCPU is closed")
 
     def __enter__(self) -> Self:
         return self

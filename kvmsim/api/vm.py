@@ -38,10 +38,14 @@ class Vm:
         self.type = type
         self.vcpus: list[Vcpu] = []
         self.slots: list[Memslot] = []
-        self.closed = False
         self._transport = transport
         self._run_size = run_size
         self._files: list[GuestMemfd] = []
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self.handle < 0
 
     def check_extension(self, cap: int) -> int:
         """What this VM offers of a KVM_CAP_*: 0 if it is missing. It may depend on the type."""
@@ -158,11 +162,11 @@ class Vm:
 
     def close(self) -> None:
         """Close the vCPUs and the VM; none may run. Idempotent."""
-        if not self.closed:
-            self.closed = True
+        handle, self.handle = self.handle, -1  # whose number may become another's
+        if handle >= 0:
             for vcpu in self.vcpus:
                 vcpu.close()
-            self._transport.close_handle(self.handle)
+            self._transport.close_handle(handle)
 
     def close_files(self) -> None:
         """Close the guest_memfds that are still open; Kvm.close does so."""

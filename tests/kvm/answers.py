@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the experiments must see: measured on Linux 6.18 with a guest in ring 3."""
+"""What the experiments must see: measured on Linux 6.18 with a guest in ring 3.
+
+The simulator has to answer the same, but for :data:`DIFFERENCES`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
 EXPECTED: Final[Mapping[str, Mapping[str, str]]] = {
     "what_a_file_may_be": {
@@ -188,3 +191,88 @@ EXPECTED: Final[Mapping[str, Mapping[str, str]]] = {
         "punched": "0x0",
     },
 }
+
+
+class Difference(NamedTuple):
+    """What the simulator answers instead; None: it is not asked, since it has no mapping."""
+
+    answer: str | None
+    reason: str
+
+
+_NO_MAPPING: Final = (
+    "a file of a mount is never mapped: it has no flags, and mmap(2) of it is ENODEV, as for "
+    "flags 0"
+)
+_PRIVATE: Final = (
+    "its memory is private (a SW_PROTECTED_VM with the attribute), where this kernel has only "
+    "memory that is shared from birth"
+)
+_NO_SLOT: Final = (
+    "an access to a private gfn without a slot is no MMIO (kvm_mmu_faultin_pfn() of "
+    "arch/x86/kvm/mmu/mmu.c)"
+)
+_NO_FLAGS: Final = "KVM_CAP_GUEST_MEMFD_FLAGS is 0: " + _NO_MAPPING
+_BLOCKS: Final = "the kernel never counts blocks of a guest_memfd; a mount does, for du(1)"
+
+
+def _fault(page: int) -> str:
+    return f"MEMORY_FAULT private {page * 4096:+#x}+0x1000 EFAULT"
+
+
+_UNMAPPED: Final = Difference("ENODEV", _NO_MAPPING)
+_UNASKED: Final = Difference(None, _NO_MAPPING)
+
+DIFFERENCES: Final[Mapping[str, Mapping[str, Difference]]] = {
+    "what_a_file_may_be": {
+        f"flags {flags:#x}": Difference("EINVAL", _NO_FLAGS) for flags in (1, 2, 3)
+    },
+    "remove_is_a_punch_and_dontneed_is_not": {
+        "mmap": _UNMAPPED,
+        "guest_memfd: fill": _UNASKED,
+        "guest_memfd: MADV_DONTNEED": _UNASKED,
+        "guest_memfd: kept": _UNASKED,
+        "guest_memfd: MADV_REMOVE": _UNASKED,
+        "guest_memfd: removed": _UNASKED,
+    },
+    "the_host_sees_what_the_guest_stores": {
+        "mmap": _UNMAPPED,
+        "load": _UNASKED,
+        "store": _UNASKED,
+        "read": _UNASKED,
+    },
+    "closing_the_last_fd": {
+        "load": Difference(_fault(1), _PRIVATE),
+        "another page": Difference(_fault(2), _PRIVATE),
+        "store again": Difference(_fault(1), _PRIVATE),
+        "load without a slot": Difference(_fault(1), _NO_SLOT),
+    },
+    "a_mapping_keeps_the_file_alive": {
+        "mmap": _UNMAPPED,
+        "store": _UNASKED,
+        "load after close": _UNASKED,
+        "load after munmap": _UNASKED,
+    },
+    "bytes_outlive_their_slot": {"load without a slot": Difference(_fault(1), _NO_SLOT)},
+    "a_slot_begins_inside_its_file": {"past the slot": Difference(_fault(8), _NO_SLOT)},
+    "the_host_cannot_touch_what_is_not_shared": {
+        "mmap": _UNMAPPED,
+        "read": _UNASKED,
+        "write": _UNASKED,
+        "read of what the guest stored": _UNASKED,
+        "read of allocated memory": _UNASKED,
+    },
+    "pages_are_counted": {"st_blocks": Difference("48", _BLOCKS)},
+    "a_spinning_vcpu": {
+        "delete": Difference(_fault(0), _NO_SLOT),
+        "close": Difference(_fault(0), _PRIVATE),
+    },
+}
+
+
+def expected(kind: str, name: str) -> dict[str, str]:
+    """What experiment ``name`` must see on the device ``kind``: "real" or "simulated"."""
+    answers: dict[str, str | None] = dict(EXPECTED[name])
+    if kind == "simulated":
+        answers |= {what: found.answer for what, found in DIFFERENCES.get(name, {}).items()}
+    return {what: found for what, found in answers.items() if found is not None}

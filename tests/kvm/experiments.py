@@ -17,7 +17,6 @@ from typing import Final
 
 from kvm.grids import what_a_file_may_be, what_a_slot_may_be
 from kvm.world import (
-    MAPPABLE,
     PAGES,
     RAM,
     SIZE,
@@ -140,6 +139,7 @@ def closing_the_last_fd(world: World) -> Answers:
     slot = world.slot(file)
     found = {"store": world.store(1, 0x88)}
     file.close()
+    world.await_release(1, "0x88")
     found["load"] = world.load(1)
     found["another page"] = world.load(2)
     found["store again"] = world.store(1, 0x99)
@@ -227,7 +227,7 @@ def neighbours_in_one_file(world: World) -> Answers:
 @experiment
 def the_host_cannot_touch_what_is_not_shared(world: World) -> Answers:
     """Mappable, but not shared from birth."""
-    file = world.file(flags=MAPPABLE)
+    file = world.file(mappable_only=True)
     world.slot(file)
     memory, mapped = mapping(file)
     found = {"mmap": mapped, "store": world.store(0, 0xE0), "load": world.load(0)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from kvm.world import RAM, SHARED, SIZE, Answers, World, answer
+from kvm.world import RAM, SIZE, Answers, World, answer
 
 from kvmsim.uapi import (
     CREATE_GUEST_MEMFD,
@@ -21,11 +21,13 @@ from kvmsim.uapi import (
 def what_a_file_may_be(world: World) -> Answers:
     sizes = [0, 1, PAGE_SIZE - 1, PAGE_SIZE, PAGE_SIZE + 1, -PAGE_SIZE, 1 << 40, (1 << 63) - 1]
     found = {
-        f"size {size:#x}": answer(lambda size=size: world.vm.create_guest_memfd(size, SHARED))
+        f"size {size:#x}": answer(lambda size=size: world.vm.create_guest_memfd(size, world.shared))
         for size in sizes
     }
     for flags in (*range(5), 1 << 31, 1 << 63):
-        found[f"flags {flags:#x}"] = answer(lambda flags=flags: world.file(flags=flags))
+        found[f"flags {flags:#x}"] = answer(
+            lambda flags=flags: world.vm.create_guest_memfd(SIZE, flags)
+        )
     argument = bytearray(CREATE_GUEST_MEMFD.pack(SIZE, 0))
     argument[16:] = b"\xff" * 48
     make = KVM_CREATE_GUEST_MEMFD
@@ -38,9 +40,11 @@ def what_a_file_may_be(world: World) -> Answers:
 
 def what_a_slot_may_be(world: World) -> Answers:
     file, other = world.file(), world.file()
-    mine = {"slot": 1, "gpa": RAM, "size": SIZE, "userspace_addr": 0, "flags": KVM_MEM_GUEST_MEMFD,
-                "guest_memfd": file.handle}  # fmt: skip
-    stranger = world.kvm.create_vm().create_guest_memfd(SIZE, SHARED)
+    mine = {
+        "slot": 1, "gpa": RAM, "size": SIZE, "userspace_addr": 0, "flags": KVM_MEM_GUEST_MEMFD,
+        "guest_memfd": file.handle,
+    }  # fmt: skip
+    stranger = world.kvm.create_vm(world.vm.type).create_guest_memfd(SIZE, world.shared)
     plain = os.memfd_create("plain")
 
     def bind(**changed: int) -> str:

@@ -21,13 +21,15 @@ from pathlib import Path
 import pytest
 
 from kvmsim import exits
-from kvmsim.api import GuestMemfd, Kvm, Memory, Memslot, Vm
+from kvmsim.api import GuestMemfd, Kvm, Memory, Memslot, Simulation, Vm
 from kvmsim.api.guest import MAILBOX, Agent, Guest
 from kvmsim.uapi import (
     GUEST_MEMFD_FLAG_INIT_SHARED,
     GUEST_MEMFD_FLAG_MMAP,
     KVM_CAP_GUEST_MEMFD,
     KVM_CAP_GUEST_MEMFD_FLAGS,
+    KVM_X86_DEFAULT_VM,
+    KVM_X86_SW_PROTECTED_VM,
     PAGE_SIZE,
 )
 from privfs.testing.conformance.syscalls import Nr, call
@@ -35,7 +37,6 @@ from privfs.testing.conformance.syscalls import Nr, call
 RAM = 4 << 20  #: gpa of the memory under test
 PAGES = 16
 SIZE = PAGES * PAGE_SIZE
-MAPPABLE = GUEST_MEMFD_FLAG_MMAP
 SHARED = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
 ROOT = Path(__file__).parents[2]
 
@@ -80,24 +81,34 @@ class World:
     agent: Agent = field(init=False)
 
     def __post_init__(self) -> None:
-        self.vm = self.kvm.create_vm()
+        simulated = self.kind == "simulated"
+        self.vm = self.kvm.create_vm(KVM_X86_SW_PROTECTED_VM if simulated else KVM_X86_DEFAULT_VM)
         self.agent = Agent(Guest(self.kvm, self.vm, slot=99), self.vm.create_vcpu())
 
     # --- memory -------------------------------------------------------------------------------
 
-    def file(self, pages: int = PAGES, flags: int = SHARED) -> GuestMemfd:
+    @property
+    def shared(self) -> int:
+        """The flags of a file that a guest of this VM uses; on a mount it is the guest's alone."""
+        return 0 if self.kind == "simulated" else SHARED
+
+    def file(self, pages: int = PAGES, *, mappable_only: bool = False) -> GuestMemfd:
+        flags = self.shared & GUEST_MEMFD_FLAG_MMAP if mappable_only else self.shared
         return self.vm.create_guest_memfd(pages * PAGE_SIZE, flags)
 
     def slot(
         self, file: GuestMemfd, page: int = 0, pages: int | None = None, at: int = 0,
         memory: Memory | None = None, slot: int | None = None,
     ) -> Memslot:  # fmt: skip
-        """File pages [page, page + pages) at guest page ``at`` of RAM."""
+        """File pages [page, page + pages) at guest page ``at`` of RAM, private if that exists."""
         size = None if pages is None else pages * PAGE_SIZE
-        return self.vm.add_slot(
+        made = self.vm.add_slot(
             RAM + at * PAGE_SIZE, memory, size=size, guest_memfd=file, offset=page * PAGE_SIZE,
             slot=slot,
         )  # fmt: skip
+        if self.kind == "simulated":
+            self.vm.convert(made.gpa, made.size, private=True)
+        return made
 
     # --- the guest ----------------------------------------------------------------------------
 
@@ -116,6 +127,15 @@ class World:
     def fill(self, page: int, pages: int, value: int) -> str:
         self.agent.fill(RAM + page * PAGE_SIZE, pages, value)
         return said(self.agent.exit)
+
+    def await_release(self, page: int, old: str) -> None:
+        """Wait until a mount has heard of a close(2), which does not wait for it (RELEASE).
+
+        The kernel's own file is gone when close(2) returns.
+        """
+        deadline = time.monotonic() + 30
+        while self.kind == "simulated" and self.load(page) == old:
+            assert time.monotonic() < deadline, "the mount has not heard of the close"
 
     def tell(self, count: int) -> None:
         """Put a number where the guest counts."""
@@ -142,8 +162,10 @@ class World:
 
     def elsewhere(self, what: Callable[[], object]) -> str:
         """Make a call as a process that did not make the VM would; "0" or the errno's name."""
-        if self.kind == "simulated":
-            raise NotImplementedError
+        transport = self.kvm.transport
+        if isinstance(transport, Simulation):
+            with transport.as_another_process():
+                return answer(what)
         ours, theirs = os.pipe()
         child = os.fork()
         if child == 0:
@@ -157,7 +179,7 @@ class World:
             return told.read()
 
     def pages(self, file: GuestMemfd) -> int:
-        """How many pages a file holds: cachestat(2), since st_blocks of the kernel's is 0."""
+        """How many pages a file holds: st_blocks of a mount, cachestat(2) of the kernel's."""
         fd = file.fileno()
         if self.kind == "simulated":
             return os.fstat(fd).st_blocks * 512 // PAGE_SIZE
@@ -179,6 +201,7 @@ print(errno.errorcode[ctypes.get_errno()] if failed else 0)
 
 Answers = dict[str, str]
 Experiment = Callable[[World], Answers]
+Worlds = Callable[[], contextlib.AbstractContextManager[World]]
 
 
 @contextlib.contextmanager
@@ -191,3 +214,10 @@ def real() -> Iterator[World]:
         if SHARED & ~offered:
             pytest.skip(f"guest_memfd flags {SHARED:#x} (Linux 6.18; offered: {offered:#x})")
         yield World("real", kvm)
+
+
+@contextlib.contextmanager
+def simulated(directory: Path) -> Iterator[World]:
+    """The simulator's KVM, with files of the mount that ``directory`` lies on."""
+    with Kvm(Simulation(directory)) as kvm:
+        yield World("simulated", kvm)

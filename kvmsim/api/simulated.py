@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The simulator's device in this process, behind the calls that /dev/kvm has."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import sys
+import threading
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from kvmsim.api.mapping import Mapping, fallocate
+from kvmsim.api.transport import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    IoctlError,
+    request_name,
+)
+from kvmsim.device.local import HostRange, LocalCaller, LocalProcess
+from kvmsim.device.results import Begun, Failure, Pending, Value
+from kvmsim.device.system import KvmDevice
+from kvmsim.emulator import prepare_process
+from kvmsim.uapi import KVM_CREATE_GUEST_MEMFD, KVM_RUN, Abi
+
+
+class SharedMemory:
+    """Memory of this process that the device can map."""
+
+    def __init__(self, process: LocalProcess, size: int) -> None:
+        self._process = process
+        try:
+            self._range: HostRange | None = process.ranges.allocate(size)
+        except ValueError as error:
+            raise IoctlError(errno.EINVAL, "mmap", str(error)) from None
+        self.address = self._range.address
+        self.size = size
+
+    def _open(self, operation: str, offset: int, length: int) -> HostRange:
+        if self._range is None:
+            raise IoctlError(errno.EFAULT, operation, "the memory is unmapped")
+        if offset < 0 or length < 0 or offset + length > self.size:
+            where = f"[{offset:#x}, {offset + length:#x}) of {self.size:#x} bytes"
+            raise IoctlError(errno.EFAULT, operation, where)
+        return self._range
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read bytes."""
+        return self._open("read", offset, length).read(offset, length)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write bytes."""
+        self._open("write", offset, len(data)).write(offset, data)
+
+    def discard(self, offset: int, size: int) -> None:
+        """Punch the memfd behind it."""
+        found = self._open("discard", offset, size)
+        fallocate(found.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
+
+    def close(self) -> None:
+        """Unmap."""
+        found, self._range = self._range, None
+        if found is not None:
+            self._process.ranges.free(found)
+
+
+class _Child(LocalCaller):
+    """A process that was forked from ours: the same descriptors, another address space."""
+
+    @property
+    def mm(self) -> Hashable:
+        """Not ours."""
+        return self
+
+
+@dataclass(slots=True)
+class _Runner:
+    """KVM_RUN of a vCPU, if it is under way, and whether it is to end."""
+
+    view: memoryview  #: its struct kvm_run, as the API sees it
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    pending: Pending | None = None
+    cancelled: bool = False
+
+
+class Simulation:
+    """A transport over :mod:`kvmsim.device`; ``directory`` lies on a privfs mount.
+
+    What its private files answer is the mount's business: mount with
+    ``-o personality=guest_memfd`` for a VMM of today.  LinkError or OSError if there is no mount.
+    """
+
+    hypercall: Literal["vmcall", "vmmcall"] = "vmmcall"
+
+    def __init__(self, directory: str | os.PathLike[str], *, abi: Abi = "upstream") -> None:
+        self.name = "simulated"
+        self.abi: Abi = abi
+        self._directory = directory
+        self._device: KvmDevice | None = None
+        self._process: LocalProcess | None = None
+        self._files: set[int] = set()
+        self._runners: dict[int, _Runner] = {}
+        self._interval = sys.getswitchinterval()
+
+    @property
+    def process(self) -> LocalProcess:
+        """Our descriptors and memory; IoctlError (EBADF) when closed."""
+        if self._process is None:
+            raise IoctlError(errno.EBADF, self.name, "not open")
+        return self._process
+
+    def open(self) -> int:
+        """Open the device: a host of its own, in this process."""
+        if self._device is None:
+            prepare_process()
+            self._device = KvmDevice(self._directory, abi=self.abi)
+            self._process = LocalProcess(self._device)
+        return self.process.open()
+
+    # --- ioctls -------------------------------------------------------------------------------
+
+    def ioctl(self, handle: int, request: int, argument: int | bytearray = 0) -> int:
+        """Make an ioctl of this process."""
+        name = request_name(request)
+        if isinstance(argument, bytearray):
+            pointer = ctypes.c_char.from_buffer(argument)  # holds the bytes where they are
+            argument = ctypes.addressof(pointer)
+        try:
+            result = self.process.ioctl(handle, request, argument)
+        except OSError as error:
+            number = error.errno or errno.EIO
+            known = f"{name}: {errno.errorcode.get(number, number)}: "
+            raise IoctlError(number, name, (error.strerror or "").removeprefix(known)) from None
+        if request == KVM_CREATE_GUEST_MEMFD:
+            self._files.add(result)
+        return result
+
+    # --- vCPUs --------------------------------------------------------------------------------
+
+    def map_run(self, vcpu: int, size: int) -> memoryview:
+        """What was mapped when the vCPU was made."""
+        view = self.process.mmap(vcpu)
+        self._runners[vcpu] = _Runner(view)
+        return view
+
+    def run(self, vcpu: int) -> int:
+        """KVM_RUN; if a signal handler raises meanwhile, it ends first."""
+        runner = self._runners[vcpu]
+        caller = self.process.caller
+        with runner.lock:
+            if runner.cancelled:
+                runner.cancelled = False
+                return -errno.EINTR
+            result = caller.objects[vcpu].ioctl(KVM_RUN, 0, caller)
+            if isinstance(result, Begun):
+                runner.pending = result.pending
+        try:
+            outcome = _wait(result.pending) if isinstance(result, Begun) else result
+        finally:
+            with runner.lock:
+                runner.pending = None
+                runner.cancelled = False
+        assert isinstance(outcome, Value | Failure)
+        return outcome.value if isinstance(outcome, Value) else -outcome.errno
+
+    def cancel(self, vcpu: int) -> None:
+        """End KVM_RUN as a signal would."""
+        runner = self._runners[vcpu]
+        with runner.lock:
+            runner.cancelled = True
+            pending = runner.pending
+        if pending is not None:
+            pending.cancel()
+
+    # --- memory -------------------------------------------------------------------------------
+
+    def allocate(self, size: int) -> SharedMemory:
+        """A memfd, mapped here and known to the device."""
+        return SharedMemory(self.process, size)
+
+    def map_file(self, file: int, offset: int, size: int) -> Mapping:
+        """Map a private file, which a mount never lets anyone do (ENODEV)."""
+        return Mapping(size, file, offset, careful=True)
+
+    def fallocate(self, file: int, mode: int, offset: int, size: int) -> None:
+        """fallocate(2) of a private file."""
+        fallocate(file, mode, offset, size)
+
+    def fileno(self, file: int) -> int:
+        """A private file is a descriptor of this process."""
+        return file
+
+    # --- life ---------------------------------------------------------------------------------
+
+    def as_another_process(self) -> contextlib.AbstractContextManager[None]:
+        """Make calls as a child of this process would, which has its descriptors (EIO)."""
+        return self._as(_Child(self.process.ranges, self.process.caller.objects))
+
+    @contextlib.contextmanager
+    def _as(self, caller: LocalCaller) -> Iterator[None]:
+        before, self.process.caller = self.process.caller, caller
+        try:
+            yield
+        finally:
+            self.process.caller = before
+
+    def close_handle(self, handle: int) -> None:
+        """Close a handle."""
+        if handle in self._runners:
+            self._runners.pop(handle).view.release()
+        if handle in self._files:
+            self._files.remove(handle)
+            os.close(handle)
+        else:
+            self.process.close(handle)
+
+    def close(self) -> None:
+        """Close every handle, vCPUs before their VMs, and the host."""
+        for handle in [*self._files, *self._runners]:
+            self.close_handle(handle)
+        process, self._process = self._process, None
+        if process is not None:
+            process.close_all()
+        device, self._device = self._device, None
+        if device is not None:
+            device.close()
+            sys.setswitchinterval(self._interval)
+
+
+def _wait(pending: Pending) -> Value | Failure:
+    try:
+        outcome = pending.wait()
+    except BaseException:
+        pending.cancel()
+        pending.wait()
+        raise
+    assert outcome is not None
+    return outcome
