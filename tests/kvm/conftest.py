@@ -8,13 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kvm.world import Worlds, real, simulated
+from kvm.world import KINDS, Worlds, real, simulated
 from mounts import cleared, start
-
-KINDS = [
-    pytest.param("real", marks=pytest.mark.kvm),
-    pytest.param("simulated", marks=pytest.mark.fuse),
-]
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +35,10 @@ def worlds(request: Any) -> Worlds:
         return real
     directory = request.getfixturevalue("directory")
     return lambda: simulated(directory)
+
+
+@pytest.fixture
+def kernel_has_flags_3() -> None:
+    """Skip where the kernel's KVM lacks what the experiments need."""
+    with real():
+        pass

@@ -199,6 +199,10 @@ print(errno.errorcode[ctypes.get_errno()] if failed else 0)
 """
 
 
+KINDS = [
+    pytest.param("real", marks=pytest.mark.kvm),
+    pytest.param("simulated", marks=pytest.mark.fuse),
+]
 Answers = dict[str, str]
 Experiment = Callable[[World], Answers]
 Worlds = Callable[[], contextlib.AbstractContextManager[World]]
