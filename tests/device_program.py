@@ -37,12 +37,14 @@ from kvmsim.uapi import (
 )
 
 PAGE = 4096
-PML4, PDPT, PD, PD_HIGH = 0x1000, 0x2000, 0x3000, 0x4000
+PML4, PDPT, PD, PD_HIGH, PD_PLAIN = 0x1000, 0x2000, 0x3000, 0x4000, 0x5000
 TEXT, STACK, HEAP = 0x10000, 0x20000, 0x30000
 GDT, IDT, HANDLERS = 0x6000, 0x7000, 0x9000
 RAM = 4 << 20
 HIGH = 1 << 32
 """A gpa, and the linear address of it, where tests put their own slots."""
+PLAIN = HIGH + (1 << 30)
+"""The linear address of gpa ``HIGH`` without the bits that all others have."""
 
 _GDT = struct.pack("<3Q", 0, 0x00AF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)
 UCALL_PORT = 4
@@ -139,9 +141,12 @@ class Program:
         flags = 0x87 | gpa_bits
         tables = gpa_bits | 7
         ram.write(PML4, struct.pack("<Q", PDPT | tables))
-        ram.write(PDPT, struct.pack("<5Q", PD | tables, 0, 0, 0, PD_HIGH | tables))
+        ram.write(
+            PDPT, struct.pack("<6Q", PD | tables, 0, 0, 0, PD_HIGH | tables, PD_PLAIN | tables)
+        )
         ram.write(PD, struct.pack("<512Q", *(n << 21 | flags for n in range(512))))
         ram.write(PD_HIGH, struct.pack("<512Q", *(HIGH | n << 21 | flags for n in range(512))))
+        ram.write(PD_PLAIN, struct.pack("<512Q", *(HIGH | n << 21 | 0x87 for n in range(512))))
         ram.write(GDT, _GDT)
         self.slot(0, 0, RAM, ram.address)
         for index, code in enumerate(codes):
