@@ -8,7 +8,6 @@ through its :class:`~privfs.notifier.link.Hub`; both wait only for what the core
 from __future__ import annotations
 
 import errno
-import heapq
 import logging
 import os
 import socket
@@ -38,6 +37,7 @@ from privfs.notifier.wire import Op, Record
 from privfs.operation import Kind, OpId, Request, Step
 from privfs.personality import Personality, Refused
 from privfs.strays import Strays
+from privfs.timers import Timers
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +93,9 @@ class Service:
         self._began: dict[tuple[int, OpId], float] = {}
         self._coming: dict[OpId, int] = {}  #: pages that worker threads are about to allocate
         self._quiet_until = float("-inf")
-        self._timers: list[tuple[float, int, int, OpId, Rung]] = []
-        self._timer_count = count()
-        self._timer_wake = trio.Event()
+        self._timers = Timers(
+            self.ladder.delay, lambda ino, op: bool(self.owner.waiting_for(ino, op))
+        )
         self._nursery: trio.Nursery | None = None
         self._idle: trio.Event | None = None
 
@@ -267,7 +267,9 @@ class Service:
                 case core.Answer(op):
                     self._answer(op, effect)
                 case core.Arm(ino, op, rung):
-                    self._arm(ino, op, rung)
+                    if rung is Rung.LOG:
+                        self._began[ino, op] = time.monotonic()
+                    self._timers.arm(ino, op, rung)
                 case core.Drop(sid, why):
                     log.info("session %d ends: %s", sid, why)
                     self.hub.drop(sid)
@@ -392,39 +394,23 @@ class Service:
 
     # --- time ---------------------------------------------------------------------------------
 
-    def _arm(self, ino: int, op: OpId, rung: Rung) -> None:
-        now = time.monotonic()
-        if rung is Rung.LOG:
-            self._began[ino, op] = now
-        due = now + self.ladder.delay(rung)
-        heapq.heappush(self._timers, (due, next(self._timer_count), ino, op, rung))
-        if self._timers[0][2:4] == (ino, op):
-            self._timer_wake.set()
-
     async def _tick(self) -> None:
         while True:
-            self._timer_wake = trio.Event()
-            pause = self._timers[0][0] - time.monotonic() if self._timers else float("inf")
-            with trio.move_on_after(max(pause, 0.0)):
-                await self._timer_wake.wait()
-            now = time.monotonic()
-            while self._timers:
-                due, _, ino, op, rung = self._timers[0]
+            ino, op, rung = await self._timers.next()
+            waiting = self.owner.waiting_for(ino, op)
+            self.hub.hear(waiting)  # who has answered must not be blamed for what we had not read
+            waiting = self.owner.waiting_for(ino, op)
+            if self._beyond_return(waiting):
                 waiting = self.owner.waiting_for(ino, op)
-                if waiting and due > now:
-                    break
-                heapq.heappop(self._timers)
-                if waiting and self._beyond_return(waiting):
-                    waiting = self.owner.waiting_for(ino, op)
-                if not waiting:  # proven long ago: do not wake up for it
-                    self._began.pop((ino, op), None)
-                    continue
-                if rung is Rung.CONDEMN:
-                    calls = self._calls.values()
-                    self.owner.identify({c.op: thread_group(c.tid) for c in calls if c.tid})
-                elif rung is Rung.GIVE_UP:
-                    self._fence_off(waiting)
-                self._apply(self.owner.timer(ino, op, self._stopped(waiting)))
+            if not waiting:
+                self._began.pop((ino, op), None)
+                continue
+            if rung is Rung.CONDEMN:
+                calls = self._calls.values()
+                self.owner.identify({c.op: thread_group(c.tid) for c in calls if c.tid})
+            elif rung is Rung.GIVE_UP:
+                self._fence_off(waiting)
+            self._apply(self.owner.timer(ino, op, self._stopped(waiting)))
 
     def _fence_off(self, sids: frozenset[int]) -> None:
         """Do without the exit of the killed who run no more, where a fence stops the kernel."""
@@ -436,10 +422,10 @@ class Service:
                 self._apply(self.owner.fenced(sid))
 
     def _beyond_return(self, sids: frozenset[int]) -> bool:
-        """Count the killed that cannot exit before we answer somebody as dead; True if any."""
-        found = [sid for sid in sids if (peer := self.hub.peer(sid)) and harmless(peer.pid)]
+        """Count as dead who has exited, and who cannot before we answer somebody; True if any."""
+        peers = {sid: peer for sid in sids if (peer := self.hub.peer(sid)) is not None}
+        found = [sid for sid, peer in peers.items() if peer.exited() or harmless(peer.pid)]
         for sid in found:
-            log.info("%s is dead but for calls that sleep", self.owner.sessions[sid].name)
             self.exited(sid)
         return bool(found)
 

@@ -12,6 +12,7 @@ import ctypes
 import errno
 import os
 import queue
+import select
 import signal
 import socket
 import stat
@@ -174,6 +175,12 @@ class Peer:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         except ProcessLookupError:
             return
+
+    def exited(self) -> bool:
+        """True if the peer is dead, whether or not anybody has been told."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def stopped(self) -> bool:
         """True while the peer is stopped by a signal or a debugger."""

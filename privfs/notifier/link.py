@@ -216,6 +216,17 @@ class Hub:
         """Return counts."""
         return HubStatistics(len(self._lines), self._frames_in, self._frames_out, self._records_out)
 
+    def hear(self, sids: frozenset[int]) -> None:
+        """Take what ``sids`` have said already; of one that says very much, a burst."""
+        for sid in sids:
+            taken = 0
+            with contextlib.suppress(BlockingIOError):
+                while taken < _BURST and (line := self._lines.get(sid)) is not None:
+                    records = self._receive(sid, line)
+                    if not records:
+                        break
+                    taken += records
+
     def hurry(self, sids: frozenset[int], ended: Callable[[], bool]) -> None:
         """Take answers that come within a moment, without a pass of trio's scheduler for each.
 

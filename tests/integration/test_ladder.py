@@ -85,6 +85,40 @@ def test_a_stopped_user_gets_more_time(mount: Mounter, actor: Cast) -> None:
     assert mounted.ask("status")["kills"] == 0
 
 
+def stand_still(mounted: Mounted, seconds: float) -> None:
+    """Stop the mount for a while, as a suspended machine or a frozen container would."""
+    mounted.process.send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    until(lambda: time.monotonic() - stopped > seconds, "some time")
+    mounted.process.send_signal(signal.SIGCONT)
+
+
+def test_who_answered_while_the_mount_stood_still_has_answered(mount: Mounter, actor: Cast) -> None:
+    mounted = mount(SHORT)
+    path = private_file(mounted)
+    held = user(actor, path, "held")
+    caller = puncher(actor, path)
+    held.expect("zap 0 1")
+    held.send("ack")
+    stand_still(mounted, 1.5)
+    caller.expect("done 1 0")
+    assert mounted.ask("status")["kills"] == 0
+
+
+def test_time_in_which_the_mount_stood_still_is_nobodys(mount: Mounter, actor: Cast) -> None:
+    """What stopped it may have stopped its users as well."""
+    mounted = mount("t_ack=2")
+    path = private_file(mounted)
+    held = user(actor, path, "held")
+    caller = puncher(actor, path)
+    held.expect("zap 0 1")
+    stand_still(mounted, 3)
+    assert mounted.stat("ram")["operations"], "it has all of its time left"
+    held.send("ack")
+    caller.expect("done 1 0")
+    assert mounted.ask("status")["kills"] == 0
+
+
 @pytest.mark.parametrize("t_ack", ["0.3", "0.05"])
 def test_but_not_for_ever(mount: Mounter, actor: Cast, t_ack: str) -> None:
     mounted = mount(f"t_ack={t_ack}", expected_log=KILLING)

@@ -43,8 +43,8 @@ IMPURE = {"os", "socket", "time", "threading", "random", "trio", "pyfuse3"}
 KEEPERS = {
     "pyfuse3": ("privfs.fuse",),
     "trio": (
-        "privfs.notifier.link", "privfs.service", "privfs.events", "privfs.control",
-        "privfs.fuse", "privfs.cli",
+        "privfs.notifier.link", "privfs.service", "privfs.timers", "privfs.events",
+        "privfs.control", "privfs.fuse", "privfs.cli",
     ),
     "unicorn": ("hwemu.cpu",),
     "click": ("privfs.cli", "kvmsim.cli"),
