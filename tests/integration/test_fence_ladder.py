@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from actors import Actor, Cast, until
 from mounts import Mounted, Mounter
+from twins import User, healthy, stats, value
+from twins import punch as punch_pages
 
 from kvmsim.fence.userfault import Userfault
 
-pytest_plugins = ["actor_fixtures"]
+pytest_plugins = ["guest_fixtures", "actor_fixtures", "twin_fixtures"]
 pytestmark = [pytest.mark.fuse]
 try:
     Userfault().close()
@@ -176,3 +178,58 @@ def test_status_names_the_fences(mount: Mounter, actor: Cast) -> None:
     assert " uffd " in (mounted.path / ".privfs/sessions").read_text()
     punch(actor, path, 0, 4).expect("done 1 0")
     mounted.audit()
+
+
+# --- a user that was written from the protocol's text alone --------------------------------------
+
+
+def test_a_fenced_user_in_c_lives_like_any_other(mount: Mounter, user: User, actor: Cast) -> None:
+    mounted = mount()
+    path = private_file(mounted)
+    users = [user(path, "fenced-good", slot=slot) for slot in (1, 2)]
+    for seed, one in enumerate(users):
+        one.ask(f"work {seed} 0 {PAGES}", "^working$")
+    storm = actor("storm", path, "0", str(PAGES), "300", "1")
+    storm.expect("done 300 0")
+    for one in users:
+        one.ask("rest", "^resting$")
+        assert healthy(one)["zeroes"] > 0
+    assert [row["fence"] for row in mounted.ask("status")["sessions"]] == ["uffd", "uffd"]
+    assert mounted.ask("status")["kills"] == 0
+    mounted.audit()
+    for one in users:
+        one.send("leave")
+        one.expect("^left 0$")
+
+
+def test_the_fence_stops_a_liar_in_c(mount: Mounter, user: User) -> None:
+    """It sleeps where it touches what it gave up on its word alone."""
+    mounted = mount()
+    path = private_file(mounted)
+    liar = user(path, "fenced-liar")
+    value(liar, "touch 3")
+    assert punch_pages(path, 3, 4) == 0
+    before = stats(liar)["touches"]
+    liar.ask("work 1 3 4", "^working$")
+    until(lambda: asleep(liar), "it sleeps in a fault")
+    assert stats(liar)["touches"] == before
+    mounted.audit()
+    assert mounted.stat("ram")["held"] == 0
+    liar.kill()
+
+
+def test_a_hung_one_is_killed_as_before(mount: Mounter, user: User) -> None:
+    mounted = mount(SHORT, expected_log=r"killing (\S+)\(\d+\): no acknowledgement")
+    path = private_file(mounted)
+    hung = user(path, "fenced-hung")
+    value(hung, "touch 3")
+    assert punch_pages(path, 3, 4) == 0
+    assert hung.wait() == -signal.SIGKILL
+    assert mounted.stat("ram")["held"] == 0
+    mounted.audit()
+
+
+def asleep(one: Actor) -> bool:
+    """Whether a thread sleeps in userfaultfd's hands."""
+    found = Path(f"/proc/{one.pid}/task").glob("*/wchan")
+    return any("userfault" in path.read_text() for path in found)

@@ -15,6 +15,8 @@
  *   crash      dies of SIGSEGV                   noring    ignores invalidations when it installs
  *   reader     good, with a read-only file
  *
+ * "fenced-" before a MODE puts what it maps behind a userfaultfd, and hands that over.
+ *
  * Commands are lines on stdin, each answered by a line:
  *
  *   touch P, read P     value P WAS             write and read, or only read, word SLOT * 8
@@ -39,6 +41,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
+#include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -47,10 +50,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
@@ -67,6 +72,7 @@ enum { FLAG_FD = 1, FLAG_WRITE = 2, FLAG_EXTENT = 4 };
 /* What a file is for, as the other users of privfs say it: no access by user space, no migration,
  * no reclaim. */
 enum { PURPOSE = 7 };
+enum { FENCE_UFFD = 2 };
 enum { REASON_PUNCH = 1, REASON_TRUNCATE, REASON_MOVE, REASON_REVOKE };
 
 struct record {
@@ -94,6 +100,7 @@ struct request {
 static enum { GOOD, HUNG, LIAR, EARLY, CLOSE, CRASH, NORING, READER } mode;
 static long slow_ms;
 static int sock, slot, file_fd;
+static int uffd = -1;	/* the fence, if there is one */
 static const char *path;
 static bool writable;
 static uint64_t inode;
@@ -297,6 +304,30 @@ static bool invalidated_since(uint64_t seq, uint64_t page)
 	return false;
 }
 
+static void open_fence(void)
+{
+	struct uffdio_api api = { .api = UFFD_API,
+		.features = UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM };
+
+	uffd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+	if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api))
+		die("userfaultfd");
+}
+
+/* Put a fresh mapping of a page behind the fence, and the page into the mapping. */
+static int let_in(void *at)
+{
+	struct uffdio_register all = { .range = { (uintptr_t)at, PAGE_SIZE },
+		.mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR };
+	struct uffdio_continue page = { .range = all.range };
+
+	if (uffd < 0 || !writable)
+		return 0;
+	if (ioctl(uffd, UFFDIO_REGISTER, &all))
+		die("UFFDIO_REGISTER");
+	return ioctl(uffd, UFFDIO_CONTINUE, &page) ? errno : 0;
+}
+
 static int install(const struct record *grant, uint64_t page)
 {
 	struct extent *extent = extent_of(grant->obj);
@@ -313,9 +344,15 @@ static int install(const struct record *grant, uint64_t page)
 			die("map");
 		if (madvise(at, PAGE_SIZE, MADV_DONTFORK))
 			die("MADV_DONTFORK");
-		mapped[p] = 1;
+		int failed = let_in(at);
+		if (failed && failed != EFAULT)
+			die("UFFDIO_CONTINUE");
+		if (failed)	/* punched meanwhile */
+			unmap(p, p + 1);
+		else
+			mapped[p] = 1;
 	}
-	return 0;
+	return mapped[page] ? 0 : EAGAIN;
 }
 
 /* ---- the lane: the thread that receives; it makes no system call on the mount ---- */
@@ -749,6 +786,10 @@ static void find_mode(const char *name)
 	static const char *const names[] = { "good", "hung", "liar", "early", "close", "crash",
 					     "noring", "reader" };
 
+	if (!strncmp(name, "fenced-", 7)) {
+		open_fence();
+		name += 7;
+	}
 	if (sscanf(name, "slow=%ld", &slow_ms) == 1)
 		return;
 	for (size_t i = 0; i < sizeof(names) / sizeof(*names); i++)
@@ -820,7 +861,11 @@ int main(int argc, char **argv)
 	memcpy(label, argv[3], strnlen(argv[3], sizeof(label)));
 	memcpy(&hello.obj, label, 8);
 	memcpy(&hello.seq, label + 8, 8);
-	answer = ask(hello, -1);
+	if (uffd >= 0) {
+		hello.status = FENCE_UFFD;
+		hello.flags = FLAG_FD;
+	}
+	answer = ask(hello, uffd);
 	if (answer.status) {
 		errno = answer.status;
 		die("HELLO");
