@@ -24,6 +24,9 @@ from kvmsim.device.local import HostRange, LocalCaller, LocalProcess
 from kvmsim.device.results import Begun, Failure, Pending, Value
 from kvmsim.device.system import KvmDevice
 from kvmsim.emulator import prepare_process
+from kvmsim.running import RunningVm
+from kvmsim.tracedvm import traced
+from kvmsim.tracefile import TraceFile
 from kvmsim.uapi import KVM_CREATE_GUEST_MEMFD, KVM_RUN, Abi
 
 
@@ -90,15 +93,24 @@ class Simulation:
     """A transport over :mod:`kvmsim.device`; ``directory`` lies on a privfs mount.
 
     What its private files answer is the mount's business: mount with
-    ``-o personality=guest_memfd`` for a VMM of today.  LinkError or OSError if there is no mount.
+    ``-o personality=guest_memfd`` for a VMM of today.  ``trace`` is a file for what happens in the
+    VMs (docs/traces.md).
     """
 
     hypercall: Literal["vmcall", "vmmcall"] = "vmmcall"
 
-    def __init__(self, directory: str | os.PathLike[str], *, abi: Abi = "upstream") -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        abi: Abi = "upstream",
+        trace: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.name = "simulated"
         self.abi: Abi = abi
         self._directory = directory
+        self._trace_path = trace
+        self._trace: TraceFile | None = None
         self._device: KvmDevice | None = None
         self._process: LocalProcess | None = None
         self._files: set[int] = set()
@@ -115,8 +127,12 @@ class Simulation:
     def open(self) -> int:
         """Open the device: a host of its own, in this process."""
         if self._device is None:
+            running = RunningVm
+            if self._trace_path is not None:
+                self._trace = TraceFile(os.fspath(self._trace_path))
+                running = traced(self._trace)
             prepare_process()
-            self._device = KvmDevice(self._directory, abi=self.abi)
+            self._device = KvmDevice(self._directory, abi=self.abi, running=running)
             self._process = LocalProcess(self._device)
         return self.process.open()
 
@@ -131,9 +147,7 @@ class Simulation:
         try:
             result = self.process.ioctl(handle, request, argument)
         except OSError as error:
-            number = error.errno or errno.EIO
-            known = f"{name}: {errno.errorcode.get(number, number)}: "
-            raise IoctlError(number, name, (error.strerror or "").removeprefix(known)) from None
+            raise IoctlError(error.errno or errno.EIO, name, error.strerror or "") from None
         if request == KVM_CREATE_GUEST_MEMFD:
             self._files.add(result)
         return result
@@ -228,6 +242,8 @@ class Simulation:
         if device is not None:
             device.close()
             sys.setswitchinterval(self._interval)
+        if self._trace is not None:
+            self._trace.close()
 
 
 def _wait(pending: Pending) -> Value | Failure:

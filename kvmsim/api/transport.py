@@ -12,22 +12,15 @@ import os
 from typing import Final, Literal, Protocol
 
 from kvmsim import uapi
-from kvmsim.uapi import requests
-from kvmsim.uapi.encoding import KVMIO
+from kvmsim.device.table import NAMES
 
 FALLOC_FL_KEEP_SIZE: Final = 1
 FALLOC_FL_PUNCH_HOLE: Final = 2
 
-_REQUESTS: Final[dict[int, str]] = {
-    value: name
-    for name, value in (vars(uapi) | vars(requests)).items()
-    if name.startswith("KVM_") and isinstance(value, int) and value >> 8 & 0xFF == KVMIO
-}
-
 
 def request_name(request: int) -> str:
     """The name of an ioctl request, its number if kvmsim.uapi does not know it."""
-    return _REQUESTS.get(request, f"ioctl {request:#x}")
+    return NAMES.get(request, f"ioctl {request:#x}")
 
 
 class IoctlError(OSError):
@@ -37,6 +30,10 @@ class IoctlError(OSError):
     """
 
     def __init__(self, number: int, operation: str, reason: str = "") -> None:
+        if reason.startswith(operation):  # it tells of slot and range as well
+            super().__init__(number, reason)
+            self.operation = operation
+            return
         name = errno.errorcode.get(number, str(number)).replace("ENOTSUP", "EOPNOTSUPP")
         super().__init__(number, f"{operation}: {name}: {reason or os.strerror(number)}")
         self.operation = operation

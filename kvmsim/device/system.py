@@ -21,6 +21,7 @@ from kvmsim.device.table import Call, Level, Row, dispatch, table
 from kvmsim.device.vcpustate import MCE_CAP_SUPPORTED
 from kvmsim.device.vm import VmDevice
 from kvmsim.hostmem import HostMemory
+from kvmsim.running import RunningVm
 from kvmsim.uapi import (
     KVM_API_VERSION,
     KVM_CHECK_EXTENSION,
@@ -41,7 +42,8 @@ class KvmDevice:
 
     ``memory``: a directory on a privfs mount, for KVM_CREATE_GUEST_MEMFD. ``abi``: today's
     interface, or that of the 2022 series. ``host``: the arena to use; of the process, if it has
-    one. Any number of descriptors may stand for one device.
+    one. ``running``: the class that runs the VMs. Any number of descriptors may stand for one
+    device.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class KvmDevice:
         *,
         abi: Abi = "upstream",
         host: HostMemory | None = None,
+        running: type[RunningVm] = RunningVm,
     ) -> None:
         self.abi: Abi = abi
+        self.running = running
         self._owns_host = host is None
         self.host = HostMemory() if host is None else host
         self.gmem = None if memory is None else GuestMemfds(memory)

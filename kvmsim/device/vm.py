@@ -24,7 +24,6 @@ from kvmsim.device.table import Call, Level, dispatch
 from kvmsim.device.vcpu import VcpuDevice
 from kvmsim.device.vmtable import TABLE
 from kvmsim.kind import VmKind
-from kvmsim.running import RunningVm
 from kvmsim.uapi import (
     KVM_CAP_EXIT_HYPERCALL,
     KVM_CAP_MAX_VCPU_ID,
@@ -66,7 +65,7 @@ class VmDevice:
         self._pins = 1
         self._released = False
         self._started = False
-        self.running = RunningVm(
+        self.running = system.running(
             self.host, 0, f"kvm{next(_numbers)}", abi=self.abi, kind=kind, supervisor=self
         )
         self.memory = VmMemory(self, system.owners)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ import pytest
 from kvm.world import RAM, SIZE, World, Worlds, answer, real
 
 from kvmsim import exits
-from kvmsim.api import IoctlError, Kvm
+from kvmsim.api import IoctlError, Kvm, Simulation
 from kvmsim.api.guest import MAILBOX, SHARED_VIEW, Agent
 from kvmsim.uapi import (
     KVM_CAP_MEMORY_ATTRIBUTES,
@@ -252,3 +253,20 @@ def test_worlds_are_apart(worlds: Worlds) -> None:
         one.slot(one.file())
         assert one.store(0, 1) == "done"
         assert other.load(0) == "MMIO read +0x0+8"
+
+
+@pytest.mark.fuse
+def test_a_simulation_is_traced(directory: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    with Kvm(Simulation(directory, trace=trace)) as kvm:
+        world = World("simulated", kvm)
+        world.slot(world.file())
+        assert world.store(3, 7) == "done"
+    events = [json.loads(line) for line in trace.read_text().splitlines()]
+    names = {event["event"] for event in events}
+    assert {"kvm_page_fault", "kvm_vm_set_mem_attributes", "kvmsim_page_arrived"} <= names
+    (changed,) = [e for e in events if e["event"] == "kvm_vm_set_mem_attributes"]
+    assert (changed["start"], changed["end"]) == (RAM >> 12, (RAM + SIZE) >> 12)
+    assert RAM + 3 * PAGE_SIZE in [
+        event["address"] for event in events if event["event"] == "kvm_page_fault"
+    ]

@@ -25,7 +25,7 @@ def vmm(*options: str | Path) -> subprocess.CompletedProcess[str]:
 
 def shown(device: str) -> str:
     """What the manual says that the example prints."""
-    found = re.search(rf"\$ scripts/vmm\.py --{device}.*\n((?:(?!\$|```).*\n)+)", MANUAL)
+    found = re.search(rf"\$ python scripts/vmm\.py --{device}.*\n((?:(?!\$|```).*\n)+)", MANUAL)
     assert found
     return found[1]
 
