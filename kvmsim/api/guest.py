@@ -57,8 +57,8 @@ class Hypercall(IntEnum):
 class BootPage:
     """What a program finds at :data:`BOOT_PAGE` of the shared view, and in RDI its address.
 
-    ``shared_bit`` is the position of the gpa bit that selects the shared side, 0 if there is none;
-    ``ram`` a guest-physical range [gpa, gpa + size) of the program's own.
+    ``shared_bit`` is the position of the gpa bit that selects the shared side, 0 if there is none:
+    :class:`Guest` fills it in. ``ram`` is a guest-physical range of the program's own, in bytes.
     """
 
     hypercall: Hypercall = Hypercall.NONE
@@ -81,7 +81,7 @@ class Guest:
     ) -> None:
         if ring not in (0, 3):
             raise ValueError(f"ring {ring}: 0 or 3")
-        self.page = page or BootPage()
+        self.page = replace(page or BootPage(), shared_bit=vm.shared_bit)
         self.ring = ring
         self.memory = kvm.allocate(BOOT_SIZE)
         self.slot = vm.add_slot(0, self.memory, slot=slot)

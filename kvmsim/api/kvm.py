@@ -7,6 +7,7 @@ import os
 import warnings
 from typing import Self
 
+from kvmsim.api.memory import GuestMemfd
 from kvmsim.api.real import RealTransport
 from kvmsim.api.transport import Memory, Transport
 from kvmsim.api.vm import Vm
@@ -31,6 +32,7 @@ class Kvm:
         self._transport: Transport | None = device
         self._vms: list[Vm] = []
         self._memories: list[Memory] = []
+        self._files: list[GuestMemfd] = []
         try:
             self.handle = device.open()
             version = device.ioctl(self.handle, KVM_GET_API_VERSION)
@@ -70,6 +72,17 @@ class Kvm:
         self._memories.append(memory)
         return memory
 
+    def open_file(self, path: str | os.PathLike[str]) -> GuestMemfd:
+        """Open a private file that has a name on a privfs mount, instead of creating one.
+
+        It can be bound as a guest_memfd is. The 2022 series has no other way.
+        """
+        handle = self.transport.open_file(path)
+        size = os.fstat(self.transport.fileno(handle)).st_size
+        file = GuestMemfd(self.transport, handle, size, 0)
+        self._files.append(file)
+        return file
+
     def close(self) -> None:
         """Close every VM, guest_memfd and memory that came from here. Idempotent."""
         transport, self._transport = self._transport, None
@@ -79,6 +92,8 @@ class Kvm:
         for vm in self._vms:
             vm.close()
             vm.close_files()
+        for file in self._files:
+            file.close()
         for memory in self._memories:
             memory.close()
         transport.close()

@@ -82,6 +82,16 @@ class RealTransport:
             os.set_inheritable(result, False)  # KVM_CREATE_GUEST_MEMFD alone leaves it so
         return result
 
+    def shared_bit(self, type: int) -> int:
+        """None: of the types with one, TDX's guests are told by CPUID, which is not set here."""
+        return 0
+
+    def open_file(self, path: str | os.PathLike[str]) -> int:
+        """Open a file; only its own guest_memfds, which have no names, serve a kernel's KVM."""
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._handles.add(fd)
+        return fd
+
     def map_run(self, vcpu: int, size: int) -> memoryview:
         """Map struct kvm_run."""
         try:

@@ -20,6 +20,7 @@ from kvmsim.api.transport import (
     IoctlError,
     request_name,
 )
+from kvmsim.device.capabilities import VM_TYPES
 from kvmsim.device.local import HostRange, LocalCaller, LocalProcess
 from kvmsim.device.results import Begun, Failure, Pending, Value
 from kvmsim.device.system import KvmDevice
@@ -151,6 +152,17 @@ class Simulation:
         if request == KVM_CREATE_GUEST_MEMFD:
             self._files.add(result)
         return result
+
+    def shared_bit(self, type: int) -> int:
+        """Where the kind of VM has one."""
+        kind = VM_TYPES[self.abi].get(type)
+        return 0 if kind is None or not kind.shared_bit else kind.shared_bit.bit_length() - 1
+
+    def open_file(self, path: str | os.PathLike[str]) -> int:
+        """Open a private file of a mount: v7's memfd_create(MFD_INACCESSIBLE)."""
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self._files.add(fd)
+        return fd
 
     # --- vCPUs --------------------------------------------------------------------------------
 

@@ -80,6 +80,14 @@ class Transport(Protocol):
         """Make an ioctl; its result, or a new handle. A bytearray may be written to."""
         ...
 
+    def shared_bit(self, type: int) -> int:
+        """The gpa bit by which a guest of this VM type selects the shared side; 0: no bit does."""
+        ...
+
+    def open_file(self, path: str | os.PathLike[str]) -> int:
+        """Open a private file that has a name; OSError."""
+        ...
+
     def map_run(self, vcpu: int, size: int) -> memoryview:
         """Map struct kvm_run and what follows it; valid until the handle is closed."""
         ...

@@ -9,6 +9,7 @@ from kvmsim.api.memory import GuestMemfd, Memslot
 from kvmsim.api.transport import Memory, Transport
 from kvmsim.api.vcpu import Vcpu
 from kvmsim.uapi import (
+    ABIS,
     CREATE_GUEST_MEMFD,
     ENC_REGION,
     KVM_CHECK_EXTENSION,
@@ -19,7 +20,6 @@ from kvmsim.uapi import (
     KVM_MEMORY_ENCRYPT_UNREG_REGION,
     KVM_SET_MEMORY_ATTRIBUTES,
     KVM_SET_USER_MEMORY_REGION,
-    KVM_SET_USER_MEMORY_REGION2,
     MEMORY_ATTRIBUTES,
     USERSPACE_MEMORY_REGION,
     USERSPACE_MEMORY_REGION2,
@@ -46,6 +46,11 @@ class Vm:
     def closed(self) -> bool:
         """Whether it was closed."""
         return self.handle < 0
+
+    @property
+    def shared_bit(self) -> int:
+        """The gpa bit that selects the shared side for its guests; 0: no bit does."""
+        return self._transport.shared_bit(self.type)
 
     def check_extension(self, cap: int) -> int:
         """What this VM offers of a KVM_CAP_*: 0 if it is missing. It may depend on the type."""
@@ -78,12 +83,17 @@ class Vm:
         guest_memfd: int = 0,
         guest_memfd_offset: int = 0,
     ) -> None:
-        """KVM_SET_USER_MEMORY_REGION2: the same with a guest_memfd (KVM_MEM_GUEST_MEMFD)."""
+        """KVM_SET_USER_MEMORY_REGION2: the same with a guest_memfd (KVM_MEM_GUEST_MEMFD).
+
+        The 2022 series passes the same structure to the older ioctl.
+        """
         region = USERSPACE_MEMORY_REGION2.pack(
             slot & _U32, flags & _U32, gpa & _U64, size & _U64, userspace_addr & _U64,
             guest_memfd_offset & _U64, guest_memfd & _U32,
         )  # fmt: skip
-        self._transport.ioctl(self.handle, KVM_SET_USER_MEMORY_REGION2, bytearray(region))
+        self._transport.ioctl(
+            self.handle, ABIS[self._transport.abi].region_ioctl, bytearray(region)
+        )
 
     def set_memory_attributes(self, gpa: int, size: int, attributes: int, flags: int = 0) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES on guest-physical bytes, all or nothing."""

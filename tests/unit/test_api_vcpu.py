@@ -76,6 +76,7 @@ class Script:
         self.refuse: dict[int, int] = {}
         self.page = bytearray(KVM_RUN_MMAP_SIZE)
         self.closed = False
+        self.bit = 0
 
     def open(self) -> int:
         return self._new()
@@ -103,6 +104,12 @@ class Script:
         if isinstance(argument, bytearray) and request == KVM_SET_SREGS:
             self.sregs[:] = argument
         return {KVM_GET_API_VERSION: 12, KVM_GET_VCPU_MMAP_SIZE: KVM_RUN_MMAP_SIZE}.get(request, 0)
+
+    def shared_bit(self, type: int) -> int:
+        return self.bit
+
+    def open_file(self, path: object) -> int:
+        return self._new()
 
     def map_run(self, vcpu: int, size: int) -> memoryview:
         assert size == KVM_RUN_MMAP_SIZE
@@ -383,8 +390,9 @@ def translate(memory: Memory, cr3: int, address: int, mask: int) -> tuple[int, i
 @pytest.mark.parametrize("bit", [0, 39])
 def test_two_views_of_memory(script: Script, kvm: Kvm, bit: int) -> None:
     mask = 1 << bit if bit else 0
+    script.bit = bit
     vm = kvm.create_vm()
-    guest = Guest(kvm, vm, BootPage(Hypercall.VMMCALL, bit, 0x400000, 0x1000))
+    guest = Guest(kvm, vm, BootPage(Hypercall.VMMCALL, ram_gpa=0x400000, ram_size=0x1000))
     vcpu = vm.create_vcpu()
     guest.load(b"\xf4")
     guest.enter(vcpu)
