@@ -34,7 +34,7 @@ SANS_IO = {
     "kvmsim.effect", "kvmsim.level", "kvmsim.poison", "kvmsim.change", "kvmsim.memoryuse",
     "kvmsim.prefault", "kvmsim.statistics", "kvmsim.inplace", "kvmsim.hostaccess",
     "kvmsim.gpc", "kvmsim.rangeindex",
-    "kvmsim.script", "hwemu.stage2",
+    "kvmsim.script", "kvmsim.trace", "hwemu.stage2",
     "hwemu.leafruns", "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
 }  # fmt: skip
 IMPURE = {"os", "socket", "time", "threading", "random", "trio", "pyfuse3"}
