@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Final
 
 from kvmsim.device.hypercall import FORWARDABLE
-from kvmsim.kind import ADDRESS_BITS, KINDS, VmKind
+from kvmsim.kind import KINDS, VmKind
 from kvmsim.uapi import (
     ABIS,
     KVM_CAP_EXIT_HYPERCALL,
@@ -134,7 +134,6 @@ _VALUES: Final[Mapping[int, Callable[[Asked], int]]] = MappingProxyType(
         cap.KVM_CAP_SYNC_REGS: lambda asked: (
             KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS
         ),
-        cap.KVM_CAP_VM_GPA_BITS: lambda asked: ADDRESS_BITS,
         cap.KVM_CAP_XSAVE2: lambda asked: structs.XSAVE_SIZE,
     }
 )

@@ -30,11 +30,12 @@ _MTRR_TYPES: Final = frozenset((0, 1, 4, 5, 6))
 
 @dataclass(frozen=True, slots=True)
 class Msr:
-    """``accepts`` judges a value that the guest writes; user space may also write what is read."""
+    """``accepts`` judges what the guest writes, and user space if ``host`` does not."""
 
     name: str
     reset: int = 0
     accepts: Callable[[int], bool] = lambda value: True
+    host: Callable[[int], bool] | None = None
 
 
 def _bits(mask: int) -> Callable[[int], bool]:
@@ -73,6 +74,10 @@ def _never(value: int) -> bool:
     return False
 
 
+def _always(value: int) -> bool:
+    return True
+
+
 _MTRR_FIXED: Final = (0x250, 0x258, 0x259, *range(0x268, 0x270))
 _MTRR_PAIRS: Final = 8
 
@@ -80,15 +85,15 @@ TABLE: Final[Mapping[int, Msr]] = MappingProxyType(
     {
         MSR_IA32_TSC: Msr("MSR_IA32_TSC"),
         MSR_IA32_APICBASE: Msr("MSR_IA32_APICBASE", APIC_BASE_RESET, _apic_base),
-        MSR_IA32_UCODE_REV: Msr("MSR_IA32_UCODE_REV", 0x0100_0065),
-        MSR_PLATFORM_INFO: Msr("MSR_PLATFORM_INFO", 1 << 31, _never),
+        MSR_IA32_UCODE_REV: Msr("MSR_IA32_UCODE_REV", 0x0100_0065, _always),
+        MSR_PLATFORM_INFO: Msr("MSR_PLATFORM_INFO", 1 << 31, _never, _always),
         MSR_MTRRCAP: Msr("MSR_MTRRcap", 0x500 | _MTRR_PAIRS, _never),
         0x174: Msr("MSR_IA32_SYSENTER_CS"),
         0x175: Msr("MSR_IA32_SYSENTER_ESP", 0, _canonical),
         0x176: Msr("MSR_IA32_SYSENTER_EIP", 0, _canonical),
         0x179: Msr("MSR_IA32_MCG_CAP", 0, _never),
-        0x17A: Msr("MSR_IA32_MCG_STATUS", 0, _bits(7)),
-        MSR_IA32_MISC_ENABLE: Msr("MSR_IA32_MISC_ENABLE", 1, _bits(0xFFFF_FFFF)),
+        0x17A: Msr("MSR_IA32_MCG_STATUS", 0, _bits(7), _always),
+        MSR_IA32_MISC_ENABLE: Msr("MSR_IA32_MISC_ENABLE", 1, _bits(0xFFFF_FFFF), _always),
         **{
             0x200 + at: Msr(
                 f"MSR_MTRRphys{'Mask' if at & 1 else 'Base'}{at // 2}",
@@ -146,7 +151,8 @@ class MsrStore:
         msr = TABLE.get(index)
         if msr is None:
             return False
-        if not msr.accepts(value) and not (host and value == self._values[index]):
+        accepts = msr.host if host and msr.host is not None else msr.accepts
+        if not accepts(value):
             return False
         if index == MSR_IA32_TSC:
             self._tsc_offset = value - self._tsc()

@@ -46,7 +46,9 @@ _APIC_BASE_KNOWN: Final = (1 << _ADDRESS_BITS) - 1 & ~0x6FF  # EXTD is not simul
 
 RESET_REGS: Final = Regs(rip=0xFFF0, rdx=0x600)
 """kvm_vcpu_reset(): EDX is the processor's family where CPUID does not say."""
-RESET_SREGS: Final = Sregs(cr0=0x6000_0010)
+RESET_SREGS: Final = Sregs(
+    cr0=0x6000_0010, gdt=DescriptorTable(0, 0xFFFF), idt=DescriptorTable(0, 0xFFFF)
+)
 
 
 class Invalid(ValueError):

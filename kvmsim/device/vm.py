@@ -56,7 +56,6 @@ class VmDevice:
         self.clock = Clock()
         self.forwarded_hypercalls = 0
         self.irqchip = False
-        self._mmu_pages = 0
         self._boot_cpu_id = 0
         self._max_vcpu_id = KVM_MAX_VCPU_IDS
         self._lock = threading.Lock()  # KVM's kvm->lock
@@ -219,14 +218,9 @@ class VmDevice:
                 raise call.refused(errno.EINVAL, "there are vCPUs already")
 
     def set_nr_mmu_pages(self, call: Call) -> None:
-        """KVM_SET_NR_MMU_PAGES: kept; second-stage tables are not limited by it."""
+        """KVM_SET_NR_MMU_PAGES: checked; second-stage tables are not limited by it."""
         if call.argument < _MIN_MMU_PAGES:
             raise call.refused(errno.EINVAL, f"{call.argument} pages, {_MIN_MMU_PAGES} are few")
-        self._mmu_pages = call.argument
-
-    def get_nr_mmu_pages(self, call: Call) -> int:
-        """KVM_GET_NR_MMU_PAGES."""
-        return self._mmu_pages
 
     def get_clock(self, call: Call) -> None:
         """KVM_GET_CLOCK."""

@@ -34,7 +34,8 @@ def _of_memory(name: str) -> _Handler:
 
 
 _REGION_ERRORS: Final = (
-    "EINVAL: the grid of docs/differences.md; EEXIST: gfns overlap; ENOMEM: no address space"
+    "EINVAL: slot id, flags, alignment, wrap, what the descriptor is, pages of it that are bound "
+    "already, a change that needs a deletion; EEXIST: gfns overlap; ENOMEM: no address space"
 )
 
 TABLE: Final = table(
@@ -73,9 +74,9 @@ TABLE: Final = table(
             "EINVAL: beyond 4 GiB"),
         Row(requests.KVM_SET_IDENTITY_MAP_ADDR, _of_vm("set_identity_map_addr"),
             "checked, not needed", "EINVAL: there are vCPUs"),
-        Row(requests.KVM_SET_NR_MMU_PAGES, _of_vm("set_nr_mmu_pages"), "kept",
+        Row(requests.KVM_SET_NR_MMU_PAGES, _of_vm("set_nr_mmu_pages"),
+            "checked; tables are not limited",
             "EINVAL: below 64"),
-        Row(requests.KVM_GET_NR_MMU_PAGES, _of_vm("get_nr_mmu_pages"), "what was set"),
         Row(requests.KVM_GET_CLOCK, _of_vm("get_clock"), "monotonic since the VM was made"),
         Row(requests.KVM_SET_CLOCK, _of_vm("set_clock"), "all", "EINVAL: flags"),
         Row(requests.KVM_GET_TSC_KHZ, _of_vm("get_tsc_khz"), "the host's"),
