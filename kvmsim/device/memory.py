@@ -15,7 +15,7 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from hwemu.arena import ArenaError
-from kvmsim.device.caller import Caller, NotOurs, PrivateFd
+from kvmsim.device.caller import Caller, Efault, NotOurs, PrivateFd
 from kvmsim.device.hostside import Dropped, HostSide
 from kvmsim.device.prefaulting import PreFaulting
 from kvmsim.device.results import Begun, FdKind, NewFd
@@ -177,25 +177,25 @@ class VmMemory:
     def resolve(self, gpa: int, caller: Caller) -> bool:
         """A guest met a gap in the userspace side: True if there is memory now.
 
-        Runner thread: the caller may have mapped something there since the slot was made.
+        Runner thread: the caller may have mapped something there since the slot was made. No
+        guest runs meanwhile, so whoever has the slots_lock does not wait for this thread.
         """
-        with self._running.lock:
-            slot = self._running.vm.mmu.slots.find(gpa >> PAGE_SHIFT)
-        if slot is None:
-            return False
-        page = slot.shared_page(gpa >> PAGE_SHIFT)
-        try:
-            made, _ = self.side.place(caller, page, page + 1, writable=not slot.readonly)
-        except ArenaError as error:
-            log.warning("memory behind gpa %#x cannot be mapped: %s", gpa, error)
-            return False
-        with self._running.lock:
-            if self._running.vm.mmu.slots.get(slot.id) is slot and self.side.hpa(page) is None:
+        gfn = gpa >> PAGE_SHIFT
+        with self._slots_lock:
+            with self._running.lock:
+                slot = self._running.vm.mmu.slots.find(gfn)
+                page = -1 if slot is None else slot.shared_page(gfn)
+                there = slot is None or self.side.hpa(page) is not None
+            if slot is None or there:
+                return True  # it is another fault by now
+            try:
+                made, _ = self.side.place(caller, page, page + 1, writable=not slot.readonly)
+            except (ArenaError, Efault) as error:
+                log.warning("memory behind gpa %#x cannot be mapped: %s", gpa, error)
+                return False
+            with self._running.lock:
                 self.side.add(slot.id, page, page + 1, made)
-                made = []
-            there = self.side.hpa(page) is not None
-        self.side.discard(made)
-        return there
+            return bool(made)
 
     def host_range_changed(self, start: int, size: int) -> None:
         """The caller unmapped or mapped anew bytes [start, start + size): KVM's mmu_notifier.
