@@ -41,6 +41,7 @@ from kvmsim.fault import (
 from kvmsim.fence import FencedStage2
 from kvmsim.hostmem import HostMemory
 from kvmsim.kind import SHARED_BIT_KIND, VmKind
+from kvmsim.level import MAX_LEVEL
 from kvmsim.private import PrivateMemory, Session
 from kvmsim.uapi import KVM_INTERNAL_ERROR_EMULATION, Abi
 from kvmsim.vm import Vm, Zapped
@@ -134,7 +135,7 @@ class RunningVm:
         self.private = PrivateMemory(self, host, label)
         self._pool = new_table_pool(POOL_SIZE)
         self.stage2 = FencedStage2(self._pool, POOL_HPA, host.admit)
-        self.vm = Vm(self.stage2, self.private, abi=abi, kind=kind)
+        self.vm = Vm(self.stage2, self.private, abi=abi, kind=kind, max_level=MAX_LEVEL)
         self.shootdown = Shootdown()
         self.statistics = RunnerStatistics()
         self.vcpus: list[Vcpu] = []
