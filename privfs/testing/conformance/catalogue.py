@@ -5,7 +5,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from privfs.testing.conformance import rows_fd, rows_io, rows_map, rows_memory, rows_meta
+from privfs.testing.conformance import (
+    rows_fd,
+    rows_io,
+    rows_map,
+    rows_memory,
+    rows_meta,
+    rows_places,
+)
 from privfs.testing.conformance.row import Row
 
 ROWS: Final[tuple[Row, ...]] = (
@@ -14,6 +21,7 @@ ROWS: Final[tuple[Row, ...]] = (
     *rows_map.ROWS,
     *rows_memory.ROWS,
     *rows_meta.ROWS,
+    *rows_places.ROWS,
 )
 
 _names = [row.name for row in ROWS]

@@ -134,10 +134,37 @@ def fetched(f: Subject) -> str:
 # --- locks, leases, notification ------------------------------------------------------------------
 
 
-def record_lock(f: Subject, command: int, kind: int) -> int:
-    """F_SETLK, F_GETLK or F_OFD_SETLK of the first page."""
-    lock = struct.pack("hhlli4x", kind, os.SEEK_SET, 0, PAGE, 0)
+def record_lock(
+    f: Subject,
+    command: int,
+    kind: int,
+    start: int = 0,
+    length: int = PAGE,
+    whence: int = os.SEEK_SET,
+) -> int:
+    """F_SETLK, F_GETLK or F_OFD_SETLK, of the first page unless told otherwise."""
+    lock = struct.pack("hhlli4x", kind, whence, start, length, 0)
     return call(Nr.FCNTL, f.fd, command, ctypes.create_string_buffer(lock, len(lock)))
+
+
+def conflicting_locks(f: Subject, command: int) -> int:
+    """A write lock of all through the descriptor, then through another open of the file."""
+    again = os.open(f.proc, os.O_RDWR)
+    for fd in (f.fd, again):
+        lock = struct.pack("hhlli4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        call(Nr.FCNTL, fd, command, ctypes.create_string_buffer(lock, len(lock)))
+    return 0
+
+
+def signal_of(f: Subject) -> int:
+    """F_SETSIG, then F_GETSIG."""
+    call(Nr.FCNTL, f.fd, 10, 12)
+    return call(Nr.FCNTL, f.fd, 11, 0)
+
+
+def same_file(f: Subject) -> int:
+    """F_DUPFD_QUERY of a duplicate."""
+    return call(Nr.FCNTL, f.fd, 1027, os.dup(f.fd))
 
 
 def flock(f: Subject, operation: int) -> int:
@@ -155,9 +182,9 @@ def command(f: Subject, number: int, argument: int) -> int:
     return call(Nr.FCNTL, f.fd, number, argument)
 
 
-def write_hint(f: Subject, command: int) -> int:
+def write_hint(f: Subject, command: int, hint: int = 2) -> int:
     """F_SET_RW_HINT or F_GET_RW_HINT."""
-    return call(Nr.FCNTL, f.fd, command, ctypes.create_string_buffer(struct.pack("Q", 2), 8))
+    return call(Nr.FCNTL, f.fd, command, ctypes.create_string_buffer(struct.pack("Q", hint), 8))
 
 
 def poll(f: Subject) -> str:

@@ -101,6 +101,11 @@ def sendfile_from(f: Subject, offset: int | None) -> int:
     return call(Nr.SENDFILE, os.pipe()[1], f.fd, _at(offset), PAGE)
 
 
+def sendfile_nothing(f: Subject) -> int:
+    """sendfile(2) of no bytes from the file into a memfd, which goes by a pipe of the kernel's."""
+    return call(Nr.SENDFILE, other_file(), f.fd, None, 0)
+
+
 def sendfile_to(f: Subject) -> int:
     """sendfile(2) from a memfd into the file."""
     return call(Nr.SENDFILE, f.fd, other_file(), None, PAGE)
@@ -116,9 +121,9 @@ def copy_to(f: Subject) -> int:
     return call(Nr.COPY_FILE_RANGE, other_file(), _at(0), f.fd, _at(0), PAGE, 0)
 
 
-def copy_self(f: Subject, to: int) -> int:
+def copy_self(f: Subject, to: int, start: int = 0, length: int = PAGE) -> int:
     """copy_file_range(2) within the file."""
-    return call(Nr.COPY_FILE_RANGE, f.fd, _at(0), f.fd, _at(to), PAGE, 0)
+    return call(Nr.COPY_FILE_RANGE, f.fd, _at(start), f.fd, _at(to), length, 0)
 
 
 def readahead(f: Subject) -> int:
@@ -141,6 +146,31 @@ def cachestat(f: Subject, flags: int) -> str:
     span = ctypes.create_string_buffer(struct.pack("QQ", 0, 0), 16)
     call(Nr.CACHESTAT, f.fd, span, buffer(40), flags)
     return "0"
+
+
+def cached(f: Subject) -> str:
+    """The pages that cachestat(2) finds in the page cache."""
+    span = ctypes.create_string_buffer(struct.pack("QQ", 0, 0), 16)
+    counts = buffer(40)
+    call(Nr.CACHESTAT, f.fd, span, counts, 0)
+    return f"{struct.unpack_from('Q', counts)[0]} pages"
+
+
+def vmsplice(f: Subject) -> int:
+    """vmsplice(2), which wants a pipe."""
+    return call(Nr.VMSPLICE, f.fd, iovec(buffer(PAGE)), 1, 0)
+
+
+def tee_to(f: Subject) -> int:
+    """tee(2) of a pipe into the file."""
+    ours, theirs = os.pipe()
+    os.write(theirs, b"x")
+    return call(Nr.TEE, ours, f.fd, PAGE, 0)
+
+
+def aio_submit(f: Subject, opcode: str) -> int:
+    """io_submit(2) of one request: the number of requests taken, whatever becomes of it."""
+    return rings.aio(rings.Aio[opcode], f.fd, PAGE, submit_only=True)
 
 
 # --- rings -------------------------------------------------------------------------------------

@@ -47,8 +47,22 @@ def fstatfs(f: Subject, field: str) -> str:
     """One field of fstatfs(2)."""
     found = buffer(120)
     call(Nr.FSTATFS, f.fd, found)
-    kind, block_size = struct.unpack_from("=qq", found, 0)
-    return {"type": f"{kind:#x}", "bsize": str(block_size)}[field]
+    kind, block_size, blocks = struct.unpack_from("=qqQ", found, 0)
+    (flags,) = struct.unpack_from("=q", found, 80)
+    values = {
+        "type": f"{kind:#x}",
+        "bsize": str(block_size),
+        "blocks": "some" if blocks else "none",
+        "flags": f"{flags & 0xE:#x}",
+    }
+    return values[field]
+
+
+def statx_asked(f: Subject, flags: int, mask: int, wanted: int) -> str:
+    """statx(2) with other flags and another mask: which of the ``wanted`` fields it fills."""
+    found = buffer(256)
+    call(Nr.STATX, f.fd, b"", _AT_EMPTY_PATH | flags, mask, found)
+    return f"{struct.unpack_from('=I', found, 0)[0] & wanted:#x}"
 
 
 def link_text(f: Subject) -> str:

@@ -39,7 +39,12 @@ REASONS: Final[dict[str, Reason]] = {
         "without ->read_iter vfs_read() refuses it."
     ),
     "read-iter": _kernel(
-        "A FUSE file has ->read_iter, so the pointer (access_ok) is looked at before the refusal."
+        "A FUSE file has ->read_iter, so the pointer (access_ok) is looked at before the refusal, "
+        "and io_submit(2) takes a request whose event then tells the refusal."
+    ),
+    "rw-flags": _kernel(
+        "Flags that FUSE does not know (RWF_NOWAIT, RWF_ATOMIC, RWF_DONTCACHE) are looked at by "
+        "kiocb_set_rw_flags(), which a file without ->read_iter never reaches."
     ),
     "pins-first": _kernel(
         "fuse_get_user_pages() pins the caller's buffer before READ or WRITE is sent to the daemon."
@@ -77,8 +82,8 @@ REASONS: Final[dict[str, Reason]] = {
         "user namespace, EOPNOTSUPP on any other."
     ),
     "file-system": _kernel(
-        "The superblock is FUSE's: its magic number, its file handles. `stat -f` shows the type "
-        "as fuseblk, /proc/mounts as fuse.privfs."
+        "The superblock is FUSE's: its magic number, its file handles, its nosuid, nodev, noexec. "
+        "`stat -f` shows the type as fuseblk, /proc/mounts as fuse.privfs."
     ),
     "other-mount": _kernel(
         "Copies and clones between two file systems are refused before either file is asked; v7 "
@@ -110,8 +115,9 @@ REASONS: Final[dict[str, Reason]] = {
     ),
     "named": Reason(
         Cause.FILES,
-        "The file has a name in a directory, an owner and a mode; it is no pseudo file, so that "
-        "inotify works.",
+        "The file was created with a name in a directory, and has an owner and a mode; it is no "
+        "pseudo file, so that inotify, fanotify and Landlock know it, and may have more names and "
+        "bind mounts.",
     ),
     "reopens": Reason(
         Cause.FILES,
@@ -119,7 +125,13 @@ REASONS: Final[dict[str, Reason]] = {
         "mode; anonymous files have no_open(). The new descriptor is held to the same table.",
     ),
     "st-blocks": Reason(
-        Cause.FILES, "`du` shows the private memory that a file holds; guest_memfd shows 0."
+        Cause.FILES,
+        "`du` shows the private memory that a file holds, `df` the budget; guest_memfd shows 0.",
+    ),
+    "daemon-pages": Reason(
+        Cause.FILES,
+        "The pages are those of memfds of the daemon, in whose page cache they count; the file has "
+        "no page cache of its own.",
     ),
     "allocated-is-data": Reason(
         Cause.FILES,

@@ -90,8 +90,11 @@ class Aio(enum.IntEnum):
     POLL = 5
 
 
-def aio(op: Aio, fd: int, length: int) -> int:
-    """Submit one iocb and return its result; raise OSError for a negative one."""
+def aio(op: Aio, fd: int, length: int, *, submit_only: bool = False) -> int:
+    """Submit one iocb and return its result; raise OSError for a negative one.
+
+    ``submit_only`` returns what io_submit(2) said itself.
+    """
     context = ctypes.c_ulong(0)
     holder = ctypes.cast(ctypes.pointer(context), ctypes.POINTER(ctypes.c_char * 8)).contents
     try:
@@ -109,7 +112,9 @@ def aio(op: Aio, fd: int, length: int) -> int:
         0, 0, 0, op, 0, fd, where, length if transfer else 0, 0,
     )  # fmt: skip
     pointers = ctypes.create_string_buffer(struct.pack("P", ctypes.addressof(iocb)), 8)
-    call(Nr.IO_SUBMIT, context.value, 1, pointers)
+    taken = call(Nr.IO_SUBMIT, context.value, 1, pointers)
+    if submit_only:
+        return taken
     event = buffer(32)
     call(Nr.IO_GETEVENTS, context.value, 1, 1, event, None)
     (result,) = struct.unpack_from("q", event, 16)

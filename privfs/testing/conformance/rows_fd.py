@@ -104,7 +104,8 @@ _RIGHTS: Final = [
     _travels("pidfd_getfd", probe.fetched),
 ]
 
-F_GETLK, F_SETLK, F_OFD_SETLK, F_GETLEASE, F_NOTIFY = 5, 6, 37, 1025, 1026
+F_GETLK, F_SETLK, F_OFD_GETLK, F_OFD_SETLK, F_GETLEASE, F_NOTIFY = 5, 6, 36, 37, 1025, 1026
+F_CREATED_QUERY, F_SETPIPE_SZ = 1028, 1031
 F_GETPIPE_SZ, F_GET_RW_HINT, F_SET_RW_HINT, F_GET_FILE_RW_HINT = 1032, 1035, 1036, 1037
 _LOCKS: Final = [
     row("F_SETLK.write", probe.record_lock, F_SETLK, fcntl.F_WRLCK, gm="0", memfd="0",
@@ -115,6 +116,19 @@ _LOCKS: Final = [
         source="fcntl_getlk"),
     row("F_OFD_SETLK", probe.record_lock, F_OFD_SETLK, fcntl.F_WRLCK, gm="0", memfd="0",
         source="fcntl_setlk"),
+    row("F_OFD_GETLK", probe.record_lock, F_OFD_GETLK, fcntl.F_WRLCK, gm="0", memfd="0",
+        source="fcntl_getlk"),
+    row("F_SETLK.to-the-end", probe.record_lock, F_SETLK, fcntl.F_WRLCK, -1, 1, os.SEEK_END,
+        gm="0", memfd="0", source="flock64_to_posix_lock: i_size"),
+    row("F_SETLK.negative", probe.record_lock, F_SETLK, fcntl.F_WRLCK, -1, 1, gm="EINVAL",
+        memfd="EINVAL", source="flock64_to_posix_lock"),
+    row("F_SETLK.overflow", probe.record_lock, F_SETLK, fcntl.F_WRLCK, (1 << 63) - 1, 2,
+        gm="EOVERFLOW", memfd="EOVERFLOW", source="flock64_to_posix_lock"),
+    row("F_SETLK.unknown", probe.record_lock, F_SETLK, 77, gm="EINVAL", memfd="EINVAL",
+        source="assign_type"),
+    row("F_OFD_SETLK.conflict", probe.conflicting_locks, F_OFD_SETLK, gm="ENXIO",
+        memfd="EAGAIN", resizable="EAGAIN", source="no_open; posix_lock_inode",
+        fuse=fuse("reopens", "EAGAIN")),
     row("flock.exclusive", probe.flock, fcntl.LOCK_EX | fcntl.LOCK_NB, gm="0", memfd="0",
         source="flock"),
     row("flock.shared", probe.flock, fcntl.LOCK_SH | fcntl.LOCK_NB, gm="0", memfd="0",
@@ -134,6 +148,20 @@ _LOCKS: Final = [
         source="fcntl_set_rw_hint"),
     row("F_GET_RW_HINT", probe.write_hint, F_GET_RW_HINT, gm="0", memfd="0",
         source="fcntl_get_rw_hint"),
+    row("F_SET_RW_HINT.extreme", probe.write_hint, F_SET_RW_HINT, 5, gm="0", memfd="0",
+        source="rw_hint_valid"),
+    row("F_SET_RW_HINT.unknown", probe.write_hint, F_SET_RW_HINT, 6, gm="EINVAL",
+        memfd="EINVAL", source="rw_hint_valid"),
+    row("F_GET_FILE_RW_HINT", probe.write_hint, F_GET_FILE_RW_HINT, gm="EINVAL", memfd="EINVAL",
+        source="do_fcntl: gone since Linux 5.17", since=(5, 17)),
+    row("F_SETSIG", probe.signal_of, gm="12", memfd="12", source="do_fcntl"),
+    row("F_DUPFD_QUERY", probe.same_file, gm="1", memfd="1", v7=None, shim=None, resizable="1",
+        source="f_dupfd_query", since=(6, 10)),
+    row("F_CREATED_QUERY", probe.command, F_CREATED_QUERY, 0, gm="0", memfd="0", v7=None,
+        shim=None, resizable="1", source="f_created_query: FMODE_CREATED", since=(6, 12),
+        fuse=fuse("named", "1")),
+    row("F_SETPIPE_SZ", probe.command, F_SETPIPE_SZ, 4096, gm="EBADF", memfd="EBADF",
+        source="pipe_fcntl"),
     row("fcntl.unknown", probe.command, 9999, 0, gm="EINVAL", memfd="EINVAL", source="do_fcntl"),
     row("poll", probe.poll, gm="IN|OUT|RDNORM|WRNORM", memfd="IN|OUT|RDNORM|WRNORM",
         source="DEFAULT_POLLMASK"),

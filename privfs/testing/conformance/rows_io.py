@@ -81,6 +81,36 @@ _PLAIN: Final = [
     _moved("pwritev2.position", probe.pwritev2, -1, 0, memfd=str(PAGE)),
 ]  # fmt: skip
 
+
+def _flagged(name: str, flag: int, since: tuple[int, int]) -> list[Row]:
+    """Reads and writes with a flag of ``kiocb_set_rw_flags()`` that the file may not know."""
+    known = name == "noappend"
+    allowed = str(PAGE) if known else "EOPNOTSUPP"
+    mount = "EINVAL" if known else "EOPNOTSUPP"
+    v7 = None if since > (5, 19) else "EOPNOTSUPP"
+    differs = () if known else fuse("rw-flags", mount, only=_UNSEEKABLE)
+    rows = []
+    for direction, call in (("preadv2", probe.preadv2), ("pwritev2", probe.pwritev2)):
+        rows.append(row(
+            f"{direction}.position-{name}", call, -1, flag, gm="EINVAL", memfd=allowed, v7=v7,
+            resizable=mount, source=_RW, fuse=differs, since=since,
+        ))  # fmt: skip
+        if (direction, name) != ("preadv2", "nowait"):
+            rows.append(row(
+                f"{direction}.{name}", call, 0, flag, gm="ESPIPE", memfd=allowed, v7=v7,
+                resizable=mount, source=_POSITIONED, since=since,
+                fuse=fuse("seekable", passthrough=mount, only=_UNSEEKABLE),
+            ))  # fmt: skip
+    return rows
+
+
+_FLAGGED: Final = [
+    *_flagged("nowait", 0x8, (4, 14)),
+    *_flagged("noappend", 0x20, (6, 9)),
+    *_flagged("atomic", 0x40, (6, 11)),
+    *_flagged("dontcache", 0x80, (6, 14)),
+]
+
 _SPLICED: Final = [
     _moved("splice.from", probe.splice_from, None, memfd=str(PAGE)),
     _moved("splice.from-offset", probe.splice_from, 0, memfd=str(PAGE)),
@@ -97,8 +127,16 @@ _SPLICED: Final = [
     _moved("tee", probe.tee, memfd="EINVAL", v7="EINVAL", source="do_tee: pipes only"),
     _moved("sendfile.from", probe.sendfile_from, None, memfd=str(PAGE)),
     _positioned("sendfile.from-offset", probe.sendfile_from, 0, memfd=str(PAGE)),
+    row("sendfile.from-zero-bytes", probe.sendfile_nothing, gm="EINVAL", memfd="0",
+        resizable="0", source="splice_direct_to_actor: FMODE_LSEEK",
+        fuse=fuse("seekable", passthrough="0", only=_UNSEEKABLE)),
+    row("sendfile.from-negative", probe.sendfile_from, -1, gm="ESPIPE", memfd="EINVAL",
+        resizable="EINVAL", source=_POSITIONED,
+        fuse=fuse("seekable", passthrough="EINVAL", only=_UNSEEKABLE)),
     _moved("sendfile.to", probe.sendfile_to, memfd=str(PAGE)),
-]
+    row("vmsplice.to", probe.vmsplice, gm="EBADF", memfd="EBADF", source="vmsplice: pipes only"),
+    row("tee.to", probe.tee_to, gm="EINVAL", memfd="EINVAL", source="do_tee: pipes only"),
+]  # fmt: skip
 _XDEV: Final = "generic_copy_file_checks, vfs_copy_file_range"
 _COPIED: Final = [
     row("copy_file_range.from", probe.copy_from, gm="EXDEV", memfd=str(PAGE), v7="EPERM",
@@ -111,6 +149,12 @@ _COPIED: Final = [
         source=_XDEV, fuse=fuse("other-mount", "EXDEV", only=("v7",))),
     row("copy_file_range.self", probe.copy_self, 4 * PAGE, gm="EINVAL", memfd=str(PAGE),
         v7="EPERM", source=_XDEV),
+    row("copy_file_range.self-past-eof", probe.copy_self, 0, 2 * SIZE, gm="0", memfd="0",
+        source="generic_copy_file_checks: nothing left to copy"),
+    row("copy_file_range.self-zero-bytes", probe.copy_self, PAGE, 0, 0, gm="0", memfd="0",
+        source=_XDEV),
+    row("copy_file_range.self-negative", probe.copy_self, 0, -1, gm="EOVERFLOW",
+        memfd="EOVERFLOW", source=_XDEV),
     row("copy_file_range.self-overlapping", probe.copy_self, 16, gm="EINVAL", memfd="EINVAL",
         source=_XDEV),
 ]  # fmt: skip
@@ -136,10 +180,17 @@ _HINTS: Final = [
         source="sync_file_range"),
     row("sync_file_range.bad-flags", probe.sync_file_range, 0, PAGE, 0x80, gm="EINVAL",
         memfd="EINVAL", source="sync_file_range"),
+    row("sync_file_range.past-eof", probe.sync_file_range, 2 * SIZE, PAGE, 2, gm="0", memfd="0",
+        source="sync_file_range"),
+    row("sync_file_range.overflow", probe.sync_file_range, (1 << 63) - 1, 2, 2, gm="EINVAL",
+        memfd="EINVAL", source="sync_file_range"),
     row("sync_file_range.negative", probe.sync_file_range, -1, PAGE, 0, gm="EINVAL",
         memfd="EINVAL", source="sync_file_range"),
     row("cachestat", probe.cachestat, 0, gm="0", memfd="0", v7=None, shim="0",
         source="cachestat", since=(6, 5)),
+    row("cachestat.resident", probe.cached, gm="16 pages", memfd="16 pages", v7=None, shim=None,
+        resizable="0 pages", source="cachestat: folios of the mapping", since=(6, 8),
+        fuse=fuse("daemon-pages", "0 pages")),
     row("cachestat.bad-flags", probe.cachestat, 1, gm="EINVAL", memfd="EINVAL", v7=None,
         shim="EINVAL", source="cachestat", since=(6, 5)),
 ]  # fmt: skip
@@ -170,10 +221,15 @@ _RINGS: Final = [
         source=_URING),
     _moved("aio.pread", probe.aio, "PREAD", memfd=str(PAGE), source="aio_read"),
     _moved("aio.pwrite", probe.aio, "PWRITE", memfd=str(PAGE), source="aio_write"),
+    row("aio.pread-submit", probe.aio_submit, "PREAD", gm="EINVAL", memfd="1", resizable="1",
+        source="aio_read: ->read_iter", fuse=fuse("read-iter", "1", only=_UNSEEKABLE)),
+    row("aio.pwrite-submit", probe.aio_submit, "PWRITE", gm="EINVAL", memfd="1", resizable="1",
+        source="aio_write: ->write_iter", fuse=fuse("read-iter", "1", only=_UNSEEKABLE)),
+    row("aio.poll", probe.aio, "POLL", gm="1", memfd="1", source="aio_poll"),
     row("aio.fsync", probe.aio, "FSYNC", gm="EINVAL", memfd="0", resizable="0",
         source="aio_fsync"),
     row("aio.fdsync", probe.aio, "FDSYNC", gm="EINVAL", memfd="0", resizable="0",
         source="aio_fsync"),
 ]  # fmt: skip
 
-ROWS: Final = [*_PLAIN, *_SPLICED, *_COPIED, *_HINTS, *_RINGS]
+ROWS: Final = [*_PLAIN, *_FLAGGED, *_SPLICED, *_COPIED, *_HINTS, *_RINGS]

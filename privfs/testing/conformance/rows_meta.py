@@ -25,6 +25,20 @@ _STAT: Final = [
         shim="0x494e4143", source="GUEST_MEMFD_MAGIC; INACCESSIBLE_MAGIC",
         fuse=fuse("file-system", "0x65735546")),
     row("fstatfs.bsize", probe.fstatfs, "bsize", gm="4096", memfd="4096", source="simple_statfs"),
+    row("fstatfs.flags", probe.fstatfs, "flags", gm="0x0", memfd="0x0", resizable="0xe",
+        source="calculate_f_flags", fuse=fuse("file-system", "0xe")),
+    row("fstatfs.blocks", probe.fstatfs, "blocks", gm="none", memfd="none", resizable="some",
+        source="simple_statfs", fuse=fuse("st-blocks", "some")),
+    row("statx.force-sync", probe.statx_asked, 0x2000, 0x7FF, 0x7FF, gm="0x7ff", memfd="0x7ff",
+        source="vfs_getattr"),
+    row("statx.no-sync", probe.statx_asked, 0x4000, 0x7FF, 0x7FF, gm="0x7ff", memfd="0x7ff",
+        source="vfs_getattr"),
+    row("statx.both-syncs", probe.statx_asked, 0x6000, 0x7FF, 0, gm="EINVAL", memfd="EINVAL",
+        source="do_statx"),
+    row("statx.reserved", probe.statx_asked, 0, 1 << 31, 0, gm="EINVAL", memfd="EINVAL",
+        source="do_statx"),
+    row("statx.birth", probe.statx_asked, 0, 0xFFF, 0x800, gm="0x0", memfd="0x800", v7="0x0",
+        source="shmem_getattr, since Linux 6.0", since=(6, 0)),
     row("readlink", probe.link_text, gm="anon_inode", memfd="/memfd", shim="/memfd",
         source="d_path", fuse=fuse("named", "a path")),
     row("mtime.punch", probe.times, 3, gm="mtime ctime", memfd="mtime ctime",
@@ -93,6 +107,8 @@ FICLONE, FICLONERANGE, FIDEDUPERANGE = 0x40049409, 0x4020940D, 0xC0189436
 GETFLAGS, SETFLAGS, FSGETXATTR, GETVERSION = 0x80086601, 0x40086602, 0x801C581F, 0x80087601
 RESVSP, UNRESVSP, ZERO_RANGE = 0x40305828, 0x4030582A, 0x40305839
 GETFSLABEL, GETFSUUID, ENABLE_VERITY = 0x81009431, 0x80111500, 0x40806685
+FIOQSIZE, BLKGETSIZE64, NS_GET_NSTYPE = 0x5460, 0x80081272, 0xB703
+PAGEMAP_SCAN, MEASURE_VERITY, GET_ENCRYPTION_POLICY = 0xC0606610, 0xC0046686, 0x400C6615
 TCGETS, KVM_GET_API_VERSION, UNKNOWN = 0x5401, 0xAE00, 0x4008FFFF
 
 _VFS: Final = "do_vfs_ioctl"
@@ -122,6 +138,13 @@ _IOCTLS: Final = [
     _int("FIOASYNC", FIOASYNC, 0, "0", "0"),
     _int("FIOASYNC-on", FIOASYNC, 1, "ENOTTY", "ENOTTY"),
     _int("FIGETBSZ", FIGETBSZ, 0, "4096", "4096"),
+    _ioctl("FIOQSIZE", FIOQSIZE, 0, gm="ENOTTY", memfd="0", resizable="0", fuse=_regular("0")),
+    _ioctl("BLKGETSIZE64", BLKGETSIZE64, 0, gm="ENOTTY", memfd="ENOTTY"),
+    _ioctl("NS_GET_NSTYPE", NS_GET_NSTYPE, 0, gm="ENOTTY", memfd="ENOTTY"),
+    _ioctl("PAGEMAP_SCAN", PAGEMAP_SCAN, 0, gm="ENOTTY", memfd="ENOTTY"),
+    _ioctl("FS_IOC_MEASURE_VERITY", MEASURE_VERITY, 0, gm="ENOTTY", memfd="ENOTTY"),
+    _ioctl("FS_IOC_GET_ENCRYPTION_POLICY", GET_ENCRYPTION_POLICY, 0, gm="ENOTTY",
+           memfd="ENOTTY"),
     _ioctl("FIOCLEX", FIOCLEX, gm="0", memfd="0"),
     _ioctl("FIONCLEX", FIONCLEX, gm="0", memfd="0"),
     _int("FIBMAP", FIBMAP, 0, "ENOTTY", "EINVAL", resizable="0",

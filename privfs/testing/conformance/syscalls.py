@@ -43,6 +43,7 @@ class Nr(enum.IntEnum):
     FTRUNCATE = 77
     GETDENTS = 78
     FCHDIR = 81
+    UNLINK = 87
     CHMOD = 90
     FCHMOD = 91
     FCHOWN = 93
@@ -63,6 +64,7 @@ class Nr(enum.IntEnum):
     MBIND = 237
     INOTIFY_INIT1 = 294
     INOTIFY_ADD_WATCH = 254
+    FCHOWNAT = 260
     LINKAT = 265
     SPLICE = 275
     TEE = 276
@@ -72,7 +74,10 @@ class Nr(enum.IntEnum):
     FALLOCATE = 285
     PREADV = 295
     PWRITEV = 296
+    FANOTIFY_INIT = 300
+    FANOTIFY_MARK = 301
     NAME_TO_HANDLE_AT = 303
+    OPEN_BY_HANDLE_AT = 304
     SYNCFS = 306
     PROCESS_VM_READV = 310
     EXECVEAT = 322
@@ -83,8 +88,13 @@ class Nr(enum.IntEnum):
     STATX = 332
     IO_URING_SETUP = 425
     IO_URING_ENTER = 426
+    OPEN_TREE = 428
+    OPENAT2 = 437
     PIDFD_GETFD = 438
+    LANDLOCK_CREATE_RULESET = 444
+    LANDLOCK_ADD_RULE = 445
     CACHESTAT = 451
+    FILE_GETATTR = 468
 
 
 Argument = int | bytes | ctypes.Array[ctypes.c_char] | ctypes.Structure | None
