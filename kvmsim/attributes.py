@@ -109,10 +109,15 @@ class Attributes:
         if end < GFN_LIMIT and after != value:
             starts.append(end)
             values.append(after)
-        # Build both lists before either is stored: a MemoryError leaves the map as it was.
-        new_starts = [*self._starts[:first], *starts, *self._starts[last:]]
-        new_values = [*self._values[:first], *values, *self._values[last:]]
-        self._starts, self._values = new_starts, new_values
+        # In place: a map of many runs is not copied for each change. A list that cannot grow stays
+        # as it is, and one that has can shrink again: a MemoryError leaves the map as it was.
+        old = self._starts[first:last]
+        self._starts[first:last] = starts
+        try:
+            self._values[first:last] = values
+        except MemoryError:
+            self._starts[first : first + len(starts)] = old
+            raise
         return True
 
     def key(self) -> Hashable:

@@ -15,17 +15,14 @@ waiting for its flush.
 from __future__ import annotations
 
 import errno
-from collections.abc import Hashable, Iterable
-from dataclasses import replace
+from collections.abc import Hashable
 from typing import Self
 
 from kvmsim.attributes import GFN_LIMIT, Attributes, check_request
+from kvmsim.bracket import Brackets
 from kvmsim.change import (
     Invalidation,
-    PoisonPage,
-    ReleaseFile,
     StoreAttributes,
-    Then,
 )
 from kvmsim.effect import (
     Effect,
@@ -40,7 +37,6 @@ from kvmsim.effect import (
 from kvmsim.fault import Fault
 from kvmsim.inplace import (
     Attributes2,
-    ConvertFile,
     Fill,
     InPlaceFile,
     changes_types,
@@ -49,22 +45,22 @@ from kvmsim.inplace import (
 from kvmsim.invalidate import MmuInvalidate
 from kvmsim.kind import SHARED_BIT_KIND, VmKind
 from kvmsim.memoryuse import MemoryUse, memory_use
-from kvmsim.memslot import Memslots, SlotChange
+from kvmsim.memslot import Memslots
 from kvmsim.mmu import Backing, Mmu, SecondStage, Zapped
 from kvmsim.region import BadFd, PrivateFile, Region, SharedSide
-from kvmsim.statistics import Counters, VmStatistics
+from kvmsim.statistics import VmStatistics
 from kvmsim.uapi import ABIS, Abi, KvmError
 
 __all__ = ["Invalidation", "MemoryUse", "Vm", "VmStatistics", "Zapped"]
 
 
-class Vm:
+class Vm(Brackets):
     """A VM over a second-stage table and the private memory's user side.
 
     ``pre_fault_allowed`` is false for guests with protected state until a model finalizes them.
     """
 
-    __slots__ = ("_changing", "_counters", "mmu", "pre_fault_allowed")
+    __slots__ = ("pre_fault_allowed",)
 
     def __init__(
         self,
@@ -79,26 +75,15 @@ class Vm:
         in_place: bool = False,
     ) -> None:
         slots = Memslots(abi, kind)
-        self.mmu = Mmu(
+        mmu = Mmu(
             slots, Attributes(), MmuInvalidate(), stage2, backing, abi, around, window, max_level
         )
         if in_place:
             if abi == "v7":
                 raise ValueError("v7 has no conversion in place")
-            self.mmu.files = {}
-        self._counters = Counters()
-        self._changing: Then | None = None
+            mmu.files = {}
+        super().__init__(mmu)
         self.pre_fault_allowed = not kind.protected_state
-
-    @property
-    def abi(self) -> Abi:
-        """Which interface this VM has."""
-        return self.mmu.abi
-
-    @property
-    def kind(self) -> VmKind:
-        """What makes an access private in this VM."""
-        return self.mmu.kind
 
     # --- memslots ------------------------------------------------------------------------
 
@@ -197,72 +182,6 @@ class Vm:
         known.converting = (plan.start, plan.end)
         return self._begin(gfns, halves=self.kind.halves, then=plan)
 
-    # --- invalidations from below --------------------------------------------------------
-
-    def begin_invalidate_file(self, file: int, start: int, end: int) -> Invalidation:
-        """Zap the private side of every slot bound to pages [start, end) of ``file``."""
-        found = list(self.mmu.slots.find_file(file, start, end))
-        gfns = [(first, last) for _, first, last in found]
-        whole = any(slot.whole for slot, _, _ in found)
-        return self._begin(gfns, halves=self.kind.halves if whole else _PRIVATE)
-
-    def invalidate_file(self, file: int, start: int, end: int) -> Zapped:
-        """The same with its end: what the acknowledging thread calls."""
-        return self.end(self.begin_invalidate_file(file, start, end))
-
-    def freed(self, file: int, start: int, end: int) -> None:
-        """The owner gives pages [start, end) back: what was wrong with their memory is past."""
-        self.mmu.poison.freed(file, start, end)
-
-    def release_file(self, file: int) -> Zapped:
-        """The file is no more: its slots lose it and every access to them is an exit.
-
-        kvm_gmem_release(). v7's slots hold their file, so there this is a defect of the caller.
-        """
-        if self.abi == "v7":
-            raise RuntimeError(f"release of file {file}: a slot of v7 keeps its file")
-        then = ReleaseFile(file)
-        return self.end(replace(self.begin_invalidate_file(file, 0, GFN_LIMIT), then=then))
-
-    def inject_memory_error(self, file: int, page: int) -> Zapped:
-        """The memory of a page fails: it is zapped, stays, and every fault on it is EHWPOISON.
-
-        kvm_gmem_error_folio(), as madvise(MADV_HWPOISON) would reach it.
-        """
-        then = PoisonPage(file, page)
-        return self.end(replace(self.begin_invalidate_file(file, page, page + 1), then=then))
-
-    def invalidate_shared(self, side: SharedSide, start: int, end: int) -> Zapped:
-        """Zap what maps pages [start, end) of a shared side (KVM: the hva's mmu_notifier)."""
-        found = list(self.mmu.slots.find_shared(side, start, end))
-        gfns = [(first, last) for _, first, last in found]
-        # A plain slot of v7 has the userspace memory on both sides.
-        both = any(slot.file is None for slot, _, _ in found)
-        halves = self.kind.halves
-        return self.end(self._begin(gfns, halves=halves if both else halves[-1:]))
-
-    def end(self, invalidation: Invalidation) -> Zapped:
-        """Make the change that was begun and let faults on its range succeed again."""
-        match invalidation.then:
-            case SlotChange() as change:
-                self.mmu.slots.apply(change)
-                self._changing = None
-            case StoreAttributes(start, end, value):
-                self.mmu.attributes.set(start, end, value)
-                self._changing = None
-            case ConvertFile(file, start, end, value):
-                assert self.mmu.files is not None
-                self.mmu.files[file].attributes.set(start, end, value)
-                self.mmu.files[file].converting = None
-                self._changing = None
-            case ReleaseFile(file):
-                self.mmu.slots.release(file)
-            case PoisonPage(file, page):
-                self.mmu.poison.add(file, page)
-        if invalidation.bracketed:
-            self.mmu.invalidate.end()
-        return invalidation.zapped
-
     # --- faults --------------------------------------------------------------------------
 
     def begin_fault(self, fault: Fault) -> Effect:
@@ -284,13 +203,6 @@ class Vm:
             ):
                 effect = fault.page_arrived(self.mmu, grant)
         return self._count(effect)
-
-    def deletes(self, gfn: int) -> bool:
-        """Whether the slot of ``gfn`` is being deleted or moved (KVM_MEMSLOT_INVALID)."""
-        match self._changing:
-            case SlotChange() as change if (taken := change.taken) is not None:
-                return taken.base_gfn <= gfn < taken.end_gfn
-        return False
 
     # --- what there is -------------------------------------------------------------------
 
@@ -334,27 +246,6 @@ class Vm:
 
     # --- inside --------------------------------------------------------------------------
 
-    def _require_unchanging(self, operation: str) -> None:
-        if self._changing:
-            raise RuntimeError(
-                f"{operation}: another change of slots or attributes is begun and not ended; "
-                "serialise them (KVM: slots_lock)"
-            )
-
-    def _begin(
-        self,
-        gfns: list[tuple[int, int]],
-        *,
-        halves: Iterable[int],
-        then: Then | None = None,
-    ) -> Invalidation:
-        zapped = self.mmu.begin_zap(gfns, halves)
-        if then is not None:
-            self._changing = then
-        self._counters.invalidations += bool(gfns)
-        self._counters.zapped_leaves += zapped.leaves
-        return Invalidation(zapped, bool(gfns), then)
-
     def _look(self, fault: Fault) -> Effect:
         fault.snapshot(self.mmu)
         effect = fault.look_up(self.mmu)
@@ -372,6 +263,3 @@ class Vm:
             case LeaveGuest():
                 self._counters.exits += 1
         return effect
-
-
-_PRIVATE = (0,)

@@ -33,7 +33,7 @@ SANS_IO = {
     "kvmsim.invalidate", "kvmsim.fault", "kvmsim.exits", "kvmsim.vm", "kvmsim.kind",
     "kvmsim.effect", "kvmsim.level", "kvmsim.poison", "kvmsim.change", "kvmsim.memoryuse",
     "kvmsim.prefault", "kvmsim.statistics", "kvmsim.inplace", "kvmsim.hostaccess",
-    "kvmsim.gpc", "kvmsim.rangeindex",
+    "kvmsim.gpc", "kvmsim.rangeindex", "kvmsim.bracket",
     "kvmsim.script", "kvmsim.trace", "hwemu.stage2",
     "hwemu.leafruns", "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
 }  # fmt: skip

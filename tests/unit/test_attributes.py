@@ -132,3 +132,31 @@ def test_refused_requests(arguments: tuple[int, int, int, int], reason: str) -> 
 )
 def test_accepted_requests(address: int, size: int, gfns: tuple[int, int]) -> None:
     assert check_request("op", address, size, PRIVATE, 0, supported=PRIVATE) == gfns
+
+
+class _Unable(list[int]):
+    """A list that cannot be changed for want of memory."""
+
+    def __setitem__(self, index: object, value: object) -> None:
+        raise MemoryError
+
+
+@pytest.mark.parametrize("failing", ["_starts", "_values"])
+def test_without_memory_all_stays_as_it_was(failing: str) -> None:
+    attributes = Attributes()
+    attributes.set(10, 20, PRIVATE)
+    before = attributes.key()
+    setattr(attributes, failing, _Unable(getattr(attributes, failing)))
+    with pytest.raises(MemoryError):
+        attributes.set(12, 14, 0)
+    assert attributes.key() == before
+
+
+def test_a_change_of_many_runs_costs_no_copy_of_them() -> None:
+    attributes = Attributes()
+    for gfn in range(0, 200_000, 2):
+        attributes.set(gfn, gfn + 1, PRIVATE)
+    starts = attributes._starts
+    assert attributes.set(1, 2, PRIVATE)
+    assert attributes._starts is starts
+    assert len(starts) == 200_000 - 2

@@ -9,6 +9,7 @@ from errno import EFAULT, EFBIG, EINVAL, EIO, ENOMEM
 import pytest
 
 from hwemu.stage2 import Stage2, WalkError
+from kvmsim.attributes import Attributes
 from kvmsim.exits import MemoryFaultExit, MmioExit
 from kvmsim.fault import Access, Effect, Fault, Installed, LeaveGuest, NeedPage, PageGrant, Retry
 from kvmsim.kind import KINDS
@@ -281,3 +282,21 @@ def test_what_the_owner_says_of_a_page_is_told(status: int) -> None:
     world.pages.failing = status
     assert number_of(world.touch(5)) == status
     assert ABIS["upstream"].conversion_errno == EFAULT  # which the VMM can tell from a conversion
+
+
+def test_a_change_that_fails_at_its_end_leaves_the_vm_usable(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = World()
+    world.touch(5)
+
+    def fail(self: Attributes, start: int, end: int, value: int) -> bool:
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(Attributes, "set", fail)
+        world.vm.set_memory_attributes(SLOT.guest_phys_addr, P, 0)
+    assert world.vm.mmu.invalidate.in_progress == 0
+    assert world.vm.mmu.attributes.get(0x200) == 8
+    assert isinstance(world.touch(5), Installed)
+    world.vm.set_memory_attributes(SLOT.guest_phys_addr, P, 0)
