@@ -140,6 +140,7 @@ class RunningVm:
         self.statistics = RunnerStatistics()
         self.vcpus: list[Vcpu] = []
         self.stop_reason = ""
+        self.storing: int | None = None  #: gpa of the write fault at work (lock held)
         self._handler: Handler = lambda vcpu, exit: False
         self._supervisor = supervisor
         self._pending: dict[tuple[Session, int], tuple[int, Callable[[PageGrant], None]]] = {}
@@ -475,7 +476,9 @@ class RunningVm:
         )
         fault = Fault(vcpu.index, gpa, wanted)
         with self.lock:
+            self.storing = gpa & ~self.vm.kind.shared_bit if wanted.write else None
             effect = self.vm.begin_fault(fault)
+            self.storing = None
         if isinstance(effect, Installed):
             return True
         vcpu.stopped_at = (fault, effect)

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Final
 
 from hwemu.arena import ArenaError
 from kvmsim.device.caller import Caller, Efault, NotOurs, PrivateFd
+from kvmsim.device.dirtylog import DirtyLog, LoggingStage2
 from kvmsim.device.hostside import Dropped, HostSide
 from kvmsim.device.prefaulting import PreFaulting
 from kvmsim.device.results import Begun, FdKind, NewFd
 from kvmsim.device.table import Call
+from kvmsim.mmu import Zapped
 from kvmsim.prefault import PreFault
 from kvmsim.region import BadFd, PrivateFile, Region
 from kvmsim.uapi import (
@@ -27,7 +29,6 @@ from kvmsim.uapi import (
     CREATE_GUEST_MEMFD,
     ENC_REGION,
     KVM_MEM_GUEST_MEMFD,
-    KVM_MEM_LOG_DIRTY_PAGES,
     KVM_MEM_READONLY,
     KVM_MEMORY_ENCRYPT_REG_REGION,
     KVM_SET_USER_MEMORY_REGION,
@@ -64,6 +65,11 @@ class VmMemory:
         self._made: list[tuple[int, int]] = []
         self._slots_lock = threading.Lock()  # KVM's slots_lock: one change at a time
         self.side = HostSide(vm.host)
+        self._log = DirtyLog()
+        mmu = self._running.vm.mmu
+        mmu.stage2 = LoggingStage2(
+            mmu.stage2, self._log, vm.kind.shared_bit, lambda: self._running.storing
+        )
 
     # --- slots --------------------------------------------------------------------------------
 
@@ -115,6 +121,7 @@ class VmMemory:
                 vm.set_user_memory_region2(region, shared=self.side, file=file, v1=v1)
                 self.side.add(region.slot, first, last, made)
                 made = []
+                self._log.follow(region.slot, vm.mmu.slots.get(region.slot))
         except KvmError:
             self._forget_unused(file)
             raise
@@ -137,6 +144,12 @@ class VmMemory:
             old = self._running.vm.mmu.slots.get(region.slot)
             assert old is not None
             zapped = self._running.vm.set_user_memory_region2(region, shared=self.side, v1=v1)
+            slots = self._running.vm.mmu.slots
+            new = slots.get(region.slot)
+            if self._log.follow(region.slot, new) and new is not None:
+                # what is mapped may be written without a fault
+                ranges = (*zapped.ranges, *self._zap([(new.base_gfn, new.end_gfn)]).ranges)
+                zapped = Zapped(ranges)
             if not region.memory_size:
                 first = old.userspace_addr >> PAGE_SHIFT
                 dropped = self.side.remove(old.id, first, first + old.npages)
@@ -273,14 +286,27 @@ class VmMemory:
 
     def get_dirty_log(self, call: Call) -> None:
         """KVM_GET_DIRTY_LOG."""
-        slot_id, _ = call.read(structs.DIRTY_LOG)
+        slot_id, address = call.read(structs.DIRTY_LOG)
         if slot_id & 0xFFFF >= KVM_USER_MEM_SLOTS or slot_id >> 16:
             raise call.refused(errno.EINVAL, f"slot {slot_id:#x}")
-        with self._running.lock:
-            slot = self._running.vm.mmu.slots.get(slot_id)
-        if slot is None or not slot.flags & KVM_MEM_LOG_DIRTY_PAGES:
-            raise call.refused(errno.ENOENT, f"slot {slot_id} does not log writes")
-        raise call.refused(errno.ENOENT, "writes are not logged by this simulator")
+        with self._slots_lock:
+            with self._running.lock:
+                taken = self._log.take(slot_id)
+                if taken is None:
+                    raise call.refused(errno.ENOENT, f"slot {slot_id} does not log writes")
+                bitmap, gfns = taken
+                zapped = self._zap(gfns)
+            if gfns:
+                self._running.flush_zapped(zapped)
+        call.caller.write(address, bitmap)
+
+    def _zap(self, gfns: list[tuple[int, int]]) -> Zapped:
+        """Have every access to these gfns fault again (lock held)."""
+        mmu = self._running.vm.mmu
+        zapped = mmu.begin_zap(gfns, self._vm.kind.halves)
+        if gfns:
+            mmu.invalidate.end()
+        return zapped
 
     def pre_fault(self, vcpu: VcpuDevice, call: Call) -> Begun:
         """KVM_PRE_FAULT_MEMORY: refused at once, or answered when the owner has answered."""

@@ -43,7 +43,7 @@ TABLE: Final = table(
         Row(KVM_CREATE_VCPU, _of_vm("create_vcpu"), "a vCPU on an engine of its own",
             "EINVAL: id from 4096 on, more than 256 vCPUs; EEXIST: the id is taken"),
         Row(KVM_SET_USER_MEMORY_REGION, _of_memory("set_region"),
-            "all; writes are not logged. v7: also 160 bytes with KVM_MEM_PRIVATE", _REGION_ERRORS),
+            "all. v7: also 160 bytes with KVM_MEM_PRIVATE", _REGION_ERRORS),
         Row(KVM_SET_USER_MEMORY_REGION2, _of_memory("set_region2"),
             "all; a private file of any privfs mount can be bound",
             _REGION_ERRORS + "; EBADF: guest_memfd is not open; v7: ENOTTY"),
@@ -58,7 +58,7 @@ TABLE: Final = table(
             "EINVAL: size 0 or not aligned, flags that the mount lacks; ENOTTY: no mount, v7; "
             "what the mount answers"),
         Row(requests.KVM_GET_DIRTY_LOG, _of_memory("get_dirty_log"),
-            "nothing: no writes are logged", "ENOENT: always; EINVAL: slot id"),
+            "all; reading it takes the marks", "ENOENT: the slot does not log; EINVAL: slot id"),
         Row(KVM_CHECK_EXTENSION, _of_vm("check_extension"), "only what is there"),
         Row(requests.KVM_ENABLE_CAP, _of_vm("enable_cap"),
             "KVM_CAP_EXIT_HYPERCALL, KVM_CAP_MAX_VCPU_ID", "EINVAL: others, flags, arguments"),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import struct
 import threading
@@ -276,8 +277,6 @@ def test_other_ioctls_wait_for_the_run_and_can_be_given_up(boot: Boot) -> None:
     caller = program.process.caller
     device = caller.objects[vcpu]
     begun = begin(program, vcpu)
-    import ctypes
-
     space = ctypes.create_string_buffer(structs.REGS.size)
     waits = [device.ioctl(requests.KVM_GET_REGS, ctypes.addressof(space), caller) for _ in range(2)]
     again = device.ioctl(KVM_RUN, 0, caller)
@@ -498,3 +497,77 @@ def test_registers_travel_in_kvm_run(boot: Boot) -> None:
     run[296:304] = struct.pack("<Q", 8)
     with pytest.raises(OSError, match="unknown bits"):
         program.process.ioctl(vcpu, KVM_RUN)
+
+
+# --- the log of writes --------------------------------------------------------------------------
+
+
+def dirty(program: Program, slot: int, npages: int) -> set[int]:
+    """KVM_GET_DIRTY_LOG."""
+    bitmap = ctypes.create_string_buffer(-(-npages // 64) * 8)
+    program.ioctl(
+        program.vm, requests.KVM_GET_DIRTY_LOG, structs.DIRTY_LOG, slot, ctypes.addressof(bitmap)
+    )
+    return {page for page in range(npages) if bitmap.raw[page // 8] >> page % 8 & 1}
+
+
+# 1: mov rax, [rdi]; mov [rsi], rdx; in al, 4; jmp 1b
+READ_WRITE = bytes.fromhex("488b07488916e404ebf6")
+
+
+def test_writes_are_logged_and_reads_are_not(boot: Boot) -> None:
+    program = boot(READ_WRITE, rdi=HIGH, rsi=HIGH)
+    vcpu = program.vcpus[0]
+    memory = program.process.ranges.allocate(70 * PAGE)
+    program.slot(1, HIGH, 70 * PAGE, memory.address)
+    with pytest.raises(OSError, match="does not log") as caught:
+        dirty(program, 1, 70)
+    assert caught.value.errno == errno.ENOENT
+
+    def touch(read: int, write: int, value: int) -> None:
+        regs = {"rdi": HIGH + read * PAGE, "rsi": HIGH + write * PAGE, "rdx": value}
+        program.set_regs(vcpu, rip=TEXT, **regs)
+        program.ucall(vcpu)
+        assert memory.read(write * PAGE, 1)[0] == value
+
+    touch(0, 5, 1)
+    program.slot(1, HIGH, 70 * PAGE, memory.address, flags=1)
+    assert dirty(program, 1, 70) == set(), "what was written before does not count"
+    touch(3, 5, 2)
+    touch(3, 69, 3)
+    touch(3, 5, 4)
+    assert dirty(program, 1, 70) == {5, 69}
+    assert dirty(program, 1, 70) == set(), "taken"
+    touch(5, 6, 5)
+    touch(7, 5, 6)
+    assert dirty(program, 1, 70) == {5, 6}
+    program.slot(1, HIGH + 128 * PAGE, 70 * PAGE, memory.address)
+    with pytest.raises(OSError, match="does not log"):
+        dirty(program, 1, 70)
+
+
+def test_no_write_of_a_running_guest_is_missed(boot: Boot) -> None:
+    """What the log does not tell of has not changed."""
+    # 1: inc qword ptr [rdi]; add rdi, 0x1000; and rdi, rsi; or rdi, rdx; jmp 1b
+    code = bytes.fromhex("48ff074881c7001000004821f74809d7ebee")
+    npages = 64
+    program = boot(code, rdi=HIGH, rsi=HIGH | (npages - 1) * PAGE, rdx=HIGH)
+    vcpu = program.vcpus[0]
+    memory = program.process.ranges.allocate(npages * PAGE)
+    program.slot(1, HIGH, npages * PAGE, memory.address, flags=1)
+    begun = begin(program, vcpu)
+    copy = bytearray(npages * PAGE)
+    seen = 0
+
+    def look() -> bool:
+        nonlocal seen
+        for page in dirty(program, 1, npages):
+            copy[page * PAGE : page * PAGE + 8] = memory.read(page * PAGE, 8)
+            seen += 1
+        return seen > 500
+
+    until(look)
+    begun.pending.cancel()
+    assert isinstance(begun.pending.wait(20), Failure)
+    look()
+    assert memory.read(0, npages * PAGE) == bytes(copy)
