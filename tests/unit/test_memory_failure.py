@@ -293,9 +293,10 @@ def test_a_change_that_fails_at_its_end_leaves_the_vm_usable(
     def fail(self: Attributes, start: int, end: int, value: int) -> bool:
         raise MemoryError
 
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+    with monkeypatch.context() as patch:
         patch.setattr(Attributes, "set", fail)
-        world.vm.set_memory_attributes(SLOT.guest_phys_addr, P, 0)
+        with pytest.raises(MemoryError):
+            world.vm.set_memory_attributes(SLOT.guest_phys_addr, P, 0)
     assert world.vm.mmu.invalidate.in_progress == 0
     assert world.vm.mmu.attributes.get(0x200) == 8
     assert isinstance(world.touch(5), Installed)
