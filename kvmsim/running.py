@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from hwemu.arena import new_table_pool
 from hwemu.cpu import api as cpu_api
@@ -119,6 +119,8 @@ class RunningVm:
     attributes, table and grants, never while anything is waited for.
     """
 
+    core: ClassVar[type[Vm]] = Vm  #: the class of :attr:`vm`
+
     def __init__(
         self,
         host: HostMemory,
@@ -135,7 +137,7 @@ class RunningVm:
         self.private = PrivateMemory(self, host, label)
         self._pool = new_table_pool(POOL_SIZE)
         self.stage2 = FencedStage2(self._pool, POOL_HPA, host.admit)
-        self.vm = Vm(self.stage2, self.private, abi=abi, kind=kind, max_level=MAX_LEVEL)
+        self.vm = self.core(self.stage2, self.private, abi=abi, kind=kind, max_level=MAX_LEVEL)
         self.shootdown = Shootdown()
         self.statistics = RunnerStatistics()
         self.vcpus: list[Vcpu] = []

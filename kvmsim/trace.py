@@ -58,6 +58,9 @@ TRACEPOINTS: Final[Mapping[str, Tracepoint]] = MappingProxyType(
         "kvmsim_gmem_invalidate": Tracepoint(
             "file {file:x} unmap range: {start:#016x} -- {end:#016x}", _OWN
         ),
+        "kvmsim_gmem_set_attributes": Tracepoint(
+            "file {file:x} {start:#016x} -- {end:#016x} [{attributes:#x}]", _OWN
+        ),
         "kvmsim_gmem_release": Tracepoint("file {file:x}", _OWN),
         "kvmsim_gmem_error": Tracepoint("file {file:x} page {page:#x}", _OWN),
         "kvmsim_drained": Tracepoint("epoch {epoch} after {ns} ns", _OWN),

@@ -17,6 +17,7 @@ from kvmsim import exits
 from kvmsim.change import Invalidation, PoisonPage, ReleaseFile, StoreAttributes
 from kvmsim.effect import Effect, NeedPage, PageGrant, Retry
 from kvmsim.fault import Fault
+from kvmsim.inplace import ConvertFile
 from kvmsim.memslot import SlotChange
 from kvmsim.mmu import SecondStage, Zapped
 from kvmsim.region import SharedSide
@@ -111,15 +112,14 @@ class _Stage2:
 
 
 class _Core(Vm):
-    """A core that tells of the brackets in it; takes the place of one that is new."""
+    """A core that tells of the brackets in it; silent until :meth:`watch`."""
 
     __slots__ = ("_tell",)
 
-    def __init__(self, core: Vm, tell: _Tell) -> None:
-        for name in Vm.__slots__:
-            setattr(self, name, getattr(core, name))
-        self.mmu.stage2 = _Stage2(core.mmu.stage2, core.kind.shared_bit, tell)
+    def watch(self, tell: _Tell) -> None:
+        """Begin to tell."""
         self._tell = tell
+        self.mmu.stage2 = _Stage2(self.mmu.stage2, self.kind.shared_bit, tell)
 
     def begin_invalidate_file(self, file: int, start: int, end: int) -> Invalidation:
         """Zap the private side."""
@@ -137,6 +137,11 @@ class _Core(Vm):
         match invalidation.then:
             case StoreAttributes(start, end, value):
                 self._tell("kvm_vm_set_mem_attributes", start=start, end=end, attributes=value)
+            case ConvertFile(file, start, end, value):
+                self._tell(
+                    "kvmsim_gmem_set_attributes", file=file, start=start, end=end,
+                    attributes=value,
+                )  # fmt: skip
             case ReleaseFile(file):
                 self._tell("kvmsim_gmem_release", file=file)
             case PoisonPage(file, page):
@@ -154,10 +159,12 @@ class TracedVm(RunningVm):
     """A running VM with a tracer; :func:`traced` makes the class."""
 
     tracer: ClassVar[Tracer]
+    core = _Core
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self.vm = _Core(self.vm, self._tell)
+        assert isinstance(self.vm, _Core)
+        self.vm.watch(self._tell)
         self._asked: dict[int, int] = {}
 
     def _tell(self, name: str, vcpu: int | None = None, /, **fields: Value) -> None:
