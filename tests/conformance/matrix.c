@@ -13,6 +13,7 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <linux/fs.h>
+#include <linux/openat2.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
@@ -22,9 +23,12 @@
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -316,6 +320,151 @@ static void rest(void)
 				      (char *[]){ NULL }, AT_EMPTY_PATH));
 }
 
+static const char *magic(int fd)
+{
+	static char name[64];
+
+	snprintf(name, sizeof(name), "/proc/self/fd/%d", fd);
+	return name;
+}
+
+static long resolved(int fd, unsigned long how)
+{
+	struct open_how ask = { .flags = O_PATH, .resolve = how };
+
+	return syscall(SYS_openat2, AT_FDCWD, magic(fd), &ask, sizeof(ask)) < 0 ? -1 : 0;
+}
+
+static long at_socket(int fd, int connects)
+{
+	struct sockaddr_un name = { .sun_family = AF_UNIX };
+	int end = socket(AF_UNIX, SOCK_STREAM, 0);
+
+	strcpy(name.sun_path, magic(fd));
+	return syscall(connects ? SYS_connect : SYS_bind, end, &name, sizeof(name));
+}
+
+static long beside(int fd)
+{
+	char name[sizeof(path) + 8];
+	long result;
+	int code;
+
+	snprintf(name, sizeof(name), "%s-link", *path ? path : "/dev/shm/matrix");
+	result = syscall(SYS_linkat, fd, "", AT_FDCWD, name, AT_EMPTY_PATH);
+	code = errno;
+	unlink(name);
+	errno = code;
+	return result;
+}
+
+static long handle(int fd, int opens)
+{
+	struct { struct file_handle head; char room[128]; } known = { .head.handle_bytes = 128 };
+	int mount;
+
+	if (syscall(SYS_name_to_handle_at, fd, "", &known, &mount,
+		    AT_EMPTY_PATH | (opens ? 0 : 0x200 /* AT_HANDLE_FID */)))
+		return -1;
+	return !opens ? 0 : syscall(SYS_open_by_handle_at, fd, &known, O_RDWR) < 0 ? -1 : 0;
+}
+
+static long landlocked(int fd)
+{
+	unsigned long rights = 1;
+	int rules = syscall(444, &rights, sizeof(rights), 0);
+	struct { unsigned long rights; int fd; } __attribute__((packed)) rule = { 1, 0 };
+
+	rule.fd = again(fd, O_PATH);
+	return syscall(445, rules, 1, &rule, 0);
+}
+
+static long watched(int fd, int punches)
+{
+	int watcher = syscall(300, 2 /* FAN_NONBLOCK */, O_RDONLY);
+
+	if (watcher < 0 || syscall(301, watcher, 1, 2L /* FAN_MODIFY */, AT_FDCWD, magic(fd)))
+		return -1;
+	return punches ? allocate(fd, PUNCH, 0, PAGE) : 0;
+}
+
+static long locked(int fd, int type, long start, long length)
+{
+	struct flock lock = { .l_type = type, .l_start = start, .l_len = length };
+
+	return syscall(SYS_fcntl, fd, F_SETLK, &lock);
+}
+
+static long hinted(int fd, unsigned long hint)
+{
+	return syscall(SYS_fcntl, fd, 1036 /* F_SET_RW_HINT */, &hint);
+}
+
+static long statted(int fd, int flags, unsigned int mask)
+{
+	struct statx found;
+
+	return syscall(SYS_statx, fd, "", AT_EMPTY_PATH | flags, mask, &found);
+}
+
+#define FLAGGED(name, flag)								\
+	R("preadv2.position-" name, FILLED, syscall(SYS_preadv2, fd, &vector, 1, -1L, -1L, flag)); \
+	R("pwritev2.position-" name, FILLED, syscall(SYS_pwritev2, fd, &vector, 1, -1L, -1L, flag)); \
+	R("pwritev2." name, FILLED, syscall(SYS_pwritev2, fd, &vector, 1, 0L, 0L, flag))
+
+static void places(void)
+{
+	long at = 0, past = 2 * SIZE, before = -1;
+	char value[256];
+
+	R("openat2.no-xdev", FILLED, resolved(fd, RESOLVE_NO_XDEV));
+	R("openat2.no-magiclinks", FILLED, resolved(fd, RESOLVE_NO_MAGICLINKS));
+	R("openat2.no-symlinks", FILLED, resolved(fd, RESOLVE_NO_SYMLINKS));
+	R("openat2.beneath", FILLED, resolved(fd, RESOLVE_BENEATH));
+	R("openat2.in-root", FILLED, resolved(fd, RESOLVE_IN_ROOT));
+	R("openat2.no-restriction", FILLED, resolved(fd, 0));
+	R("unlink.magic-link", FILLED, syscall(SYS_unlink, magic(fd)));
+	R("bind.magic-link", FILLED, at_socket(fd, 0));
+	R("connect.magic-link", FILLED, at_socket(fd, 1));
+	R("truncate.path-same", FILLED, syscall(SYS_truncate, magic(again(fd, O_PATH)), SIZE));
+	R("fchownat.path", FILLED, syscall(SYS_fchownat, again(fd, O_PATH), "", geteuid(), getegid(),
+					   AT_EMPTY_PATH));
+	R("linkat.beside", FILLED, beside(fd));
+	R("open_tree", FILLED, syscall(428, fd, "", AT_EMPTY_PATH) < 0 ? -1 : 0);
+	R("open_tree.clone", FILLED, syscall(428, fd, "", AT_EMPTY_PATH | 1) < 0 ? -1 : 0);
+	R("landlock.rule", FILLED, landlocked(fd));
+	R("name_to_handle_at.fid", FILLED, handle(fd, 0));
+	R("open_by_handle_at", FILLED, handle(fd, 1));
+	R("fanotify.mark", FILLED, watched(fd, 0));
+	FLAGGED("nowait", 0x8);
+	FLAGGED("noappend", 0x20);
+	FLAGGED("atomic", 0x40);
+	FLAGGED("dontcache", 0x80);
+	R("sendfile.from-zero-bytes", FILLED, syscall(SYS_sendfile, another(), fd, NULL, 0L));
+	R("sendfile.from-negative", FILLED, syscall(SYS_sendfile, a_pipe(1, 0), fd, &before, PAGE));
+	R("vmsplice.to", FILLED, syscall(SYS_vmsplice, fd, &vector, 1, 0));
+	R("tee.to", FILLED, syscall(SYS_tee, a_pipe(0, 1), fd, PAGE, 0));
+	R("copy_file_range.self-past-eof", FILLED,
+	  syscall(SYS_copy_file_range, fd, &past, fd, &at, PAGE, 0));
+	R("copy_file_range.self-negative", FILLED,
+	  syscall(SYS_copy_file_range, fd, &before, fd, &at, PAGE, 0));
+	R("F_SETLK.negative", FILLED, locked(fd, F_WRLCK, -1, 1));
+	R("F_SETLK.overflow", FILLED, locked(fd, F_WRLCK, LONG_MAX, 2));
+	R("F_SETLK.unknown", FILLED, locked(fd, 77, 0, PAGE));
+	R("F_SET_RW_HINT.extreme", FILLED, hinted(fd, 5));
+	R("F_SET_RW_HINT.unknown", FILLED, hinted(fd, 6));
+	R("F_CREATED_QUERY", FILLED, syscall(SYS_fcntl, fd, 1028, 0));
+	R("F_DUPFD_QUERY", FILLED, syscall(SYS_fcntl, fd, 1027, dup(fd)));
+	R("F_SETPIPE_SZ", FILLED, syscall(SYS_fcntl, fd, F_SETPIPE_SZ, PAGE));
+	R("statx.both-syncs", FILLED, statted(fd, AT_STATX_FORCE_SYNC | AT_STATX_DONT_SYNC, 0x7ff));
+	R("statx.reserved", FILLED, statted(fd, 0, 1u << 31));
+	R("ioctl.FIOQSIZE", FILLED, syscall(SYS_ioctl, fd, FIOQSIZE, value));
+	R("ioctl.NS_GET_NSTYPE", FILLED, syscall(SYS_ioctl, fd, 0xb703, 0));
+	R("ioctl.BLKGETSIZE64", FILLED, syscall(SYS_ioctl, fd, BLKGETSIZE64, value));
+	R("sync_file_range.past-eof", FILLED, syscall(SYS_sync_file_range, fd, 2 * SIZE, PAGE, 2));
+	R("sync_file_range.overflow", FILLED, syscall(SYS_sync_file_range, fd, LONG_MAX, 2L, 2));
+}
+
 int main(int argc, char **argv)
 {
 	if (argc < 2)
@@ -334,5 +483,6 @@ int main(int argc, char **argv)
 	bytes();
 	maps();
 	rest();
+	places();
 	return 0;
 }
