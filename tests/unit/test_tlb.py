@@ -227,3 +227,59 @@ def test_key_is_relative_and_copy_independent() -> None:
     copy.request()
     assert copy.key() != two.key()
     assert not two.pending(0)
+
+
+@pytest.mark.parametrize("level", [2, 3])
+def test_a_large_entry_translates_all_of_its_page(level: int) -> None:
+    tlb = Tlb(64, 4)
+    size = PAGE_SIZE << 9 * (level - 1)
+    tlb.fill(size + 0x12_3456, (1 << 39) + 0x12_3456, level=level)
+    for offset in (0, 0x5123, size - 1):
+        assert tlb.lookup(size + offset) == (1 << 39) + offset
+    assert tlb.lookup(size - 1) is tlb.lookup(2 * size) is None
+    assert tlb.statistics().fills == 1
+
+
+def test_a_flush_of_one_page_takes_the_large_entry_over_it() -> None:
+    tlb = Tlb(64, 4)
+    two = 2 << 20
+    tlb.fill(0, 1 << 39, level=2)
+    tlb.fill(two, 1 << 38, level=2)
+    assert tlb.flush_range(0x7000, 1) == 1
+    assert tlb.lookup(0) is None
+    assert tlb.lookup(two) == 1 << 38
+    assert tlb.flush_range(two - PAGE_SIZE, 1) == 0
+    assert tlb.flush_range(two - PAGE_SIZE, 2) == 1
+
+
+def test_a_forgotten_flush_of_a_split_leaf_is_visible() -> None:
+    """The smaller entry answers first, the larger one for all that is not cached small."""
+    tlb = Tlb(64, 4)
+    tlb.fill(0, 1 << 39, level=2)
+    tlb.fill(0x5000, 1 << 38)
+    assert tlb.lookup(0x5000) == 1 << 38
+    assert tlb.lookup(0x6000) == (1 << 39) + 0x6000
+
+
+def test_a_large_read_only_entry_lets_a_small_one_answer_a_write() -> None:
+    tlb = Tlb(64, 4)
+    tlb.fill(0, 1 << 39, level=2, writable=False)
+    assert tlb.lookup(0x5000, write=True) is None
+    tlb.fill(0x5000, (1 << 39) + 0x5000)
+    assert tlb.lookup(0x5000, write=True) == (1 << 39) + 0x5000
+
+
+@pytest.mark.parametrize("level", [0, 4])
+def test_there_are_three_levels(level: int) -> None:
+    with pytest.raises(ValueError, match="level"):
+        Tlb().fill(0, 0, level=level)
+
+
+def test_copies_of_large_entries_go_apart() -> None:
+    tlb = Tlb(64, 4)
+    tlb.fill(0, 1 << 39, level=2)
+    twin = tlb.copy()
+    assert twin.key() == tlb.key()
+    twin.flush_range(0x5000, 1)
+    assert tlb.lookup(0x5000) == (1 << 39) + 0x5000
+    assert twin.key() != tlb.key()
