@@ -6,6 +6,9 @@ user may install it only if it has since processed no overlapping invalidation: 
 ``mmu_invalidate_retry_gfn()`` with the snapshot delivered by the owner, so that no barrier can be
 forgotten and no END message is needed.
 
+No order of delivery is relied upon: a grant may overtake an invalidation, an invalidation another
+one or the answer to a registration.
+
 The caller holds one lock (KVM's ``mmu_lock``) over :meth:`User.received` together with the zap
 that it asks for, and over :meth:`User.installable` together with the store of the table entry.
 Units are file pages in half-open ranges.
@@ -119,6 +122,16 @@ class _File:
         self.floor = 0
         self.extents: dict[int, tuple[int, int]] = {}
 
+    def note(self, seq: int, start: int, end: int) -> None:
+        """Remember an invalidation; the ring stays in the order of seqs."""
+        ring = self.ring
+        if len(ring) == ring.maxlen:
+            self.floor = max(self.floor, ring[0][0])
+        overtaken = bool(ring) and ring[-1][0] > seq
+        ring.append((seq, start, end))
+        if overtaken:
+            self.ring = deque(sorted(ring), ring.maxlen)
+
     def copy(self) -> _File:
         twin = _File(0)
         twin.ring = self.ring.copy()
@@ -138,6 +151,7 @@ class User:
         self._ring = ring
         self._files: dict[int, _File] = {}
         self._pending: dict[int, tuple[Op, int]] = {}
+        self._newest = 0  #: seq of the newest invalidation of a file that was not registered
 
     # --- records to send ----------------------------------------------------------------------
 
@@ -217,7 +231,7 @@ class User:
         if op == Op.REGISTERED:
             if not record.status:
                 file = self._files[record.obj] = _File(self._ring)
-                file.floor = record.seq
+                file.floor = max(record.seq, self._newest)
             return Registered(record.req, record.status, record.obj, bool(record.start), record.end)
         if op == Op.WELCOME:
             return Opened(record.req, record.status, record.seq)
@@ -226,10 +240,10 @@ class User:
     def _invalidate(self, record: Record) -> Zap:
         file = self._files.get(record.obj)
         dead: tuple[int, ...] = ()
-        if file is not None:
-            if len(file.ring) == file.ring.maxlen:
-                file.floor = file.ring[0][0]
-            file.ring.append((record.seq, record.start, record.end))
+        if file is None:
+            self._newest = max(self._newest, record.seq)
+        else:
+            file.note(record.seq, record.start, record.end)
             if record.flags & Flag.EXTENT or record.status in (Reason.TRUNCATE, Reason.REVOKE):
                 dead = tuple(
                     instance
@@ -283,7 +297,8 @@ class User:
                 (ino, tuple(f.ring), f.floor, tuple(f.extents.items()))
                 for ino, f in self._files.items()
             ]),
-            tuple(self._pending.items()),
+            frozenset(self._pending.items()),
+            self._newest,
         )  # fmt: skip
 
     def copy(self) -> User:
@@ -292,6 +307,7 @@ class User:
         twin._ring = self._ring
         twin._files = {ino: f.copy() for ino, f in self._files.items()}
         twin._pending = self._pending.copy()
+        twin._newest = self._newest
         return twin
 
 

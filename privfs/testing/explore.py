@@ -2,15 +2,18 @@
 """Breadth-first exploration of small worlds that are made of the code that ships.
 
 A *world* is a value with events: :meth:`World.step` returns the world after one of them and leaves
-the old one alone.  :func:`explore` visits every reachable state once and checks
+the old one alone.  A *system* says the same of states that are plain hashable values, which is
+several times faster; :mod:`privfs.testing.parts` helps to build one.  :func:`explore` visits every
+reachable state once and checks
 
-* **safety**: :meth:`World.violations` is None in every state, and no step raises;
+* **safety**: no state is a violation, and no step raises;
 * **liveness**, if a goal is given: from every state a goal state can still be reached by fair
   events.  Events that nobody may rely on (a crash, a new request) are not fair; without that,
   killing everybody would always lead to a quiet world.
 
-A counterexample is a shortest one; it prints as a script and :func:`replay` runs it again.
-Two states are one if their keys are equal, so a key must hold all that the future depends on.
+A counterexample is a shortest one; it prints as a script, and as a program for :func:`confirm`.
+Two worlds are one state if their keys are equal, so a key must hold all that the future depends on.
+  Events must come in an order that depends on the state alone.
 """
 
 from __future__ import annotations
@@ -18,12 +21,14 @@ from __future__ import annotations
 import gc
 import time
 from array import array
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, Self, TypeVar
+from typing import Any, Final, Generic, Protocol, Self, TypeVar, cast, overload
 
 import numpy as np
 import numpy.typing as npt
+
+STUCK: Final = "stuck: no fair event leads on to the goal"
 
 
 class World(Protocol):
@@ -47,6 +52,39 @@ class World(Protocol):
 
 
 W = TypeVar("W", bound=World)
+S = TypeVar("S", bound=Hashable)
+
+
+class System(Protocol[S]):
+    """States that are values, and what leads from one to the next."""
+
+    def start(self) -> S:
+        """Return the first state."""
+        ...
+
+    def successors(self, state: S) -> Iterable[tuple[Hashable, S]]:
+        """Return (event, state after it) for all that can happen; :class:`StepFailed` for a crash.
+
+        The order depends on ``state`` alone, and no two events of a state are equal.
+        """
+        ...
+
+    def violation(self, state: S) -> str | None:
+        """Return the invariant that is broken here, or None."""
+        ...
+
+
+class StepFailed(Exception):
+    """The code under test raised at ``event``; ``__cause__`` is what."""
+
+    def __init__(self, event: Hashable) -> None:
+        super().__init__(f"crash at {event}")
+        self.event = event
+
+    @property
+    def problem(self) -> str:
+        """What was raised, in a line."""
+        return f"{type(self.__cause__).__name__}: {self.__cause__}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +93,7 @@ class Report:
 
     ``problem`` is None if nothing is wrong, else one sentence, and ``trace`` the events that lead
     to it.  ``depth`` is the distance of the farthest state, ``stuck`` the number of states from
-    which no goal can be reached; they are counted only if ``complete``.
+    which no goal can be reached; they are counted only if ``complete``.  ``seconds`` are CPU time.
     """
 
     states: int
@@ -80,6 +118,23 @@ class Report:
         lines = [f"{number:3}  {event}" for number, event in enumerate(self.trace, 1)]
         return "\n".join([*lines, f"   → {self.problem}"])
 
+    def program(self, imports: str, build: str, goal: str = "None", fair: str = "None") -> str:
+        """Return the counterexample as a Python program that ends well if it can be reproduced.
+
+        ``build`` is an expression for the world or the system, ``goal`` and ``fair`` are those of
+        :func:`explore`; ``imports`` are the lines that they need.
+        """
+        if self.trace is None:
+            return "# no counterexample\n"
+        events = "".join(f"    {event!r},\n" for event in self.trace)
+        return (
+            f"# {self.problem}\n"
+            "from privfs.testing import confirm\n"
+            f"{imports.strip()}\n\n"
+            f"EVENTS = [\n{events}]\n\n"
+            f"confirm({build}, EVENTS, {self.problem!r}, goal={goal}, fair={fair})\n"
+        )
+
     def __str__(self) -> str:
         size = (
             f"{self.states:,} states, {self.transitions:,} transitions, depth {self.depth}, "
@@ -90,14 +145,30 @@ class Report:
         return size if self.problem is None else f"{size}\n{self.script()}"
 
 
+@overload
 def explore(
     world: W,
     *,
     goal: Callable[[W], bool] | None = None,
     fair: Callable[[Hashable], bool] | None = None,
     max_states: int | None = None,
+) -> Report: ...
+@overload
+def explore(
+    world: System[S],
+    *,
+    goal: Callable[[S], bool] | None = None,
+    fair: Callable[[Hashable], bool] | None = None,
+    max_states: int | None = None,
+) -> Report: ...
+def explore(
+    world: Any,
+    *,
+    goal: Callable[[Any], bool] | None = None,
+    fair: Callable[[Hashable], bool] | None = None,
+    max_states: int | None = None,
 ) -> Report:
-    """Visit the states that are reachable from ``world``, the nearest first.
+    """Visit the states that are reachable from ``world``, a world or a system, nearest first.
 
     ``goal`` asks for liveness, ``fair`` says which events it may rely on (all, by default).
     ``max_states`` ends the search early; what has not been expanded counts as live then.
@@ -105,106 +176,185 @@ def explore(
     collecting = gc.isenabled()
     gc.disable()  # values without cycles, by the million: the collector would find nothing
     try:
-        return _Search(world, goal, fair).run(max_states)
+        return _Search(_system(world), goal, fair).run(max_states)
     finally:
         if collecting:
             gc.enable()
 
 
-def replay(world: W, trace: Sequence[Hashable]) -> W:
-    """Run a script again; raise ValueError where an event cannot happen."""
+@overload
+def replay(world: W, trace: Sequence[Hashable]) -> W: ...
+@overload
+def replay(world: System[S], trace: Sequence[Hashable]) -> S: ...
+def replay(world: Any, trace: Sequence[Hashable]) -> Any:
+    """Run a script again and return the state it ends in.
+
+    ValueError where an event cannot happen; :class:`StepFailed` where the code under test raises.
+    """
+    system = _system(world)
+    state = system.start()
     for number, event in enumerate(trace, 1):
-        if event not in list(world.events()):
+        for possible, after in system.successors(state):
+            if possible == event:
+                state = after
+                break
+        else:
             raise ValueError(f"event {number} of {len(trace)}, {event}: cannot happen here")
-        after = world.step(event)
-        if after is None:
-            raise ValueError(f"event {number} of {len(trace)}, {event}: leads out of this world")
-        world = after
-    return world
+    return state
 
 
-class _Search(Generic[W]):
+def confirm(
+    world: Any,
+    trace: Sequence[Hashable],
+    problem: str,
+    *,
+    goal: Callable[[Any], bool] | None = None,
+    fair: Callable[[Hashable], bool] | None = None,
+) -> None:
+    """Run a counterexample again; AssertionError unless it ends in ``problem``.
+
+    A state that is stuck is confirmed by walking all that fair events can reach from it.
+    """
+    system = _system(world)
+    found: str | None
+    try:
+        state = replay(system, trace)
+        found = STUCK if problem == STUCK else system.violation(state)
+    except StepFailed as crash:
+        found = crash.problem
+    assert found == problem, f"ends in {found!r}, not in {problem!r}"
+    if found != STUCK:
+        return
+    assert goal is not None, "a stuck state needs the goal that cannot be reached"
+    key = getattr(system, "key", _same)
+    seen, todo = {key(state)}, [state]
+    while todo:
+        state = todo.pop()
+        assert not goal(state), f"the goal can be reached: {state}"
+        for event, after in system.successors(state):
+            if (fair is None or fair(event)) and key(after) not in seen:
+                seen.add(key(after))
+                todo.append(after)
+
+
+class _Worlds(Generic[W]):
+    """A world as a system: its states are worlds, and ``key`` says which are the same."""
+
+    def __init__(self, world: W) -> None:
+        self._first = world
+
+    def start(self) -> W:
+        return self._first
+
+    def successors(self, state: W) -> Iterator[tuple[Hashable, W]]:
+        for event in state.events():
+            try:
+                after = state.step(event)
+            except Exception as crash:  # of the code under test: that is what we look for
+                raise StepFailed(event) from crash
+            if after is not None:
+                yield event, after
+
+    def violation(self, state: W) -> str | None:
+        return state.violations()
+
+    def key(self, state: W) -> Hashable:
+        return state.key()
+
+
+def _system(world: Any) -> Any:
+    return world if hasattr(world, "successors") else _Worlds(world)
+
+
+def _same(state: Hashable) -> Hashable:
+    return state
+
+
+class _Search:
     """States are numbered in the order of their discovery, hence by distance."""
 
     def __init__(
         self,
-        world: W,
-        goal: Callable[[W], bool] | None,
+        system: Any,
+        goal: Callable[[Any], bool] | None,
         fair: Callable[[Hashable], bool] | None,
     ) -> None:
-        self._began = time.perf_counter()
+        self._began = time.process_time()
+        self._system = system
+        self._key: Callable[[Any], Hashable] | None = getattr(system, "key", None)
         self._goal = goal
         self._fair = fair
         self._numbers: dict[Hashable, int] = {}
         self._parents = array("q")
-        self._events: list[Hashable] = []
+        self._choices = array("I")  #: which successor of its parent a state is
         self._live = bytearray()  #: 1 for a goal, and for what was not expanded
         self._sources = array("q")
         self._targets = array("q")
         self._transitions = 0
         self._depth = 0
         self._goals = 0
-        self._level: list[W] = []
-        self._first = 0  #: number of the first world in the level
-        self._add(world, world.key(), -1, None, self._level)
 
     def run(self, max_states: int | None) -> Report:
-        problem = self._level[0].violations()
+        system = self._system
+        start = system.start()
+        level: list[Any] = []
+        self._add(start, self._key(start) if self._key else start, -1, 0, level)
+        problem = system.violation(start)
         if problem is not None:
             return self._report(False, problem, 0)
-        while self._level:
-            following: list[W] = []
-            for offset, world in enumerate(self._level):
+        number = 0
+        while level:
+            following: list[Any] = []
+            for state in level:
                 if max_states is not None and len(self._parents) >= max_states:
-                    for number in range(self._first + offset, len(self._parents)):
-                        self._live[number] = 1
+                    self._live[number:] = b"\1" * (len(self._parents) - number)
                     return self._liveness(False)
-                found = self._expand(world, self._first + offset, following)
+                found = self._expand(state, number, following)
                 if found is not None:
                     return found
-            self._first += len(self._level)
-            self._level = following
+                number += 1
+            level = following
             self._depth += bool(following)
         return self._liveness(True)
 
-    def _expand(self, world: W, number: int, following: list[W]) -> Report | None:
-        numbers, goal, fair = self._numbers, self._goal, self._fair
-        for event in world.events():
-            try:
-                after = world.step(event)
-            except Exception as crash:  # of the code under test: that is what we look for
-                return self._report(False, f"{type(crash).__name__}: {crash}", number, event)
-            if after is None:
-                continue
-            self._transitions += 1
-            key = after.key()
-            target = numbers.get(key, -1)
-            if target < 0:
-                target = self._add(after, key, number, event, following)
-                problem = after.violations()
-                if problem is not None:
-                    return self._report(False, problem, target)
-            if goal is not None and target != number and (fair is None or fair(event)):
-                self._sources.append(number)
-                self._targets.append(target)
+    def _expand(self, state: Any, number: int, following: list[Any]) -> Report | None:
+        numbers, fair, key_of = self._numbers, self._fair, self._key
+        watching = self._goal is not None
+        choice = -1
+        try:
+            for choice, (event, after) in enumerate(self._system.successors(state)):
+                key = after if key_of is None else key_of(after)
+                target = numbers.get(key, -1)
+                if target < 0:
+                    target = self._add(after, key, number, choice, following)
+                    problem = self._system.violation(after)
+                    if problem is not None:
+                        self._transitions += choice + 1
+                        return self._report(False, problem, target)
+                if watching and target != number and (fair is None or fair(event)):
+                    self._sources.append(number)
+                    self._targets.append(target)
+        except StepFailed as crash:
+            return self._report(False, crash.problem, number, (crash.event,))
+        self._transitions += choice + 1
         return None
 
-    def _add(self, world: W, key: Hashable, parent: int, event: Hashable, level: list[W]) -> int:
+    def _add(self, state: Any, key: Hashable, parent: int, choice: int, level: list[Any]) -> int:
         number = self._numbers[key] = len(self._parents)
         self._parents.append(parent)
-        self._events.append(event)
-        reached = self._goal is not None and self._goal(world)
+        self._choices.append(choice)
+        reached = self._goal is not None and self._goal(state)
         self._live.append(reached)
         self._goals += reached
-        level.append(world)
+        level.append(state)
         return number
 
     def _liveness(self, complete: bool) -> Report:
         """Walk the fair edges backwards from the goals; what is not met is stuck."""
         if self._goal is None:
             return self._report(complete)
-        sources: npt.NDArray[np.int64] = np.array(self._sources, dtype=np.int64)
-        targets: npt.NDArray[np.int64] = np.array(self._targets, dtype=np.int64)
+        sources: npt.NDArray[np.int64] = np.asarray(self._sources, dtype=np.int64)
+        targets: npt.NDArray[np.int64] = np.asarray(self._targets, dtype=np.int64)
         live: npt.NDArray[np.bool_] = np.array(self._live, dtype=np.bool_)
         while len(sources):
             dead = ~live[sources]  # the others have nothing left to tell
@@ -216,21 +366,16 @@ class _Search(Generic[W]):
         stuck = np.flatnonzero(~live)
         if not len(stuck):
             return self._report(complete)
-        problem = "stuck: no fair event leads on to the goal"
-        return self._report(complete, problem, int(stuck[0]), stuck=len(stuck))
+        return self._report(complete, STUCK, int(stuck[0]), stuck=len(stuck))
 
     def _report(
         self,
         complete: bool,
         problem: str | None = None,
         number: int = -1,
-        last: Hashable = None,
+        last: tuple[Hashable, ...] = (),
         stuck: int = 0,
     ) -> Report:
-        trace: list[Hashable] = [] if last is None else [last]
-        while number > 0:
-            trace.append(self._events[number])
-            number = self._parents[number]
         return Report(
             states=len(self._parents),
             transitions=self._transitions,
@@ -238,7 +383,21 @@ class _Search(Generic[W]):
             goals=self._goals,
             stuck=stuck,
             complete=complete,
-            seconds=time.perf_counter() - self._began,
+            seconds=time.process_time() - self._began,
             problem=problem,
-            trace=None if problem is None else tuple(reversed(trace)),
+            trace=None if problem is None else (*self._trace(number), *last),
         )
+
+    def _trace(self, number: int) -> Iterator[Hashable]:
+        """Walk to a state again: its events were not kept."""
+        path: list[int] = []
+        while number > 0:
+            path.append(self._choices[number])
+            number = self._parents[number]
+        state = self._system.start()
+        for choice in reversed(path):
+            for position, (event, after) in enumerate(self._system.successors(state)):
+                if position == choice:
+                    state = after
+                    yield cast(Hashable, event)
+                    break

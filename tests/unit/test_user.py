@@ -218,3 +218,29 @@ def test_a_copy_goes_its_own_way() -> None:
     twin.unregister(INO)
     assert subject.key() == before
     assert twin.key() != before
+
+
+def test_an_invalidation_that_was_overtaken_counts_no_less() -> None:
+    subject = user()
+    invalidate(subject, 3, 20, 21)
+    invalidate(subject, 2, 10, 11)
+    assert subject.installable(INO, 20, 20, 21, seq=2) == (20, 20)
+    assert subject.installable(INO, 10, 10, 11, seq=1) == (10, 10)
+    assert subject.installable(INO, 10, 5, 30, seq=2) == (5, 20)
+
+
+def test_the_floor_never_falls() -> None:
+    subject = user(ring=1)
+    for seq in (3, 2, 1):
+        invalidate(subject, seq, 0, 1)
+    assert subject.installable(INO, 9, 9, 10, seq=2) == (9, 9)
+    assert subject.installable(INO, 9, 9, 10, seq=3) == (9, 10)
+
+
+def test_an_invalidation_may_overtake_the_answer_to_a_registration() -> None:
+    subject = User()
+    req = subject.register().req
+    invalidate(subject, 8, 0, 1)
+    subject.received(Record(Op.REGISTERED, req=req, obj=INO, start=1, end=100, seq=7))
+    assert subject.installable(INO, 0, 0, 1, seq=7) == (0, 0)
+    assert subject.installable(INO, 0, 0, 1, seq=8) == (0, 1)
