@@ -46,7 +46,6 @@ class Event(enum.Enum):
 TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
     (State.NEW, Event.HELLO): State.OPEN,
     (State.NEW, Event.BREAK): State.ZOMBIE,
-    (State.NEW, Event.BYE): State.GONE,
     (State.NEW, Event.EXIT): State.GONE,
     (State.OPEN, Event.BREAK): State.ZOMBIE,
     (State.OPEN, Event.BYE): State.GONE,
@@ -58,18 +57,13 @@ TRANSITIONS: Final[dict[tuple[State, Event], State]] = {
     (State.ZOMBIE, Event.EXIT): State.GONE,
     (State.ZOMBIE, Event.REPLACED): State.GONE,
     (State.KILLED, Event.BREAK): State.KILLED,
-    (State.KILLED, Event.CONDEMN): State.KILLED,
     (State.KILLED, Event.GIVE_UP): State.UNPROVEN,
     (State.KILLED, Event.FENCE): State.FENCED,
     (State.KILLED, Event.EXIT): State.GONE,
     (State.UNPROVEN, Event.BREAK): State.UNPROVEN,
-    (State.UNPROVEN, Event.CONDEMN): State.UNPROVEN,
-    (State.UNPROVEN, Event.GIVE_UP): State.UNPROVEN,
     (State.UNPROVEN, Event.FENCE): State.FENCED,
     (State.UNPROVEN, Event.EXIT): State.GONE,
     (State.FENCED, Event.BREAK): State.FENCED,
-    (State.FENCED, Event.CONDEMN): State.FENCED,
-    (State.FENCED, Event.FENCE): State.FENCED,
     (State.FENCED, Event.EXIT): State.GONE,
 }
 

@@ -76,7 +76,8 @@ class Guest(Lane):
 
     def _opened(self) -> bool:
         """The owner has answered HELLO."""
-        return not any(op == Op.HELLO for op, _ in self.user._pending.values())
+        hello = any(op == Op.HELLO for op, _ in self.user._pending.values())
+        return not hello and "mute" not in self.fates
 
     def _nobody_inside(self) -> bool:
         return all(v.state != "inside" for v in self.vcpus)

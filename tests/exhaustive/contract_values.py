@@ -84,7 +84,7 @@ class Setup:
 
     ``populated`` pages of every file are allocated at the start.  ``late`` users register by
     themselves; ``fresh`` ones have connected, and not even their HELLO has arrived; ``readers``
-    have a descriptor for reading only.  ``reregister`` is how often each may unregister and come
+    have a descriptor for reading only; ``mute`` ones never say HELLO.  ``reregister`` is how often each may unregister and come
     back, ``sessions`` how many it may open one after the other, each in place of the one whose
     socket it closed.  ``leaves`` names who may say BYE; ``hang``, ``stop``, ``close``, ``kill``
     name the users that may meet that fate, ``immortal`` those whose exit is never seen, ``sticks``
@@ -116,6 +116,7 @@ class Setup:
     populated: tuple[int, ...] = ()
     late: frozenset[int] = frozenset()
     fresh: frozenset[int] = frozenset()
+    mute: frozenset[int] = frozenset()
     readers: frozenset[int] = frozenset()
     reregister: int = 0
     sessions: int = 1
@@ -158,7 +159,7 @@ class Setup:
 
     def fates(self, p: int) -> frozenset[str]:
         """What may happen to user ``p``."""
-        names = ("hang", "stop", "close", "kill", "leaves", "sticks", "fenced", "echoes")
+        names = ("hang", "stop", "close", "kill", "leaves", "sticks", "fenced", "echoes", "mute")
         return frozenset(name for name in names if p in getattr(self, name))
 
 

@@ -87,6 +87,7 @@ class Vcpus(Process):
             self._vcpu(v, tlb=frozenset())
         fault = self.cores.fault(0 if self.setup.alike else v, at * PAGE_SIZE, _STORE)
         effect = self._vm().begin_fault(fault)
+        SEEN.add(type(effect))
         if isinstance(effect, Installed):  # the engine's hook says so, and guest code goes on
             leaf = self._translated(v, at)
             assert leaf is not None

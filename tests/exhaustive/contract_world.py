@@ -230,6 +230,8 @@ class Contract:
         """Let a user say HELLO and, unless it is late, register."""
         setup = self.setup
         state = self._tell("begin", state, self._number(("connect", p, 0)))
+        if p in setup.mute:
+            return state
         guest = self.guests[state[p + 1]].copy()
         guest.hello()
         state = (*state[: p + 1], self.guests.number(guest))

@@ -52,7 +52,7 @@ WORLDS = {
         calls=(P, P), populated=(0,), stop=ONE, patience=1, stale=True
     ),
     "one user that cannot exit, behind its fence": Setup(
-        calls=(P, P), populated=(0,), hang=ONE, close=ONE, sticks=ONE, fenced=ONE, immortal=ONE,
+        calls=(P, P), populated=(0,), hang=ONE, close=ONE, sticks=ONE, fenced=ONE,
         echoes=ONE,
     ),
     "one user that cannot exit, without a fence": Setup(
@@ -75,6 +75,9 @@ WORLDS = {
     ),
     "a user that has hardly connected": Setup(
         calls=(P,), populated=(0,), fresh=ONE, hang=ONE, close=ONE, kill=ONE, leaves=ONE
+    ),
+    "a user that says nothing": Setup(
+        calls=(P,), populated=(0,), mute=ONE, hang=ONE, close=ONE, kill=ONE
     ),
     "two users, one may only read": Setup(
         users=2, calls=(P,), populated=(0,), readers=ONE

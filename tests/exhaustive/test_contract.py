@@ -55,6 +55,8 @@ VOCABULARY: dict[object, str] = {
     user.Closed: "said by the daemon's shell as it leaves, not by the owner",
     fault.NeedShared: "looked up within Vm.begin_fault, never seen outside",
     fault.Retry: "seen by its reasons",
+    fault.RetryReason.INVALIDATED: "Vm.page_arrived looks again by itself",
+    effects.Stray: "what an audit finds; no world here touches freed memory",
 }
 
 

@@ -37,7 +37,7 @@ def test_gone_is_final_and_only_an_orderly_end_or_a_proof_leads_there() -> None:
     leads = {(s, e) for (s, e), to in TRANSITIONS.items() if to is State.GONE}
     assert {e for _, e in leads} == {Event.BYE, Event.EXIT, Event.REPLACED}
     # A process that was killed must be seen dead; a broken socket proves nothing.
-    assert {s for s, e in leads if e is Event.BYE} == {State.NEW, State.OPEN, State.ZOMBIE}
+    assert {s for s, e in leads if e is Event.BYE} == {State.OPEN, State.ZOMBIE}
 
 
 def test_who_was_killed_stays_so_until_its_exit_is_seen() -> None:
