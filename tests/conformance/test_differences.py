@@ -26,6 +26,7 @@ def test_the_page_is_what_the_tables_say() -> None:
 
 
 @pytest.mark.fuse
+@pytest.mark.timeout(600)  # it may be the one that waits for all targets
 @pytest.mark.parametrize("target", report.TARGETS)
 def test_the_page_is_what_a_mount_says(ran: None, target: str) -> None:
     which = apart.mounted(target)

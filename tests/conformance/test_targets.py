@@ -10,7 +10,8 @@ from conformance.runs import outcome, outcomes
 
 from privfs.testing.conformance import REFERENCE, ROWS, SKIPPED, apart, model
 
-pytestmark = pytest.mark.usefixtures("ran")
+#: Whichever test comes first waits for all targets, on a busy machine for long.
+pytestmark = [pytest.mark.usefixtures("ran"), pytest.mark.timeout(600)]
 
 #: mount: by root, the kernel refuses; user: without privileges, the daemon does.
 KINDS = ("mount", "user")
