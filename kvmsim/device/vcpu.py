@@ -9,15 +9,11 @@ KVM_RUN follows kvm_arch_vcpu_ioctl_run() and vcpu_run() of arch/x86/kvm/x86.c (
 from __future__ import annotations
 
 import errno
-import threading
-from collections import deque
-from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from hwemu.cpu.api import EFER_LMA, MsrExit
 from kvmsim import exits
-from kvmsim.device import vcpustate
 from kvmsim.device.caller import Caller
 from kvmsim.device.cpuid import GuestCpuid
 from kvmsim.device.events import Events
@@ -28,7 +24,9 @@ from kvmsim.device.pending import Outcome
 from kvmsim.device.registers import RESET_REGS, RESET_SREGS
 from kvmsim.device.results import Begun, Failure, Result, Value
 from kvmsim.device.runbuffer import RunBuffer
+from kvmsim.device.serial import Serial
 from kvmsim.device.table import Call, Level, dispatch
+from kvmsim.device.vcpuregisters import store_sync_regs, take_sync_regs
 from kvmsim.device.vcputable import TABLE
 from kvmsim.uapi import (
     KVM_EXIT_INTR,
@@ -58,14 +56,6 @@ class Completion(Enum):
     HYPERCALL = "hand the result of a hypercall to the guest"
 
 
-@dataclass(slots=True)
-class _Queued:
-    request: int
-    argument: int
-    caller: Caller
-    pending: PendingCall
-
-
 class VcpuDevice:
     """vCPU ``id`` of ``vm`` on the engine ``engine``."""
 
@@ -88,10 +78,8 @@ class VcpuDevice:
         self.buffer: RunBuffer | None = None
         self.completion = Completion.NOTHING
         self._asked = 0  # bytes that the completion needs
-        self._mutex = threading.Lock()  # over the five below; KVM's mutex is _busy
-        self._busy = False
-        self._idle = threading.Condition(self._mutex)
-        self._queue: deque[_Queued] = deque()
+        self._serial = Serial(f"vcpu {id}", self._cancel)
+        self._lock = self._serial.lock  # over the five below
         self._running: PendingCall | None = None
         self._caller: Caller | None = None
         self._only_settle = False
@@ -113,74 +101,32 @@ class VcpuDevice:
             return Failure(errno.EIO, self.vm.dead or "the VM belongs to another address space")
         if request >> 8 & 0xFF != KVMIO:
             return Failure(errno.EINVAL, f"request {request:#x} is not of KVM")
-        with self._mutex:
-            if self._busy:
-                pending = PendingCall(self._cancel)
-                self._queue.append(_Queued(request, argument, caller, pending))
-                return Begun(pending)
-            self._busy = True
-        result = self._dispatch(request, argument, caller)
-        if not isinstance(result, Begun):
-            self._unlock()
-        return result
-
-    def _dispatch(self, request: int, argument: int, caller: Caller) -> Result:
-        try:
-            return dispatch(self, Level.VCPU, TABLE, request, argument, caller)
-        except BaseException:
-            self._unlock()
-            raise
-
-    def _unlock(self) -> None:
-        """Let go of the mutex; whoever waits for it goes on in a thread of its own."""
-        with self._mutex:
-            if self._queue:
-                threading.Thread(target=self._serve, name=f"vcpu {self.id} ioctls").start()
-                return
-            self._busy = False
-            self._idle.notify_all()
-
-    def _serve(self) -> None:
-        """Do the queued ioctls in order, with the mutex held, up to one that runs the guest."""
-        while True:
-            with self._mutex:
-                if not self._queue:
-                    self._busy = False
-                    self._idle.notify_all()
-                    return
-                queued = self._queue.popleft()
-            result = self._dispatch(queued.request, queued.argument, queued.caller)
-            if isinstance(result, Begun):
-                queued.pending.follow(result.pending)
-                return
-            assert isinstance(result, Value | Failure)
-            queued.pending.finish(result)
+        return self._serial.call(
+            lambda: dispatch(self, Level.VCPU, TABLE, request, argument, caller)
+        )
 
     def release(self) -> None:
         """The last reference is gone; a guest that runs leaves first. The id stays taken."""
-        with self._mutex:
+        with self._lock:
             if self._released:
                 return
             self._released = True
-            waiting = [queued.pending for queued in self._queue]
+            waiting = self._serial.queued()
             waiting += [pending for pending in (self._running, self._other) if pending]
         for pending in waiting:
             pending.cancel()
-        with self._mutex:
-            self._idle.wait_for(lambda: not self._busy)
+        self._serial.wait_idle()
         if self.buffer is not None:
             self.buffer.release()
             self.buffer = None
         self.vm.unpin()
 
     def _cancel(self, pending: PendingCall) -> None:
-        with self._mutex:
-            queued = next((one for one in self._queue if one.pending is pending), None)
-            if queued is None:
+        with self._lock:
+            if not self._serial.remove(pending):
                 if self._running is pending:
                     self.vm.running.interrupt(self.engine.index)
                 return
-            self._queue.remove(queued)
         pending.finish(Failure(errno.EINTR, "interrupted while the vCPU was busy"))
 
     # --- KVM_RUN ------------------------------------------------------------------------------
@@ -197,7 +143,7 @@ class VcpuDevice:
         self.has_run = True
         unfinished = self.completion is not Completion.NOTHING
         if self.mp_state != KVM_MP_STATE_UNINITIALIZED:
-            vcpustate.take_sync_regs(self, buffer, call)
+            take_sync_regs(self, buffer, call)
             if not self.vm.irqchip:
                 cr8 = buffer.cr8
                 if cr8 & ~0xF:
@@ -225,7 +171,7 @@ class VcpuDevice:
         pending = PendingCall(self._cancel)
         self.engine.polled = buffer.request_interrupt_window
         self.vm.start()
-        with self._mutex:  # together: a cancel finds the run, and ended() finds it or we its cause
+        with self._lock:  # together: a cancel finds the run, and ended() finds it or we its cause
             if self.vm.dead:
                 return Failure(errno.EIO, self.vm.dead)
             self._running = pending
@@ -239,11 +185,11 @@ class VcpuDevice:
         """Keep the mutex until ``pending`` is over; it is no KVM_RUN."""
 
         def done(_: Outcome) -> None:
-            with self._mutex:
+            with self._lock:
                 self._other = None
-            self._unlock()
+            self._serial.unlock()
 
-        with self._mutex:
+        with self._lock:
             self._other = pending
         pending.on_done(done)
         return Begun(pending)
@@ -307,7 +253,7 @@ class VcpuDevice:
 
     def ended(self, why: str) -> None:
         """No vCPU of the VM runs any more."""
-        with self._mutex:
+        with self._lock:
             running, other = self._running, self._other
         if running is not None:
             self._finish(Failure(errno.EIO, why))
@@ -339,7 +285,7 @@ class VcpuDevice:
             result = buffer.write_exit(left, long_mode=long_mode)
             outcome = Failure(-result, _why(left)) if result else Value(0)
             self._note_completion(left)
-        vcpustate.store_sync_regs(self, buffer)
+        store_sync_regs(self, buffer)
         self._save(buffer)
         assert outcome is not None
         self._finish(outcome)
@@ -354,12 +300,12 @@ class VcpuDevice:
                 self.completion = Completion.HYPERCALL
 
     def _finish(self, outcome: Outcome) -> None:
-        with self._mutex:
+        with self._lock:
             pending, self._running = self._running, None
             self._caller = None
             self.vm.running.forget_interrupt(self.engine.index)
         assert pending is not None
-        self._unlock()
+        self._serial.unlock()
         pending.finish(outcome)
 
     def _save(self, buffer: RunBuffer) -> None:

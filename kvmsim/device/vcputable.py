@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from kvmsim.device import vcpuregisters as registers
 from kvmsim.device import vcpustate as state
 from kvmsim.device.results import Result
 from kvmsim.device.table import Call, Row, table
@@ -23,25 +24,25 @@ TABLE: Final = table(
         Row(KVM_RUN, _run, "runs the guest until an exit",
             "EINTR: a signal or immediate_exit; EFAULT, EHWPOISON: with KVM_EXIT_MEMORY_FAULT, or "
             "nothing behind an hva; EINVAL: argument, cr8, sync registers; EIO: the VM is dead"),
-        Row(requests.KVM_GET_REGS, state.get_regs, "all"),
-        Row(requests.KVM_SET_REGS, state.set_regs,
+        Row(requests.KVM_GET_REGS, registers.get_regs, "all"),
+        Row(requests.KVM_SET_REGS, registers.set_regs,
             "all; where RIP changes, code is translated anew"),
-        Row(requests.KVM_GET_SREGS, state.get_sregs, "all"),
-        Row(requests.KVM_SET_SREGS, state.set_sregs, "all",
+        Row(requests.KVM_GET_SREGS, registers.get_sregs, "all"),
+        Row(requests.KVM_SET_SREGS, registers.set_sregs, "all",
             "EINVAL: a state that the processor cannot be in, or features that it has not"),
-        Row(requests.KVM_GET_SREGS2, state.get_sregs2, "all, without PDPTRs"),
-        Row(requests.KVM_SET_SREGS2, state.set_sregs2, "all, without PDPTRs",
+        Row(requests.KVM_GET_SREGS2, registers.get_sregs2, "all, without PDPTRs"),
+        Row(requests.KVM_SET_SREGS2, registers.set_sregs2, "all, without PDPTRs",
             "EINVAL: as KVM_SET_SREGS; any flag"),
-        Row(requests.KVM_GET_FPU, state.get_fpu, "x87, SSE; without last instruction and data"),
-        Row(requests.KVM_SET_FPU, state.set_fpu, "the same"),
-        Row(requests.KVM_GET_XSAVE, state.get_xsave, "x87, SSE: all that the processor has"),
-        Row(requests.KVM_GET_XSAVE2, state.get_xsave, "the same 4096 bytes"),
-        Row(requests.KVM_SET_XSAVE, state.set_xsave, "the same",
+        Row(requests.KVM_GET_FPU, registers.get_fpu, "x87, SSE; without last instruction and data"),
+        Row(requests.KVM_SET_FPU, registers.set_fpu, "the same"),
+        Row(requests.KVM_GET_XSAVE, registers.get_xsave, "x87, SSE: all that the processor has"),
+        Row(requests.KVM_GET_XSAVE2, registers.get_xsave, "the same 4096 bytes"),
+        Row(requests.KVM_SET_XSAVE, registers.set_xsave, "the same",
             "EINVAL: other features in xstate_bv, reserved bits of MXCSR"),
-        Row(requests.KVM_GET_XCRS, state.get_xcrs, "there are none"),
-        Row(requests.KVM_SET_XCRS, state.set_xcrs, "there are none", "EINVAL: always"),
-        Row(requests.KVM_GET_DEBUGREGS, state.get_debugregs, "what was set last"),
-        Row(requests.KVM_SET_DEBUGREGS, state.set_debugregs, "kept; no breakpoint fires",
+        Row(requests.KVM_GET_XCRS, registers.get_xcrs, "there are none"),
+        Row(requests.KVM_SET_XCRS, registers.set_xcrs, "there are none", "EINVAL: always"),
+        Row(requests.KVM_GET_DEBUGREGS, registers.get_debugregs, "what was set last"),
+        Row(requests.KVM_SET_DEBUGREGS, registers.set_debugregs, "kept; no breakpoint fires",
             "EINVAL: flags, upper halves of DR6 and DR7"),
         Row(requests.KVM_GET_MSRS, state.get_msrs, "the registers of KVM_GET_MSR_INDEX_LIST",
             "E2BIG: 256 or more"),

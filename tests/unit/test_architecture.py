@@ -30,6 +30,8 @@ SANS_IO = {
     "kvmsim.uapi", "kvmsim.uapi.encoding", "kvmsim.uapi.structs", "kvmsim.uapi.requests",
     "kvmsim.uapi.capabilities", "kvmsim.mmu", "kvmsim.memslot", "kvmsim.region",
     "kvmsim.attributes", "kvmsim.device.results", "kvmsim.device.caller",
+    "kvmsim.device.hypercall", "kvmsim.device.runbuffer", "kvmsim.device.dirtylog",
+    "kvmsim.device.table",
     "kvmsim.invalidate", "kvmsim.fault", "kvmsim.exits", "kvmsim.vm", "kvmsim.kind",
     "kvmsim.effect", "kvmsim.level", "kvmsim.poison", "kvmsim.change", "kvmsim.memoryuse",
     "kvmsim.prefault", "kvmsim.statistics", "kvmsim.inplace", "kvmsim.hostaccess",
