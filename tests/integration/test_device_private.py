@@ -485,3 +485,58 @@ def test_a_guest_with_a_shared_bit(boot: Boot) -> None:
     assert swap(program, PLAIN, 0x42) == 0
     program.attributes(HIGH, SIZE, 0)
     assert swap(program, HIGH, 0x43) == 0x41
+
+
+# --- the end of the owner, the top of memory, the documentation ---------------------------------
+
+
+@pytest.mark.logs("the owner")
+def test_without_its_owner_a_vm_is_dead(mount: Mounter) -> None:
+    mounted = mount("personality=guest_memfd")
+    with Program(mounted.path, type=KVM_X86_SW_PROTECTED_VM) as program:
+        program.boot(SWAP, bytes.fromhex("ebfe"))
+        gmem, _ = with_slot(program)
+        program.attributes(HIGH, SIZE, PRIVATE)
+        assert swap(program, HIGH, 1) == 0
+        spinning = program.vcpus[1]
+        caller = program.process.caller
+        begun = caller.objects[spinning].ioctl(KVM_RUN, 0, caller)
+        assert isinstance(begun, Begun)
+        mounted.kill()
+        outcome = begun.pending.wait(30)
+        assert isinstance(outcome, Failure)
+        assert outcome.errno == errno.EIO
+        for fd, request in ((program.vm, KVM_CHECK_EXTENSION), (spinning, KVM_RUN)):
+            with pytest.raises(OSError, match="owner") as caught:
+                program.process.ioctl(fd, request)
+            assert caught.value.errno == errno.EIO
+        assert program.ioctl(program.kvm, KVM_CHECK_EXTENSION, None, KVM_CAP_GUEST_MEMFD) == 1
+        assert gmem in program.extra
+
+
+@pytest.mark.parametrize("type", [0, KVM_X86_SW_PROTECTED_VM])
+def test_memory_at_the_end_of_what_the_guest_can_address(boot: Boot, type: int) -> None:
+    """Where pre_fault_memory_test of the kernel's selftests puts its slot."""
+    program = boot(SWAP, type=type)
+    assert program.ram is not None
+    top = (1 << 40) - SIZE
+    program.ram.write(0x5000, struct.pack("<Q", top & -(1 << 21) | 0x87))
+    _, address = with_slot(program, gpa=top)
+    if type:
+        program.attributes(top, SIZE, PRIVATE)
+    assert pre_fault(program, top, SIZE + PAGE)[0] == 0
+    linear = HIGH + (1 << 30) + (top & (1 << 21) - 1)
+    assert swap(program, linear, 0x99) == 0
+    assert swap(program, linear, 0x9A) == 0x99
+    assert program.process.caller.read(address, 1) == (b"\0" if type else b"\x9a")
+    with pytest.raises(OSError, match="beyond"):
+        program.slot(5, 1 << 40, PAGE, 0)
+
+
+def test_the_example_of_the_documentation_runs(
+    mounted: Mounted, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "ioctls.md").read_text()
+    (example,) = page.split("```python\n")[1:]
+    exec(example.split("```")[0], {"folder": mounted.path})
+    assert capsys.readouterr().out == "42\n"
