@@ -241,20 +241,21 @@ class Stage2:
         if not self._large or not npages:
             return gpa, npages
         end = gfn + npages
-        size = self._leaf_pages(gfn)
+        size = self._leaf_pages(gfn) or 1
         first = gfn - gfn % size
-        size = self._leaf_pages(end - 1)
+        if npages > 1:
+            size = self._leaf_pages(end - 1) or 1
         end += -end % size
         return first << PAGE_SHIFT, end - first
 
     def _leaf_pages(self, gfn: int) -> int:
-        """Pages of the large leaf that maps ``gfn``; 1 if none does."""
+        """Pages of the large leaf that maps ``gfn``; 1 if a table of small ones may, 0 if none."""
         table = 0
         for level in range(ROOT_LEVEL, 1, -1):
             shift = _shift(level)
             entry = self._words[table * ENTRIES + ((gfn >> shift) & 511)]
             if not entry & PRESENT:
-                return 1
+                return 0
             if entry & LARGE:
                 return 1 << shift
             table = self._pool.index(entry)
@@ -277,6 +278,8 @@ class Stage2:
                 self._live[table] -= 1
                 self._pages -= 1
                 return 1
+            if table is None and not self._leaf_pages(gfn):
+                return 0
         return self._zap(0, ROOT_LEVEL, 0, gfn, gfn + npages) if npages else 0
 
     def _zap(self, table: int, level: int, base: int, start: int, end: int) -> int:
