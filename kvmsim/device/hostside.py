@@ -106,7 +106,7 @@ class HostSide:
     def add(self, slot: int, start: int, end: int, made: list[_Placed]) -> None:
         """Let slot ``slot`` use pages [start, end): new pieces and old (lock held)."""
         for piece in made:
-            insort(self._placed, piece)
+            insort(self._placed, piece, key=lambda placed: placed.start)
         for piece in self._over(start, end):
             piece.users.add(slot)
 

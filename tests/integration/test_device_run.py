@@ -437,6 +437,45 @@ def test_a_slot_can_be_deleted_under_a_guest_that_uses_it(boot: Boot) -> None:
         assert left == exits.MmioExit(HIGH, 8, False)
 
 
+@pytest.mark.logs("no code and no page table")
+@pytest.mark.parametrize("device", [False, True])
+def test_the_slot_of_code_and_tables_can_be_deleted(boot: Boot, device: bool) -> None:
+    """set_memory_region_test of the kernel's selftests: an error, at the guest's instruction."""
+    program = boot(SPIN_READ, rdi=HIGH if device else HEAP)
+    vcpu = program.vcpus[0]
+    if device:
+        assert program.run(vcpu) == exits.MmioExit(HIGH, 8, False)
+        program.slot(0, 0, 0, 0)
+        left = program.run(vcpu)
+    else:
+        begun = begin(program, vcpu)
+        assert begun.pending.wait(0.01) is None
+        program.slot(0, 0, 0, 0)
+        assert begun.pending.wait(20) == Value(0)
+        left = exits.decode(bytes(program.run_buffer(vcpu)), 0)
+    assert left == exits.InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION)
+    assert program.regs(vcpu)["rip"] in (TEXT, TEXT + 3)
+
+
+def test_a_slot_can_be_moved_under_a_guest_that_reads_it(boot: Boot) -> None:
+    # 1: mov rax, [rdi]; cmp rax, 1; jne 1b; mov rdi, rax; in al, 4
+    program = boot(bytes.fromhex("488b074883f80175f74889c7e404"), rdi=HIGH)
+    vcpu = program.vcpus[0]
+    memory = program.process.ranges.allocate(2 * PAGE)
+    program.slot(1, HIGH, 2 * PAGE, memory.address)
+    begun = begin(program, vcpu)
+    assert begun.pending.wait(0.01) is None
+    program.slot(1, HIGH - PAGE, 2 * PAGE, memory.address)
+    memory.write(0, b"\2")  # nobody sees it: the guest reads the second page now
+    assert begun.pending.wait(0.01) is None
+    memory.write(0, b"\1")
+    program.slot(1, HIGH, 2 * PAGE, memory.address)
+    assert begun.pending.wait(20) == Value(0)
+    left = exits.decode(bytes(program.run_buffer(vcpu)), 0)
+    assert left == exits.IoExit(4, 1, False)
+    assert program.regs(vcpu)["rdi"] == 1
+
+
 def test_what_was_deleted_is_not_read_any_more(boot: Boot) -> None:
     """Stores by the host after the deletion never reach the guest."""
     program = boot(bytes.fromhex("488b0748890648890ee404ebf4"), rdi=HIGH, rsi=HEAP, rcx=0)
