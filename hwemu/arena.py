@@ -22,6 +22,7 @@ import os
 from dataclasses import dataclass
 
 from hwemu import usercopy
+from hwemu.careful import CarefulView
 
 PAGE_SIZE = 4096
 TWO_MIB = 2 << 20
@@ -129,6 +130,8 @@ class Arena:
             )
         self.size = size
         self.hpa_base = hpa_base
+        #: Whether a touch of placed memory may sleep until another thread has seen to it.
+        self.careful = False
         self._address = self._reserve(size, hpa_base)
         # free stretches, sorted by start; next-fit cursor
         self._free: list[tuple[int, int]] = [(hpa_base, hpa_base + size)]
@@ -315,13 +318,15 @@ class Arena:
         buffer = ctypes.create_string_buffer(data, len(data))
         self._transfer("write", "process_vm_writev", hpa, buffer, len(data))
 
-    def words(self) -> memoryview:
+    def words(self) -> memoryview | CarefulView:
         """All of the arena as a writable 'Q' view, for engines only.
 
         No bounds but the arena's own and no protection from SIGBUS: only for addresses that a
         second-stage leaf gave, and only while a shootdown would wait for the reader.
         """
         self._require_open("words")
+        if self.careful:
+            return CarefulView(self._address, self.size // 8)
         storage = (ctypes.c_uint64 * (self.size // 8)).from_address(self._address)
         return memoryview(storage).cast("B").cast("Q")
 

@@ -15,7 +15,7 @@ import os
 import threading
 
 from hwemu.arena import Arena
-from kvmsim.fence import Trespass, make_fence
+from kvmsim.fence import Kind, Trespass, make_fence
 from kvmsim.uapi import PAGE_SIZE
 
 _FALLOC_FL_KEEP_SIZE = 1
@@ -37,6 +37,7 @@ class HostMemory:
         self._lock = threading.Lock()
         try:
             self.fence = make_fence(fence, self.arena.address, self.arena.size)
+            self.arena.careful = self.fence.kind is Kind.UFFD
         except BaseException:
             self.arena.close()
             raise

@@ -13,6 +13,7 @@ from collections import deque
 
 import numpy as np
 
+from hwemu.careful import CarefulView
 from hwemu.cpu.api import CR0_PG, CR0_WP, CR4_PAE, EFER_LMA, EFER_NXE, Access, OnFault
 from hwemu.npt import (
     ACCESSED,
@@ -70,7 +71,7 @@ class GuestMemory:
 
     def __init__(
         self,
-        arena: memoryview,
+        arena: memoryview | CarefulView,
         arena_hpa: int,
         pool: memoryview,
         pool_hpa: int,

@@ -101,11 +101,12 @@ class UffdFence(Fence):
                 flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE
                 rights = mmap.PROT_READ | mmap.PROT_WRITE
                 _libc.mmap(address, PAGE_SIZE, rights, flags, -1, 0)
+                self._open.add(self._pages(address, 0)[0])  # no grant will ever map it again
             else:
                 cover = None
-        if cover is not None:
-            cover[2](f"page {self._pages(address, 0)[0]:#x} of the arena was touched ungranted")
         self._userfault.wake(address, PAGE_SIZE)
+        if cover is not None:  # who stops the sleeper may wait for it to wake
+            cover[2](f"page {self._pages(address, 0)[0]:#x} of the arena was touched ungranted")
 
     def _resumed(self, address: int) -> bool:
         try:

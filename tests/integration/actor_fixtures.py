@@ -42,9 +42,19 @@ def actor(mount: object) -> Iterator[Cast]:
 @pytest.fixture
 def host() -> Iterator[HostMemory]:
     """Make this process fit to be an emulator."""
+    yield from _host("auto")
+
+
+@pytest.fixture
+def unfenced() -> Iterator[HostMemory]:
+    """The same, with nothing that would keep a forgotten flush from doing harm."""
+    yield from _host("none")
+
+
+def _host(fence: str) -> Iterator[HostMemory]:
     interval = sys.getswitchinterval()
     prepare_process()
-    host = HostMemory()
+    host = HostMemory(fence)
     yield host
     host.close()
     sys.setswitchinterval(interval)

@@ -20,6 +20,7 @@ import torture
 from actors import HERE, PATIENCE, ROOT
 from mounts import Mounted, cleared
 
+from kvmsim.fence import Kind
 from kvmsim.hostmem import HostMemory
 from kvmsim.running import RunningVm, Vcpu
 
@@ -160,7 +161,7 @@ def test_ten_thousand_punches(
 )
 def test_a_rule_switched_off_is_found_out(
     suspect: Suspect,
-    host: HostMemory,
+    unfenced: HostMemory,
     image: bytes,
     program: tuple[str | Path, ...],
     running: type[RunningVm],
@@ -171,6 +172,28 @@ def test_a_rule_switched_off_is_found_out(
     def bad() -> bool:
         return findings(mounted)
 
-    result = run(mounted, host, image, seed, MUTANT_PUNCHES, running=running, bad=bad)
+    result = run(mounted, unfenced, image, seed, MUTANT_PUNCHES, running=running, bad=bad)
     print(result)
     assert result.bad or findings(mounted)
+
+
+@pytest.mark.parametrize("mutant", [NoFlush, NoDrain])
+def test_the_fence_finds_it_out_before_any_harm_is_done(
+    mount: Callable[..., Mounted], host: HostMemory, image: bytes, mutant: type[RunningVm]
+) -> None:
+    """What the mount cannot see then: no stale touch brings a page back."""
+    if host.fence.kind is not Kind.UFFD:
+        pytest.skip("no userfaultfd: see privfs doctor")
+    told: list[str] = []
+
+    class Watched(mutant):  # type: ignore[valid-type,misc]
+        def trespassed(self, why: str) -> None:
+            told.append(why)
+            super().trespassed(why)
+
+    mounted = mount(WE_ARE_THE_USER)
+    result = run(mounted, host, image, 7, MUTANT_PUNCHES, running=Watched, bad=lambda: bool(told))
+    print(result)
+    assert told
+    assert "touched ungranted" in told[0]
+    mounted.audit()
