@@ -317,6 +317,16 @@ class Cpu(Protocol):
         """Set segments and control registers."""
         ...
 
+    def watch_code(self) -> None:
+        """From now on keep track of what translated code was made of, for `recheck_code`."""
+        ...
+
+    def recheck_code(self) -> None:
+        """The host may have stored to guest memory: the next `run` forgets what it translated of
+        pages that changed. Only a bounded number of pages is looked at.
+        """
+        ...
+
     def get_fpu(self) -> Fpu:
         """Registers of x87 and SSE now."""
         ...

@@ -9,6 +9,7 @@ which a shootdown waits for.
 
 from __future__ import annotations
 
+import zlib
 from collections import deque
 
 import numpy as np
@@ -211,6 +212,14 @@ class GuestMemory:
             except (GuestFault, Stage2Miss):
                 pass
         return data
+
+    def checksum(self, page: int) -> int | None:
+        """A sum of guest-physical page number ``page``; None: the second stage has no leaf."""
+        try:
+            at = self.offset(page * PAGE_SIZE, Access.READ)
+        except (Stage2Miss, Unsupported):
+            return None
+        return zlib.crc32(self._bytes[at : at + PAGE_SIZE])
 
     def is_guest_table(self, gpa: int) -> bool | None:
         """Whether the page of ``gpa`` is one of the guest's page tables; None: not found out.

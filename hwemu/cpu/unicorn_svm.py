@@ -72,6 +72,7 @@ class SvmCpu:
         self._regs: Regs | None = Regs()
         self._sregs: Sregs | None = Sregs()
         self._last_fault: Stage2Fault | None = None
+        self._recheck = False
 
         self._engine = Engine(self, arena, pool, pool_hpa, root_hpa, precise)
         self._raw = self._engine.raw
@@ -159,6 +160,8 @@ class SvmCpu:
     def run(self) -> CpuExit:
         """Run guest code until an exit (see `Cpu.run`)."""
         self._require_answer()
+        if self._recheck:
+            self._drop_changed_code()
         while True:
             if self._engine.kicked:
                 self._engine.take_kick()
@@ -277,6 +280,20 @@ class SvmCpu:
         self._regs = self.get_regs()
         self._sregs = sregs
         self._intercepts.shutdown = False
+
+    def watch_code(self) -> None:
+        """See stores of the host to translated code, when `recheck_code` asks."""
+        self._code.watch(self._memory.checksum)
+
+    def recheck_code(self) -> None:
+        """The host may have stored to guest memory (see `Cpu.recheck_code`)."""
+        self._recheck = True
+
+    def _drop_changed_code(self) -> None:
+        self._recheck = False
+        if self._code.changed():
+            self._engine.flush()
+            self._code.clear()
 
     def get_fpu(self) -> Fpu:
         """Registers of x87 and SSE now."""

@@ -85,6 +85,7 @@ class VcpuDevice:
         self._only_settle = False
         self._other: PendingCall | None = None  # a call other than KVM_RUN that waits
         self._released = False
+        self.cpu.watch_code()
         self.cpu.set_cpuid(self.cpuid)
         self.cpu.set_sregs(RESET_SREGS)
         self.cpu.set_regs(RESET_REGS)
@@ -163,6 +164,7 @@ class VcpuDevice:
         return self._start(call.caller, buffer)
 
     def _start(self, caller: Caller, buffer: RunBuffer, *, only_settle: bool = False) -> Result:
+        self.cpu.recheck_code()  # user space may have written anything, code too
         if self.stale_code:
             self.stale_code = False
             self.cpu.flush()

@@ -212,6 +212,22 @@ def test_code_that_the_host_wrote_is_run_after_rip_was_set(boot: Boot) -> None:
     assert program.ucall(vcpu) == 2
 
 
+def test_code_that_the_host_wrote_while_the_guest_was_out_is_run(boot: Boot) -> None:
+    # 1: mov edi, 1; in al, 4; jmp 1b
+    program = boot(bytes.fromhex("bf01000000e404ebf7"))
+    vcpu = program.vcpus[0]
+    assert program.ram is not None
+    for value in (1, 2, 2, 3):
+        program.ram.write(TEXT + 1, bytes([value]))
+        assert program.ucall(vcpu) == value
+    # and on a page that is translated piece by piece: jmp over; over: mov edi, 9; in al, 4
+    program.ram.write(TEXT + 7, bytes.fromhex("eb77"))
+    program.ram.write(TEXT + 0x80, bytes.fromhex("bf09000000e404e974ffffff"))
+    assert program.ucall(vcpu) == 9
+    program.ram.write(TEXT + 1, b"\x05")
+    assert program.ucall(vcpu) == 5
+
+
 # --- interruption -------------------------------------------------------------------------------
 
 
