@@ -241,6 +241,20 @@ class Emulator:
             self.outcome = Outcome(1, self.running.stop_reason)
         return self.outcome
 
+    def inject_memory_error(self, gpa: int) -> None:
+        """Let the memory of the private page at ``gpa`` fail, from any thread.
+
+        Every later access is KVM_EXIT_MEMORY_FAULT with EHWPOISON until the page is punched.
+        ValueError where no private file is.
+        """
+        vm, gfn = self.running, gpa >> PAGE_SHIFT
+        with vm.lock:
+            slot = vm.vm.mmu.slots.find(gfn)
+            if slot is None or slot.file is None:
+                raise ValueError(f"poison of gpa {gpa:#x}: no private memory is there")
+            zapped = vm.vm.inject_memory_error(slot.file, slot.private_page(gfn))
+        vm.flush_zapped(zapped)
+
     def stop(self, why: str) -> None:
         """End the VM from any thread."""
         self.running.stop(why)

@@ -265,6 +265,7 @@ class RunningVm:
         epoch, the newest, is the one to wait for.
         """
         zapped = self.vm.invalidate_file(file, start, end)
+        self.vm.freed(file, start, end)  # they are another's once this is acknowledged
         self.statistics.shootdowns += 1
         return self._request_flush(zapped) if zapped.leaves else self.shootdown.epoch
 

@@ -119,6 +119,14 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Poison:
+    """The memory of a private page fails; bytes."""
+
+    vm: str
+    gpa: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """End a VM."""
 
@@ -141,7 +149,7 @@ class Say:
     text: str
 
 
-Action = Vm | Send | Expect | Host | Output | Stop | Wait | Say
+Action = Vm | Send | Expect | Host | Output | Poison | Stop | Wait | Say
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +264,11 @@ def _output(rest: str, state: _State) -> Output:
     return Output(_regex(rest, state))
 
 
+def _poison(rest: str, state: _State) -> Poison:
+    vm, gpa = state.pick(rest)
+    return Poison(vm, parse_size(state.fill(gpa)))
+
+
 def _stop(rest: str, state: _State) -> Stop:
     state.vms.remove(state.known(rest))
     return Stop(rest)
@@ -321,6 +334,10 @@ GRAMMAR: Final[dict[str, Form]] = {
         _fails,
     ),
     "output": Form("output REGEX", "the last command printed a line like this", _output),
+    "poison": Form(
+        "poison [VM] GPA",
+        "lets the memory of the private page at GPA fail, as a machine check would tell", _poison,
+    ),
     "stop": Form("stop VM", "ends a VM from outside", _stop),
     "wait": Form(
         "wait VM [status N] [within S]",

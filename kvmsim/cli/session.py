@@ -21,7 +21,7 @@ from kvmsim.cli.hosts import make_host
 from kvmsim.cli.vms import make_vm
 from kvmsim.console import ConsoleVm, Lines
 from kvmsim.images import read_kernel
-from kvmsim.script import Expect, Host, Output, Say, Send, Statement, Stop, Vm, Wait
+from kvmsim.script import Expect, Host, Output, Poison, Say, Send, Statement, Stop, Vm, Wait
 
 #: Seconds that a host command may take.
 HOST_TIMEOUT: Final = 60.0
@@ -105,6 +105,8 @@ class Session:
                             f"expected output like /{regex.pattern}/, the command printed "
                             f"{_tail(self._output)}"
                         )
+                case Poison(vm, gpa):
+                    self._poison(vm, gpa)
                 case Stop(vm):
                     self._stop(vm)
                 case Wait():
@@ -144,6 +146,12 @@ class Session:
     def _how_it_ended(self, name: str) -> str:
         ending = self._vms[name][0].ending(0)
         return f"{name} has ended: {ending.message if ending else 'for no known reason'}"
+
+    def _poison(self, name: str, gpa: int) -> None:
+        try:
+            self._vms[name][0].inject_memory_error(gpa)
+        except ValueError as error:
+            raise NotHeld(str(error)) from None
 
     def _stop(self, name: str) -> None:
         vm, _ = self._vms[name]

@@ -456,6 +456,7 @@ def test_the_example_of_the_manual(mounted: Mounted, monkeypatch: pytest.MonkeyP
         ("send halt 1\nwait vm0 status 2", ":4: expected vm0 to end with 2, but it ended with 1: "),
         ("wait vm0 within 0.5", ":3: expected vm0 to end, but not within 0.5 s; its last line was"),
         ("send peek 0x800000\nexpect value=\nhost cat $RAM", ":5: 'cat $RAM': expected 0, got 1"),
+        ("poison 0x1000", ":3: poison of gpa 0x1000: no private memory is there"),
         ("vm other memory=$DIR/none", "/none: No such file or directory"),
         ("vm other memory=$RAM,slots=99999", "cannot be cut into 99999 slots"),
     ],
@@ -466,6 +467,19 @@ def test_a_script_that_does_not_hold(mounted: Mounted, text: str, why: str) -> N
     assert why in done.stderr
     assert done.stderr.count("\n") == 1
     assert given_back(mounted)
+
+
+def test_memory_that_fails_ends_its_vm_and_a_punch_mends_it(mounted: Mounted) -> None:
+    done = play(
+        mounted,
+        "vm a memory=$RAM\nexpect in private memory\n"
+        "send poke 0x800000 7 private\nexpect ok poke\npoison 0x800000\n"
+        "send peek 0x801000 private\nexpect value=0x0$\n"
+        "host fallocate --punch-hole --offset 6M --length 4K $RAM\n"
+        "send peek 0x800000 private\nexpect value=0x0$\n"
+        "poison 0x801000\nsend peek 0x801000 private\nwait a status 123\n",
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_vms_share_a_file_and_stop_in_turn(mounted: Mounted) -> None:

@@ -14,6 +14,7 @@ from kvmsim.script import (
     Host,
     Memory,
     Output,
+    Poison,
     Say,
     ScriptError,
     Send,
@@ -122,6 +123,11 @@ def test_host_commands() -> None:
     printed = only("host x\noutput ^a.*b$")
     assert isinstance(printed, Output)
     assert printed.regex.search("first\na--b\nlast")
+
+
+def test_memory_that_fails() -> None:
+    assert only(UP + "poison a 0x800000") == Poison("a", 0x80_0000)
+    assert only(UP + "poison 8M") == Poison("a", 8 << 20)
 
 
 def test_the_end_of_a_vm() -> None:
