@@ -84,12 +84,13 @@ class Setup:
 
     ``populated`` pages of every file are allocated at the start.  ``late`` users register by
     themselves; ``fresh`` ones have connected, and not even their HELLO has arrived; ``readers``
-    have a descriptor for reading only; ``mute`` ones never say HELLO.  ``reregister`` is how often each may unregister and come
-    back, ``sessions`` how many it may open one after the other, each in place of the one whose
-    socket it closed.  ``leaves`` names who may say BYE; ``hang``, ``stop``, ``close``, ``kill``
-    name the users that may meet that fate, ``immortal`` those whose exit is never seen, ``sticks``
-    those that, once killed, may run no more and yet not exit; ``fenced`` have a userfaultfd.  Of
-    ``echoes`` the owner hears once more that their socket has ended.
+    have a descriptor for reading only; ``mute`` ones never say HELLO.  ``reregister`` is how often
+    each may unregister and come back, ``sessions`` how many it may open one after the other, each
+    in place of the one whose socket it closed.  ``leaves`` names who may say BYE; ``hang``,
+    ``stop``, ``close``, ``kill`` name the users that may meet that fate, ``immortal`` those whose
+    exit is never seen, ``sticks`` those that, once killed, may run no more and yet not exit;
+    ``fenced`` have a userfaultfd.  Of ``echoes`` the owner hears once more that their socket has
+    ended.
 
     ``delivery``: one FIFO each way; or one for invalidations and acknowledgements and another
     for all else; or no order at all.  ``direct``: the lane installs what was granted at once, as
@@ -102,7 +103,7 @@ class Setup:
     allocation may fail, before or after its first page.  ``inline``: steps end before the event
     that began them, and their effects come before what is left of its.  ``slots`` are
     (gfn, pages, ino, file page), by default one for each file.  ``alike``: vCPUs of a user are
-    not told apart.
+    not told apart, nor are users that start alike.
     """
 
     pages: int = 1

@@ -89,7 +89,7 @@ WORLDS = {
         users=2, calls=(P, P), populated=(0,), late=OTHER, close=ONE, prompt=True
     ),
     "three users": Setup(
-        users=3, calls=(P,), populated=(0,), prompt=True, direct=True
+        users=3, calls=(P,), populated=(0,), alike=True
     ),
     "two pages, three overlapping invalidations": Setup(
         pages=2, calls=(P, Q, BOTH), populated=(0, 1)
@@ -110,7 +110,7 @@ WORLDS = {
         files=2, calls=(P, SECOND), populated=(0,), hang=ONE, prompt=True
     ),
     "two files, one user that comes and goes": Setup(
-        files=2, calls=(P, SECOND), populated=(0,), reregister=1, prompt=True, direct=True
+        files=2, calls=(SECOND,), populated=(0,), reregister=1, prompt=True, direct=True
     ),
     "a file that shrinks, grows and is zeroed": Setup(
         pages=2, calls=(Call(resize(0), cancel=True), Call(resize(2)), Call(zero(0, 1))),
@@ -177,7 +177,7 @@ WORLDS = {
         pages=2, calls=(P, Q, P), populated=(0, 1), delivery="set", ring=1
     ),
     "no order at all, one user that comes and goes": Setup(
-        calls=(P, P), populated=(0,), delivery="set", reregister=1
+        calls=(P,), populated=(0,), delivery="set", reregister=1
     ),
     "no order at all, two vCPUs": Setup(
         vcpus=2, calls=(P,), populated=(0,), delivery="set", alike=True
@@ -219,4 +219,67 @@ INLINE = [
     "a user that punches by record, with slow timers",
 ]
 
-SLOW: dict[str, Setup] = {}
+KVMSIM = Setup(users=2, vcpus=2, populated=(0,), direct=True, prompt=True, alike=True)
+EVERY = frozenset({0, 1})
+
+SLOW = {
+    "as kvmsim ships, two users with two vCPUs each, two invalidations": replace(
+        KVMSIM, calls=(P, P)
+    ),
+    "as kvmsim ships, two users with two vCPUs each, three invalidations": replace(
+        KVMSIM, calls=(P, P, P)
+    ),
+    "as kvmsim ships, two users with two vCPUs each, any may hang or be killed": replace(
+        KVMSIM, calls=(CANCEL,), hang=EVERY, kill=EVERY
+    ),
+    "two users with two vCPUs each, one invalidation": Setup(
+        users=2, vcpus=2, calls=(P,), populated=(0,), alike=True
+    ),
+    "two users with two vCPUs each, two invalidations": Setup(
+        users=2, vcpus=2, calls=(P, P), populated=(0,), alike=True, prompt=True
+    ),
+    "two users with two vCPUs each, no order at all": Setup(
+        users=2, vcpus=2, calls=(P,), populated=(0,), alike=True, prompt=True, direct=True,
+        delivery="set",
+    ),
+    "two users, both may hang, close their sockets or be killed": Setup(
+        users=2, calls=(P,), populated=(0,), hang=EVERY, close=EVERY, kill=EVERY, alike=True
+    ),
+    "two users, one hangs and one closes its socket": Setup(
+        users=2, calls=(P, P), populated=(0,), hang=ONE, close=OTHER
+    ),
+    "two users, one hangs and one is killed": Setup(
+        users=2, calls=(CANCEL, P), populated=(0,), hang=ONE, kill=OTHER
+    ),
+    "two users, each may open another session": Setup(
+        users=2, calls=(P,), populated=(0,), close=EVERY, sessions=2, alike=True
+    ),
+    "two users that come and go": Setup(
+        users=2, calls=(P, P), populated=(0,), reregister=1, alike=True
+    ),
+    "three users, three invalidations": Setup(
+        users=3, calls=(P, P, P), populated=(0,), alike=True, prompt=True, direct=True
+    ),
+    "two pages, two users, three invalidations": Setup(
+        users=2, pages=2, calls=(P, Q, BOTH), populated=(0, 1), alike=True
+    ),
+    "two pages, one user that fails, three invalidations": Setup(
+        pages=2, calls=(CANCEL, Q, BOTH), populated=(0, 1), hang=ONE, close=ONE
+    ),
+    "three pages, two vCPUs": Setup(
+        pages=3, vcpus=2, calls=(BOTH, Call(punch(1, 3))), populated=(0, 1, 2), alike=True,
+        prompt=True,
+    ),
+    "two files, two users": Setup(
+        files=2, users=2, calls=(P, SECOND), populated=(0,), alike=True, prompt=True
+    ),
+    "two files, one user that comes and goes, two invalidations": Setup(
+        files=2, calls=(P, SECOND), populated=(0,), reregister=1
+    ),
+    "no order at all, one user that comes and goes, two invalidations": Setup(
+        calls=(P, P), populated=(0,), delivery="set", reregister=1
+    ),
+    "a file that two users keep alive and punch": Setup(
+        users=2, calls=(Call(Release()), own(0, 1)), populated=(0,), reregister=1
+    ),
+}  # fmt: skip

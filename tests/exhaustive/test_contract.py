@@ -14,9 +14,10 @@ from typing import get_args
 
 import pytest
 from contract_mutations import MUTATIONS, Mutation
-from contract_values import SEEN
-from contract_world import Contract, fair
-from contract_worlds import INLINE, SLOW, WORLDS
+from contract_symmetry import Symmetric, build
+from contract_values import SEEN, Setup
+from contract_world import Contract, State, fair
+from contract_worlds import INLINE, SLOW, WORLDS, P
 
 from kvmsim import fault
 from privfs import memfile
@@ -54,7 +55,6 @@ VOCABULARY: dict[object, str] = {
     **dict.fromkeys(fault.RetryReason, ""),
     user.Closed: "said by the daemon's shell as it leaves, not by the owner",
     fault.NeedShared: "looked up within Vm.begin_fault, never seen outside",
-    fault.Retry: "seen by its reasons",
     fault.RetryReason.INVALIDATED: "Vm.page_arrived looks again by itself",
     effects.Stray: "what an audit finds; no world here touches freed memory",
 }
@@ -77,17 +77,30 @@ def check(world: Contract, name: str) -> Report:
     return report
 
 
+def program(report: Report, imports: str, build: str) -> str:
+    """Return a counterexample as a program; it runs where pytest finds its modules."""
+    return report.program(
+        f"from contract_world import fair\n{imports}\n\nworld = {build}",
+        "world", "world.quiet", "fair",
+    )  # fmt: skip
+
+
+def closed(report: Report, worlds: str, name: str) -> None:
+    """Fail with the program that replays what was found."""
+    imports = f"from contract_symmetry import build\nfrom contract_worlds import {worlds}"
+    assert report.problem is None, program(report, imports, f"build({worlds}[{name!r}])")
+    assert report.complete
+    assert report.goals > 0
+
+
 @functools.cache
 def explored(name: str) -> Report:
-    return check(Contract(WORLDS[name]), name)
+    return check(build(WORLDS[name]), name)
 
 
 @pytest.mark.parametrize("name", WORLDS)
 def test_every_interleaving_keeps_the_contract(name: str) -> None:
-    report = explored(name)
-    assert report.problem is None, report.script()
-    assert report.complete
-    assert report.goals > 0
+    closed(explored(name), "WORLDS", name)
 
 
 @pytest.mark.parametrize("name", INLINE)
@@ -101,9 +114,7 @@ def test_steps_that_end_at_once_keep_the_contract(name: str) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", SLOW)
 def test_every_interleaving_of_larger_worlds_keeps_the_contract(name: str) -> None:
-    report = check(Contract(SLOW[name]), name)
-    assert report.problem is None, report.script()
-    assert report.complete
+    closed(check(build(SLOW[name]), name), "SLOW", name)
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.rule)
@@ -120,15 +131,41 @@ def test_each_rule_is_needed(mutation: Mutation) -> None:
     confirm(again, report.trace, report.problem, goal=again.quiet, fair=fair)
 
 
-def program(rule: str) -> str:
+@pytest.mark.parametrize("users", [2, 3])
+def test_users_that_are_not_told_apart_lose_nothing(users: int) -> None:
+    """The states up to an exchange of users are those that the symmetric world has."""
+    setup = Setup(users=users, calls=(P,), populated=(0,), alike=True, direct=True, prompt=True)
+    world = build(setup)
+    assert isinstance(world, Symmetric)
+    seen: set[State] = {world.start()}
+    todo = list(seen)
+    while todo:
+        for _, after in world.successors(todo.pop()):
+            if after not in seen:
+                seen.add(after)
+                todo.append(after)
+    orbits = {world.key(state) for state in seen}
+    report = explore(build(setup), goal=world.quiet, fair=fair)
+    assert report.states == len(orbits) < len(seen) / (users - 0.5)
+    assert explore(Contract(setup)).states == len(seen)
+
+
+def test_a_mutant_is_found_among_users_that_are_not_told_apart() -> None:
+    mutation = next(m for m in MUTATIONS if m.rule == "install rule")
+    setup = replace(mutation.setup, users=2, alike=True)
+    report = explore(Symmetric(setup, mutation.cores))
+    assert report.problem is not None
+    assert mutation.finds in report.problem
+    assert report.trace is not None
+    confirm(Contract(setup, mutation.cores), report.trace, report.problem)
+
+
+def without(rule: str) -> str:
     """Return the program that replays what is found without a rule."""
     mutation = next(m for m in MUTATIONS if m.rule == rule)
     mutant = mutation.build()
-    return explore(mutant, goal=mutant.quiet, fair=fair).program(
-        "from contract_mutations import BY_RULE\nfrom contract_world import fair\n\n"
-        f"world = BY_RULE[{rule!r}].build()",
-        "world", "world.quiet", "fair",
-    )  # fmt: skip
+    report = explore(mutant, goal=mutant.quiet, fair=fair)
+    return program(report, "from contract_mutations import BY_RULE", f"BY_RULE[{rule!r}].build()")
 
 
 def run(source: str, tmp_path: Path) -> tuple[int, str]:
@@ -143,7 +180,7 @@ def run(source: str, tmp_path: Path) -> tuple[int, str]:
 
 @pytest.mark.parametrize("rule", ["install rule", "the reader never waits"])
 def test_a_counterexample_prints_as_a_program_that_replays_it(rule: str, tmp_path: Path) -> None:
-    source = program(rule)
+    source = without(rule)
     print(source)
     assert run(source, tmp_path) == (0, "")
     code, said = run(source.replace(f"BY_RULE[{rule!r}].build()",

@@ -8,12 +8,20 @@ come and go. In both, one rule switched off must be found: that is the test of t
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Protocol, Self
 
 import pytest
+from contract_mutants import (
+    BlindVm,
+    LateSnapshot,
+    MergedRange,
+    NeverEnds,
+    NewestRange,
+    NoSeq,
+    SeqOnly,
+)
 
 from kvmsim.fault import (
     Effect,
@@ -27,10 +35,11 @@ from kvmsim.fault import (
 )
 from kvmsim.invalidate import MmuInvalidate
 from kvmsim.kind import SHARED_BIT
-from kvmsim.mmu import Mmu
 from kvmsim.region import PrivateFile, Region
 from kvmsim.uapi import KVM_MEM_GUEST_MEMFD, KVM_MEMORY_ATTRIBUTE_PRIVATE, PAGE_SIZE
 from kvmsim.vm import Invalidation, Vm
+from privfs import testing
+from privfs.testing import Report
 
 pytestmark = pytest.mark.exhaustive
 
@@ -44,56 +53,31 @@ class World(Protocol):
     def finished(self) -> bool: ...
 
 
-@dataclass
-class Found:
-    states: int
-    trace: list[str] = field(default_factory=list)
-    wrong: str | None = None
+class Stepped:
+    """A world that changes in place, as the explorer wants it."""
 
+    def __init__(self, world: World) -> None:
+        self._world = world
 
-def explore(start: World, limit: int = 400_000) -> Found:
-    """Breadth first, so a counterexample is a shortest one.
+    def start(self) -> World:
+        return self._world
 
-    Every state must also be able to reach the finish: no dead end, and no loop without an exit.
-    """
-    seen: dict[Hashable, tuple[Hashable, str] | None] = {start.key(): None}
-    before: dict[Hashable, set[Hashable]] = {start.key(): set()}
-    finished: list[Hashable] = []
-    queue = deque([start])
-    while queue:
-        world = queue.popleft()
-        here = world.key()
-        if world.finished():
-            finished.append(here)
-        for event in world.events():
-            after = world.copy()
+    def successors(self, state: World) -> Iterator[tuple[str, World]]:
+        for event in state.events():
+            after = state.copy()
             after.step(event)
-            key = after.key()
-            before.setdefault(key, set()).add(here)
-            if key in seen:
-                continue
-            seen[key] = (here, event)
-            assert len(seen) < limit, "the world is larger than it should be"
-            if wrong := after.wrong():
-                return Found(len(seen), _trace(seen, key), wrong)
-            queue.append(after)
-    hopeful = set(finished)
-    while finished:
-        fresh = before[finished.pop()] - hopeful
-        hopeful |= fresh
-        finished += fresh
-    lost = next((key for key in seen if key not in hopeful), None)
-    if lost is not None:
-        return Found(len(seen), _trace(seen, lost), "no way to the finish")
-    return Found(len(seen))
+            yield event, after
+
+    def key(self, state: World) -> Hashable:
+        return state.key()
+
+    def violation(self, state: World) -> str | None:
+        return state.wrong()
 
 
-def _trace(seen: dict[Hashable, tuple[Hashable, str] | None], key: Hashable) -> list[str]:
-    events: list[str] = []
-    while (came := seen[key]) is not None:
-        key, event = came
-        events.append(event)
-    return events[::-1]
+def explore(start: World) -> Report:
+    """Every state must also be able to reach the finish: no dead end, no loop without an exit."""
+    return testing.explore(Stepped(start), goal=lambda world: world.finished())
 
 
 # --- the counter alone ------------------------------------------------------------------------
@@ -221,41 +205,8 @@ WORLDS = {
 @pytest.mark.parametrize("name", WORLDS)
 def test_no_interleaving_maps_a_freed_page_and_every_fault_ends(name: str) -> None:
     found = explore(Counter(*WORLDS[name]))
-    assert found.wrong is None, found
+    assert found.problem is None, found
     assert found.states > 20
-
-
-class MergedRange(MmuInvalidate):
-    """As first posted (found by Xu Yilun, September 2023): tests the count, not the range."""
-
-    def range_add(self, start: int, end: int) -> None:
-        if self.in_progress == 1:
-            self.range = (start, end)
-        else:
-            super().range_add(start, end)
-
-
-class NewestRange(MmuInvalidate):
-    """The newest range replaces those of the brackets in progress."""
-
-    def range_add(self, start: int, end: int) -> None:
-        self.range = None
-        super().range_add(start, end)
-
-
-class NoSeq(MmuInvalidate):
-    """The end does not count."""
-
-    def end(self) -> None:
-        super().end()
-        self.seq = 0
-
-
-class SeqOnly(MmuInvalidate):
-    """The retry test looks at the count of ends and not at what is in progress."""
-
-    def retry(self, gfn: int, snapshot: int) -> bool:
-        return self.seq != snapshot
 
 
 class ProgressOnly(MmuInvalidate):
@@ -284,13 +235,13 @@ COUNTER_MUTATIONS: dict[str, Callable[[], Counter]] = {
 @pytest.mark.parametrize("name", COUNTER_MUTATIONS)
 def test_a_counter_rule_switched_off_is_found(name: str) -> None:
     found = explore(COUNTER_MUTATIONS[name]())
-    assert found.wrong == "gfn 0 maps a freed page", found
+    assert found.problem == "gfn 0 maps a freed page", found
     assert found.trace
 
 
 def test_the_merged_range_needs_two_slots_to_show() -> None:
     found = explore(Counter((ONE_SLOT,), (0,), invalidate=MergedRange))
-    assert found.wrong is None
+    assert found.problem is None
 
 
 # --- the VM that ships ------------------------------------------------------------------------
@@ -361,31 +312,6 @@ class Trusting(Pages):
 
     def installable(self, file: int, page: int, start: int, end: int, seq: int) -> tuple[int, int]:
         return start, end
-
-
-class LateSnapshot(Fault):
-    """Takes its snapshot when everything was looked at already."""
-
-    def page_arrived(self, mmu: Mmu, grant: PageGrant) -> Effect:
-        self.snap = mmu.invalidate.seq
-        return super().page_arrived(mmu, grant)
-
-
-class NeverEnds(MmuInvalidate):
-    """Once begun, always in progress."""
-
-    def end(self) -> None:
-        self.seq += 1
-
-
-class BlindVm(Vm):
-    """Opens no bracket: zaps and changes, and tells the counter nothing."""
-
-    def _begin(self, gfns, *, halves, then=None):  # type: ignore[no-untyped-def]
-        begun = super()._begin(gfns, halves=halves, then=then)
-        if begun.bracketed:
-            self.mmu.invalidate.in_progress -= 1
-        return replace(begun, bracketed=False)
 
 
 class Shipping:
@@ -588,7 +514,7 @@ SCRIPTS = {
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_no_interleaving_breaks_the_vm(name: str) -> None:
     found = explore(Shipping(*SCRIPTS[name]))
-    assert found.wrong is None, found
+    assert found.problem is None, found
     assert found.states > 20
 
 
@@ -627,7 +553,7 @@ VM_MUTATIONS: dict[str, tuple[Callable[[], Shipping], str]] = {
     ),
     "an invalidation that never ends": (
         lambda: Shipping(("punch 0",), (ZERO,), invalidate=NeverEnds),
-        "no way to the finish",
+        "stuck",
     ),
     "freed before it is zapped": (
         lambda: Shipping(("punch 0",), (ZERO,), steps=("send", "free", "zap", "end")),
@@ -640,5 +566,5 @@ VM_MUTATIONS: dict[str, tuple[Callable[[], Shipping], str]] = {
 def test_a_vm_rule_switched_off_is_found(name: str) -> None:
     make, expected = VM_MUTATIONS[name]
     found = explore(make())
-    assert found.wrong is not None
-    assert expected in found.wrong, found
+    assert found.problem is not None
+    assert expected in found.problem, found
