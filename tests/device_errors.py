@@ -42,6 +42,7 @@ POINTERS = {
         requests.KVM_SET_MP_STATE, requests.KVM_GET_VCPU_EVENTS, requests.KVM_SET_VCPU_EVENTS,
         requests.KVM_INTERRUPT, requests.KVM_SET_SIGNAL_MASK, requests.KVM_TRANSLATE,
         requests.KVM_X86_SETUP_MCE, requests.KVM_ENABLE_CAP, uapi.KVM_PRE_FAULT_MEMORY,
+        requests.KVM_SET_GUEST_DEBUG, requests.KVM_TPR_ACCESS_REPORTING,
     ),
 }  # fmt: skip
 
@@ -113,6 +114,10 @@ ERRORS = [
     ("vcpu", requests.KVM_GET_LAPIC, bytes(1024), errno.EINVAL),
     ("vcpu", requests.KVM_SET_LAPIC, bytes(1024), errno.EINVAL),
     ("vcpu", requests.KVM_KVMCLOCK_CTRL, 0, errno.EINVAL),
+    ("vcpu", requests.KVM_SET_GUEST_DEBUG, bytes(structs.GUEST_DEBUG.size), 0),
+    ("vcpu", requests.KVM_TPR_ACCESS_REPORTING, structs.TPR_ACCESS_CTL.pack(0, 1), errno.EINVAL),
+    ("vcpu", requests.KVM_TPR_ACCESS_REPORTING, structs.TPR_ACCESS_CTL.pack(1, 0), 0),
+    ("vcpu", requests.KVM_SET_VAPIC_ADDR, bytes(8), errno.EINVAL),
     ("vcpu", requests.KVM_SET_TSC_KHZ, 77, errno.EINVAL),
     ("vcpu", requests.KVM_X86_SETUP_MCE, structs.U64_VALUE.pack(0), errno.EINVAL),
     ("vcpu", requests.KVM_X86_SETUP_MCE, structs.U64_VALUE.pack(33), errno.EINVAL),

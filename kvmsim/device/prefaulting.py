@@ -51,7 +51,9 @@ class PreFaulting:
         step: Step = Retry(RetryReason.INVALIDATED)
         again = False
         while not isinstance(step, Finished):
-            if self._running.stopping or self._cancelled:
+            if self._running.stopping:
+                raise LinkError(errno.EIO, self._running.stop_reason)
+            if self._cancelled:
                 return self._work.interrupted()
             if isinstance(step, NeedPage):
                 step = self._ask(step, again=again)
@@ -71,7 +73,9 @@ class PreFaulting:
         send()
         with self._answered:
             while not self._grants:
-                if self._cancelled or self._running.stopping:
+                if self._running.stopping:
+                    raise LinkError(errno.EIO, self._running.stop_reason)
+                if self._cancelled:
                     return self._work.interrupted()
                 self._answered.wait()
             return self._work.page_arrived(self._running.vm, self._grants.pop())

@@ -238,6 +238,28 @@ def setup_mce(vcpu: VcpuDevice, call: Call) -> None:
     vcpu.msrs.set_mcg_cap(capability)
 
 
+def set_guest_debug(vcpu: VcpuDevice, call: Call) -> None:
+    """KVM_SET_GUEST_DEBUG: only to switch it off."""
+    control, *_ = call.read(structs.GUEST_DEBUG)
+    if control:
+        raise call.refused(errno.EINVAL, "breakpoints and single steps are not simulated")
+
+
+def tpr_access_reporting(vcpu: VcpuDevice, call: Call) -> None:
+    """KVM_TPR_ACCESS_REPORTING: there is no local APIC whose TPR could be accessed."""
+    enabled, flags = call.read(structs.TPR_ACCESS_CTL)
+    if flags:
+        raise call.refused(errno.EINVAL, f"flags {flags:#x}: none is known")
+    call.write(structs.TPR_ACCESS_CTL.pack(enabled, flags))
+
+
+def set_vapic_addr(vcpu: VcpuDevice, call: Call) -> None:
+    """KVM_SET_VAPIC_ADDR: the same."""
+    if not vcpu.vm.irqchip:
+        raise call.refused(errno.EINVAL, "there is no local APIC in the kernel")
+    call.read(structs.VAPIC_ADDR)
+
+
 def enable_cap(vcpu: VcpuDevice, call: Call) -> None:
     """KVM_ENABLE_CAP of a vCPU."""
     cap, *_ = call.read(structs.ENABLE_CAP)

@@ -78,6 +78,12 @@ TABLE: Final = table(
             "EINVAL: always"),
         Row(requests.KVM_X86_SETUP_MCE, state.setup_mce, "kept in MSR_IA32_MCG_CAP",
             "EINVAL: banks, or what is not supported"),
+        Row(requests.KVM_SET_GUEST_DEBUG, state.set_guest_debug, "only to switch it off",
+            "EINVAL: any control bit"),
+        Row(requests.KVM_TPR_ACCESS_REPORTING, state.tpr_access_reporting,
+            "taken; there is nothing to report", "EINVAL: flags"),
+        Row(requests.KVM_SET_VAPIC_ADDR, state.set_vapic_addr, "taken, not needed",
+            "EINVAL: no KVM_CREATE_IRQCHIP"),
         Row(requests.KVM_ENABLE_CAP, state.enable_cap, "there is none", "EINVAL: always"),
         Row(KVM_PRE_FAULT_MEMORY, state.pre_fault_memory, "maps without running the guest",
             "EINVAL: flags, not aligned, size 0, wrap; ENOENT: no slot; EINTR, EAGAIN, EFAULT: "

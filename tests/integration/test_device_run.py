@@ -155,6 +155,19 @@ def test_without_memory_the_guest_cannot_even_start() -> None:
         assert left == exits.InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION)
 
 
+def test_stores_to_a_read_only_slot_are_a_devices(boot: Boot) -> None:
+    program = boot(MMIO, rdi=HIGH)
+    vcpu = program.vcpus[0]
+    memory = program.process.ranges.allocate(PAGE)
+    memory.write(0, b"rom")
+    program.slot(1, HIGH, PAGE, memory.address, flags=2)
+    stored = b"rom".ljust(8, b"\0")
+    assert program.run(vcpu) == exits.MmioExit(HIGH + 8, 8, True, stored), "the load was memory's"
+    assert program.run(vcpu) == exits.MmioExit(HIGH + 16, 4, True, b"\x44\x33\x22\x11")
+    assert program.run(vcpu) == exits.HltExit()
+    assert memory.read(0, PAGE) == b"rom".ljust(PAGE, b"\0")
+
+
 def test_a_hole_of_the_caller_is_efault(boot: Boot) -> None:
     program = boot(MMIO, rdi=HIGH)
     vcpu = program.vcpus[0]
