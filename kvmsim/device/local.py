@@ -19,7 +19,16 @@ from dataclasses import dataclass, field
 from typing import Final, Self
 
 from kvmsim.device.caller import Efault, Fd, HostPiece, NotOurs, PrivateFd
-from kvmsim.device.results import Begun, DeviceObject, Failure, FdKind, MappableObject, NewFd, Value
+from kvmsim.device.results import (
+    Begun,
+    DeviceObject,
+    Failure,
+    FdKind,
+    MappableObject,
+    NewFd,
+    Pending,
+    Value,
+)
 from kvmsim.uapi import PAGE_SIZE
 
 _FUSE_SUPER_MAGIC: Final = 0x65735546
@@ -195,7 +204,7 @@ class LocalProcess:
         self.ranges = HostRanges() if ranges is None else ranges
         self.caller = LocalCaller(self.ranges)
         self._maps: dict[int, mmap.mmap] = {}
-        self._waiting: dict[int, Begun] = {}
+        self._waiting: dict[int, list[Pending]] = {}
 
     def open(self) -> int:
         """A descriptor of the device."""
@@ -212,14 +221,15 @@ class LocalProcess:
             raise OSError(errno.EBADF, f"descriptor {fd} is none of the device")
         result = device.ioctl(request, address, self.caller)
         if isinstance(result, Begun):
-            self._waiting[fd] = result
+            waiting = self._waiting.setdefault(fd, [])
+            waiting.append(result.pending)
             try:
                 outcome = result.pending.wait()
             except BaseException:
                 result.pending.cancel()
                 raise
             finally:
-                self._waiting.pop(fd, None)
+                waiting.remove(result.pending)
             assert outcome is not None
             result = outcome
         if isinstance(result, Failure):
@@ -230,10 +240,9 @@ class LocalProcess:
         return result.value
 
     def interrupt(self, fd: int) -> None:
-        """From another thread: a signal for who waits in KVM_RUN on ``fd``."""
-        begun = self._waiting.get(fd)
-        if begun is not None:
-            begun.pending.cancel()
+        """From another thread: a signal for everyone who waits in an ioctl on ``fd``."""
+        for pending in list(self._waiting.get(fd, ())):
+            pending.cancel()
 
     def mmap(self, fd: int) -> memoryview:
         """The memory of a vCPU's descriptor (struct kvm_run); valid until :meth:`close`."""

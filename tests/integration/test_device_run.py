@@ -326,6 +326,19 @@ def test_other_ioctls_wait_for_the_run_and_can_be_given_up(boot: Boot) -> None:
     assert outcome.errno == errno.EINTR
 
 
+def test_a_thread_that_waits_in_kvm_run_is_interrupted(boot: Boot) -> None:
+    program = boot(SPIN, rdi=HEAP)
+    vcpu = program.vcpus[0]
+    left: list[exits.Exit] = []
+    thread = threading.Thread(target=lambda: left.append(program.run(vcpu)))
+    thread.start()
+    until(lambda: bool(program.process._waiting.get(vcpu)))
+    program.process.interrupt(vcpu)
+    thread.join(20)
+    assert left == [exits.InterruptedExit()]
+    program.process.interrupt(vcpu)  # nobody
+
+
 # --- events -------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import struct
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,8 +23,9 @@ from kvmsim.device.hypercall import Answer, hypercall
 from kvmsim.device.msrs import SAVED, TABLE, MsrStore
 from kvmsim.device.pending import Call
 from kvmsim.device.registers import ControlState, Invalid
-from kvmsim.device.results import Failure, Value
+from kvmsim.device.results import Begun, Failure, Value
 from kvmsim.device.runbuffer import RunBuffer
+from kvmsim.device.serial import Serial
 from kvmsim.device.table import NAMES, Level, Row, dispatch, table
 from kvmsim.device.translate import translate
 from kvmsim.kind import KINDS
@@ -342,6 +344,38 @@ def test_a_call_that_follows_another(early: bool) -> None:
     assert cancelled == [inner]
     inner.finish(Failure(errno.EINTR, "x"))
     assert outer.wait(0) == Failure(errno.EINTR, "x")
+
+
+def test_a_queued_call_that_breaks_is_answered_and_the_next_one_done() -> None:
+    serial = Serial("x", lambda call: None)
+    first = Call(lambda call: None)
+    assert serial.call(lambda: Begun(first)) == Begun(first)
+
+    def breaks() -> Value:
+        raise RuntimeError("broken")
+
+    waiting = [serial.call(breaks), serial.call(lambda: Value(7))]
+    assert all(isinstance(result, Begun) for result in waiting)
+    assert len(serial.queued()) == 2
+    said: list[object] = []
+    before = threading.excepthook
+    threading.excepthook = lambda args: said.append(args.exc_value)
+    try:
+        serial.unlock()
+        assert isinstance(waiting[0], Begun)
+        assert isinstance(waiting[1], Begun)
+        assert waiting[0].pending.wait(20) == Failure(errno.EIO, "internal error: broken")
+        assert waiting[1].pending.wait(20) == Value(7)
+        serial.wait_idle()
+        for thread in threading.enumerate():
+            if thread.name == "x ioctls":
+                thread.join(20)
+        assert [str(error) for error in said] == ["broken"]
+    finally:
+        threading.excepthook = before
+    with pytest.raises(RuntimeError, match="broken"):
+        serial.call(breaks)
+    assert serial.call(lambda: Value(1)) == Value(1), "the mutex is free"
 
 
 # --- struct kvm_run -----------------------------------------------------------------------------
