@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Protocol, Self
 
 import pytest
-from contract_mutants import (
+from mutant_users import (
     BlindVm,
     LateSnapshot,
     MergedRange,
