@@ -69,9 +69,13 @@ class Machine:
         """Return the pages that can be promised now; ``pages`` are, if they are no more."""
         now = self._clock()
         if now - self._read_at > _FRESH or pages > self._room:
-            total, spare = self._reading()
-            self._room = (spare - headroom_bytes(total)) // PAGE_SIZE - self._promised()
-            self._read_at = now
+            try:
+                total, spare = self._reading()
+            except OSError:
+                pass  # no descriptor is left to ask with: what was known last must do
+            else:
+                self._room = (spare - headroom_bytes(total)) // PAGE_SIZE - self._promised()
+                self._read_at = now
         room = max(self._room, 0)
         if pages <= room:
             self._room -= pages

@@ -220,7 +220,11 @@ class Service:
         if extent is None:
             return None
         path = f"/proc/self/fd/{extent.fd}"
-        fd = os.dup(extent.fd) if writable else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fd = os.dup(extent.fd) if writable else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            self._complain(f"an extent cannot be handed out: {error.strerror}", logging.WARNING)
+            return None  # its user will ask for it again
         if self._extent(ino, index) is extent:
             return fd
         os.close(fd)  # a worker thread was ending it: perhaps another's number by then

@@ -8,6 +8,7 @@ mount that this process serves, where a request would wait for ourselves.
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 import errno
 import os
@@ -170,11 +171,9 @@ class Peer:
         return True
 
     def kill(self) -> None:
-        """Send SIGKILL; a peer that is gone already is no error."""
-        try:
+        """Send SIGKILL; a peer that is gone already, or became another user's, is no error."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            return
 
     def exited(self) -> bool:
         """True if the peer is dead, whether or not anybody has been told."""

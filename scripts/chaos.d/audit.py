@@ -9,13 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from crowd import PATIENCE, Crowd, Member
-from place import Breach, Place, until
+from place import PAGE, Breach, Place, until
+
+from privfs.notifier.wire import Fence
 
 #: Threads that the mount keeps for a while after they had something to do.
 _IDLE_THREADS = 16
 _SETTLE = 30.0
 _EXPECTED_LOG = re.compile(
     r"killing \S+: no acknowledgement|dead mount|was killed|cleared|stale|in use by"
+    r"|cannot accept a user: .*Too many open|accept returned EMFILE|raise the limit on open files"
+    r"|an extent cannot be handed out: Too many open files"
 )
 
 
@@ -85,6 +89,8 @@ def in_peace(place: Place, crowd: Crowd, allowed: Allowed) -> None:
     settled("budget", lambda: _budget(place))
     settled("descriptors and threads", lambda: _counts(place))
     settled("sleepers", lambda: _sleepers(crowd))
+    for member in crowd.users.values():
+        _table(place, member)
     status = place.ask("status")
     if status["kills"] > allowed.kills or status["failures"] > allowed.failures:
         raise Breach(
@@ -94,7 +100,7 @@ def in_peace(place: Place, crowd: Crowd, allowed: Allowed) -> None:
 
 def _operations(place: Place) -> str:
     found = place.ask("audit")
-    return "" if found == {"findings": [], "skipped": 0} else str(found)
+    return str(found) if found["findings"] or found["skipped"] else ""
 
 
 def _sessions(place: Place, crowd: Crowd) -> str:
@@ -103,6 +109,24 @@ def _sessions(place: Place, crowd: Crowd) -> str:
     expected = sorted(m.pid for m in (*crowd.users.values(), *crowd.vms.values()))
     behind = [row for row in rows if row["unacknowledged"] or row["state"] != "open"]
     return "" if found == expected and not behind else f"{found}, not {expected}; {behind}"
+
+
+def _table(place: Place, member: Member) -> None:
+    """See that a user maps nothing but what the owner knows that it was granted."""
+    mapped = [int(word) for word in member.tell("pages", "^pages(.*)$")[1].split()]
+    ready = re.search(r"^ready (\d+) ", member.text, re.MULTILINE)
+    assert ready is not None
+    name = f"{member.name}({member.pid})"
+    rows = place.ask("map", ino=int(ready[1]))["rows"] if mapped else []
+    granted = {
+        page
+        for row in rows
+        if name in row["users"]
+        for page in range(row["start"] // PAGE, row["end"] // PAGE)
+    }
+    for start, end in zip(mapped[::2], mapped[1::2], strict=True):
+        if lost := set(range(start, end)) - granted:
+            raise Breach(f"{name} maps {sorted(lost)[:9]}, which it was not granted")
 
 
 def _budget(place: Place) -> str:
@@ -120,13 +144,14 @@ def _budget(place: Place) -> str:
 def _counts(place: Place) -> str:
     status = place.ask("status")
     fds, threads, children = place.counts()
-    expected = place.fds + 2 * len(status["sessions"]) + status["extents"]
+    fences = sum(row["fence"] == Fence.UFFD.text for row in status["sessions"])
+    expected = place.fds + 2 * len(status["sessions"]) + fences + status["extents"]
     good = fds == expected and children == place.children
     if good and threads <= place.threads + _IDLE_THREADS:
         return ""
     return (
-        f"{fds} descriptors, not {expected}; {threads} threads, {place.threads} at first; "
-        f"{children} children, not {place.children}"
+        f"{fds} descriptors, not {expected} ({place.descriptors()}); {threads} threads, "
+        f"{place.threads} at first; {children} children, not {place.children}"
     )
 
 

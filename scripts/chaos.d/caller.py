@@ -3,8 +3,8 @@
 
 Pages [FIRST, END) are meant; KIND is ``punch``, ``allocate``, ``zero``, ``resize`` (to between
 FIRST and END pages), or of all pages ``clear`` (punch) or ``fill`` (allocate).  COUNT 0 makes each
-KIND once, in order.  Prints ``did N`` now and then, ``errno N KIND`` for what fails, and
-``done CALLS FAILURES`` at the end.
+KIND once, in order; SIGTERM ends it after the call under way.  Prints ``did N`` now and then,
+``errno N KIND`` for what fails, and ``done CALLS FAILURES`` at the end.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import signal
 import sys
 
 PAGE = 4096
@@ -43,19 +44,30 @@ def main() -> int:
     dice = random.Random(seed)
     failures = 0
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    enough = False
+
+    def stop(number: int, frame: object) -> None:
+        nonlocal enough
+        enough = True
+
+    signal.signal(signal.SIGTERM, stop)
     print("ready", flush=True)
-    deeds = [dice.choice(kinds) for _ in range(count)] or kinds
+    deeds = (dice.choice(kinds) for _ in range(count)) if count else iter(kinds)
+    made = 0
     for i, kind in enumerate(deeds, 1):
+        if enough:
+            break
         whole = kind in ("clear", "fill")
         start = first if whole else dice.randrange(first, end)
         last = end if whole else min(end, start + dice.choice((1, 1, 2, 8, 32)))
         code = call(fd, kind, start, last)
+        made = i
         if code:
             failures += 1
             print(f"errno {code} {kind}", flush=True)
         if i % _EVERY == 0:
             print(f"did {i}", flush=True)
-    print(f"done {len(deeds)} {failures}", flush=True)
+    print(f"done {made} {failures}", flush=True)
     return 0
 
 

@@ -54,6 +54,10 @@ class Journal:
     def seconds(self) -> float:
         return time.monotonic() - self.began
 
+    @property
+    def punches(self) -> int:
+        return self.world.place.punches if self.world is not None else 0
+
     def note(self, deed: Deed) -> None:
         """A deed begins."""
         self.step += 1
@@ -61,7 +65,12 @@ class Journal:
         self.history.append(f"{self.seconds:7.2f}s  {self.step:4}  {deed}")
 
     def line(self) -> str:
-        parts = [f"{self.seconds:5.0f}s", f"seed {self.seed}", f"step {self.step}"]
+        parts = [
+            f"{self.seconds:5.0f}s",
+            f"seed {self.seed}",
+            f"step {self.step}",
+            f"{self.punches} punches",
+        ]
         if self.world is not None:
             crowd = self.world.crowd
             parts += [
@@ -95,6 +104,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="what decides the deeds; random if not given")
     parser.add_argument("--seconds", type=float, default=60, help="how long (60)")
     parser.add_argument("--steps", type=int, default=0, help="end after so many deeds")
+    parser.add_argument("--torrents", type=int, default=0, metavar="N",
+                        help="files that are punched without end, for a long run")  # fmt: skip
     parser.add_argument("--mutant", choices=MUTANTS, default="none", help="switch one rule off")
     parser.add_argument("--mutants", action="store_true", help="list them")
     parser.add_argument("--plan", type=int, metavar="N", help="print the first N deeds, do nothing")
@@ -156,7 +167,7 @@ def main() -> int:
         print("\n".join(f"{name:14} {mutant.what}" for name, mutant in MUTANTS.items()))
         return OK
     seed = random.SystemRandom().randrange(1 << 31) if given.seed is None else given.seed
-    plan = Plan(seed, MUTANTS[given.mutant].mode)
+    plan = Plan(seed, MUTANTS[given.mutant].mode, given.torrents)
     if given.plan is not None:
         print("\n".join(f"{i + 2:4}  {plan.next()}" for i in range(given.plan)))
         return OK
@@ -166,6 +177,7 @@ def main() -> int:
     again = f"scripts/chaos --seed {seed} --seconds {given.seconds:g}"
     again += f" --mutant {given.mutant}" if given.mutant != "none" else ""
     again += f" --steps {given.steps}" if given.steps else ""
+    again += f" --torrents {given.torrents}" if given.torrents else ""
     print(f"chaos: to play this again: {again}", flush=True)
 
     def interrupted(number: int, frame: object) -> None:
@@ -191,7 +203,10 @@ def main() -> int:
         return FOUND
     finally:
         journal.close()
-    print(f"chaos: {journal.step} steps in {journal.seconds:.0f} s, nothing found", flush=True)
+    print(
+        f"chaos: {journal.step} steps in {journal.seconds:.0f} s, {journal.punches} punches, "
+        "nothing found", flush=True,
+    )  # fmt: skip
     return OK
 
 

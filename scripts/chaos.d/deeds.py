@@ -15,14 +15,15 @@ from functools import partial
 import audit
 from crowd import PATIENCE, Crowd, Member
 from place import BUDGET_PAGES, PAGE, QUOTA_PAGES, Breach, Place, until
-from plan import COMMON, FILE_PAGES, SMALL_PAGES, VMS, Deed, Plan, user_pages
+from plan import COMMON, FILE_PAGES, SMALL_PAGES, VMS, Deed, Plan, torrent, user_pages
 
 from privfs.notifier.lane import SOCKET
 
 _ENDS = {0, 1, 3, -signal.SIGKILL, -signal.SIGSEGV}  #: of a process whose owner has gone
 #: Deeds that wait for system calls to end, which may wait for whoever is stopped.
 _WAIT_FOR_OTHERS = {
-    "leave", "finish", "storm_a_guest", "fill", "quota", "behind", "remount", "calm",
+    "leave", "finish", "storm_a_guest", "fill", "quota", "behind", "clock", "remount",
+    "calm",
 }  # fmt: skip
 _CRASHED = {-signal.SIGKILL, -signal.SIGSEGV}
 
@@ -48,7 +49,17 @@ class World:
         for name in (*VMS, COMMON):
             self.place.create(name, FILE_PAGES)
         self.crowd.boot(VMS, self.plan.seed)
+        for i in range(self.plan.torrents):
+            self.place.create(torrent(i), SMALL_PAGES)
+            self.enter(f"steady{i}", torrent(i), self.plan.mode, 56 + i, self.plan.seed + i)
+        self._pour()
         self._allowed = audit.Allowed()
+
+    def _pour(self) -> None:
+        """Punch and allocate in the files of torrents until told to stop."""
+        for i in range(self.plan.torrents):
+            pages = map(str, (*user_pages(torrent(i)), 1 << 62, self.plan.seed + i))
+            self.crowd.call(torrent(i), torrent(i), *pages, "punch", "punch", "allocate", "zero")
 
     def perform(self, deed: Deed) -> None:
         """Do a deed, then look at what must always hold."""
@@ -57,6 +68,7 @@ class World:
         getattr(self, deed.name)(*deed.arguments)
         self.crowd.check()
         audit.at_any_time(self.place)
+        self.place.count_punches()
 
     def close(self) -> None:
         """Leave nothing; whoever waits for the mount can only go when it has gone."""
@@ -271,6 +283,48 @@ class World:
         self.leave(name)
         os.unlink(path)
 
+    def freeze(self, milliseconds: int) -> None:
+        """Stand still; nobody may die of what the mount itself did not do."""
+        self.place.freeze(milliseconds / 1000)
+
+    def clock(self, name: str, file: str, slot: int, seed: int, seconds: int) -> None:
+        """Move the time of day while a caller waits for a user that hangs."""
+        self.hang(name, file, "hung", slot, seed, 0)
+        caller = self.crowd.call("timed", file, *map(str, (*user_pages(file), 0, 0)), "clear")
+        ino = (self.place.path / file).stat().st_ino
+        until(
+            lambda: bool(self.place.ask("stat", ino=ino)["operations"])
+            or caller.process.poll() is not None,
+            "an operation", PATIENCE,
+        )  # fmt: skip
+        self.place.move_clock(seconds)
+        self.crowd.finished("timed")
+
+    def squeeze(self, name: str, spare: int, seed: int) -> None:
+        """Leave the mount no descriptors: who comes waits, what is new is refused, all goes on."""
+        path = self.place.path / name
+        path.touch()
+        os.truncate(path, SMALL_PAGES * PAGE)
+        guests = []
+        try:
+            with self.place.no_descriptors(spare):
+                code = self.place.allocate(name, SMALL_PAGES)
+                if code not in (0, errno.ENOSPC):
+                    raise Breach(f"without descriptors: {os.strerror(code)}")
+                guests = [Member("raw", "raw_user", self.place.path / SOCKET) for _ in range(3)]
+                for guest in guests:
+                    guest.hear("^ready$")
+                    guest.send("hello")
+                time.sleep(0.2)
+            if self.place.allocate(name, SMALL_PAGES):
+                raise Breach("descriptors are back, memory is not")
+            for guest in guests:
+                until(partial(_answered, guest, 1), "an answer to who had to wait", PATIENCE)
+        finally:
+            for guest in guests:
+                guest.close()
+            os.unlink(path)
+
     def wait(self, milliseconds: int) -> None:
         time.sleep(milliseconds / 1000)
 
@@ -296,6 +350,8 @@ class World:
     def calm(self) -> None:
         """Let everything come to an end that should, and hold the accounts against each other."""
         crowd = self.crowd
+        for i in range(self.plan.torrents):
+            crowd.callers[torrent(i)].signal(signal.SIGTERM)
         for name in list(crowd.callers):
             crowd.finished(name)
         for member in crowd.vms.values():
@@ -310,6 +366,7 @@ class World:
             member.tell(crowd.work[name], "^working$")
         for member in crowd.vms.values():
             member.send("go")
+        self._pour()
 
     def _see_them_die(self) -> None:
         """An invalidation ends those who do not answer; those it cannot reach end by our hand."""

@@ -7,6 +7,7 @@ They are patches of the programs that chaos starts.  Nothing in the product know
 from __future__ import annotations
 
 import errno
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from privfs.notifier import link
 from privfs.notifier.owner import Owner
 from privfs.notifier.ownerstate import OwnerState
 from privfs.notifier.session import Event
+from privfs.timers import RunningTime
 
 
 class NoFlush(RunningVm):
@@ -74,6 +76,10 @@ def no_ladder() -> None:
 
 def exit_only() -> None:
     _replace(service, "harmless", lambda _: lambda pid: False)
+
+
+def wall_clock() -> None:
+    _replace(RunningTime, "read", lambda _: lambda self: time.time())
 
 
 def no_park() -> None:
@@ -147,6 +153,7 @@ MUTANTS = {
     "skip-hung": Mutant("a user that does not answer is left out", skip_hung),
     "no-ladder": Mutant("a user that does not answer is waited for, for ever", no_ladder),
     "exit-only": Mutant("who is killed in a call behind its waiter's is waited for", exit_only),
+    "wall-clock": Mutant("the ladder goes by the time of day", wall_clock),
     "no-park": Mutant("a fault is served while its page is being invalidated", no_park),
     "no-free": Mutant("a punch leaves the memory where it is", no_free),
     "needless-eio": Mutant("a punch that several users must acknowledge is given up", callers_eio),

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
+import re
 import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,9 @@ class Place:
     def __init__(self, folder: Path, mutant: str) -> None:
         self.path = folder / "mount"
         self.log_path = folder / "mount.log"
+        self.punches = 0  #: of all mounts so far, as the last looks saw them
+        self._clock = folder / "clock"
+        self._counted = 0
         self._mutant = mutant
         self.path.mkdir()
         self.log_path.touch()
@@ -62,14 +68,15 @@ class Place:
         ready, theirs = os.pipe()
         with open(self.log_path, "ab") as log, open(ready, "rb") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, HERE / "mount.py", self._mutant, "mount", f"--ready-fd={theirs}",
-                 *[f"-o{option}" for option in OPTIONS], "--", self.path],
+                [sys.executable, HERE / "mount.py", self._mutant, self._clock, "mount",
+                 f"--ready-fd={theirs}", *[f"-o{option}" for option in OPTIONS], "--", self.path],
                 pass_fds=[theirs], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
             os.close(theirs)
             answered = select.select([stream], [], [], _READY)[0]
             if not answered or not json.loads(stream.readline() or b"null"):
                 raise Breach(f"the mount did not come up: {self.log()[-500:]}")
+        self._counted = 0
         self.ask("audit")
         seen = []
         for _ in range(_LOOKS):  # the connection that asked may not be closed yet
@@ -82,6 +89,48 @@ class Place:
         assert self.process is not None
         process = psutil.Process(self.process.pid)
         return process.num_fds(), process.num_threads(), len(process.children(recursive=True))
+
+    def descriptors(self) -> str:
+        """Say what descriptors it has, for people."""
+        assert self.process is not None
+        kinds: Counter[str] = Counter()
+        for fd in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                kinds[re.sub(r"[0-9]+", "N", os.readlink(fd))] += 1
+        return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+    def count_punches(self) -> None:
+        """Add what has been punched since the last look."""
+        total = self.ask("status")["invalidations"]["total"]
+        self.punches += total - self._counted
+        self._counted = total
+
+    def freeze(self, seconds: float) -> None:
+        """Let it stand still for a while: for itself, time jumps."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            time.sleep(seconds)
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
+    def move_clock(self, seconds: int) -> None:
+        """Move the time of day that it sees."""
+        assert self.process is not None
+        self._clock.write_text(str(seconds))
+        self.process.send_signal(signal.SIGUSR2)
+
+    @contextlib.contextmanager
+    def no_descriptors(self, spare: int) -> Iterator[None]:
+        """Leave it ``spare`` descriptors for a while."""
+        assert self.process is not None
+        process = psutil.Process(self.process.pid)
+        soft, hard = process.rlimit(psutil.RLIMIT_NOFILE)
+        process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds() + spare, hard))
+        try:
+            yield
+        finally:
+            process.rlimit(psutil.RLIMIT_NOFILE, (soft, hard))
 
     def ask(self, question: str, **arguments: Any) -> dict[str, Any]:
         """Ask the control socket; a mount that does not answer is a Breach."""

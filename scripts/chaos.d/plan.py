@@ -30,6 +30,11 @@ CALM_EVERY: Final = 25  #: deeds
 Argument = str | int
 
 
+def torrent(number: int) -> str:
+    """Return the name of a file that is punched without end."""
+    return f"torrent{number}"
+
+
 @dataclass(frozen=True, slots=True)
 class Deed:
     """One thing that is done to the world; ``name`` is a method of it."""
@@ -48,10 +53,14 @@ def user_pages(file: str) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class Plan:
-    """Deeds without end.  ``mode`` is that of users that behave (another under a mutant)."""
+    """Deeds without end.  ``mode`` is that of users that behave (another under a mutant).
+
+    ``torrents`` are files with a user and a caller of their own, whom no deed ends.
+    """
 
     seed: int
     mode: str = "good"
+    torrents: int = 0
     users: dict[str, str] = field(default_factory=dict)  #: name → file
     small: list[str] = field(default_factory=list)
     callers: list[str] = field(default_factory=list)
@@ -104,6 +113,9 @@ class Plan:
             (1, self._exhaust, True),
             (1, self._quota, True),
             (1, self._reboot, True),
+            (1.5, self._freeze, True),
+            (1.5, self._clock, True),
+            (1.5, self._squeeze, True),
             (0.7, self._remount, True),
             (3, self._wait, True),
         ]
@@ -118,7 +130,11 @@ class Plan:
         return f"{kind}{self._made}"
 
     def _file(self) -> str:
-        return self.dice.choice([COMMON, COMMON, *self.small, *VMS])
+        return self.dice.choice([COMMON, *self._named()])
+
+    def _named(self) -> list[str]:
+        """Return the files that have a name."""
+        return [COMMON, *self.small, *VMS, *map(torrent, range(self.torrents))]
 
     def _pick(self) -> str:
         return self.dice.choice(self._awake())
@@ -178,7 +194,7 @@ class Plan:
 
     def _behind(self) -> Deed:
         """Choose someone whose file still has a name."""
-        named = [n for n in self._awake() if self.users[n] in (COMMON, *VMS, *self.small)]
+        named = [n for n in self._awake() if self.users[n] in self._named()]
         if not named:
             return self._wait()
         name = self.dice.choice(named)
@@ -272,6 +288,17 @@ class Plan:
 
     def _wait(self) -> Deed:
         return Deed("wait", (self.dice.randint(20, 300),))
+
+    def _freeze(self) -> Deed:
+        return Deed("freeze", (self.dice.choice((50, 300, 1000, 2500)),))
+
+    def _clock(self) -> Deed:
+        seconds = self.dice.choice((1, 3600, 86_400, 10 * 365 * 86_400))
+        seconds *= self.dice.choice((-1, 1))
+        return Deed("clock", (self._name("h"), COMMON, self._made % 64, self._seed(), seconds))
+
+    def _squeeze(self) -> Deed:
+        return Deed("squeeze", (self._name("z"), self.dice.randrange(4), self._seed()))
 
     def _remount(self) -> Deed:
         how = self.dice.choice(("kill", "kill", "end"))

@@ -26,6 +26,7 @@
  *   work SEED FIRST END working                 touch random pages for ever, in a thread
  *   rest                resting                 until here
  *   stats               stats NAME COUNT ...
+ *   pages               pages START END ...     runs of pages that are mapped now
  *   alloc S E, punch S E          reply ERRNO   through the owner, in a thread
  *   call S E            calling, called ERRNO   fallocate(2) on the mount, in a thread
  *   fork                child PID               a child that keeps the socket and nothing else
@@ -713,6 +714,25 @@ static void ask_again(uint64_t page)
 	pthread_rwlock_unlock(&table);
 }
 
+static void show_mapped(void)
+{
+	char text[1 << 16] = "pages";
+	size_t length = strlen(text);
+
+	pthread_rwlock_rdlock(&table);
+	for (uint64_t page = 0, start = 0; page <= PAGES; page++) {
+		bool here = page < PAGES && mapped[page], before = page && mapped[page - 1];
+
+		if (here && !before)
+			start = page;
+		else if (!here && before && length < sizeof(text) - 64)
+			length += sprintf(text + length, " %llu %llu", (unsigned long long)start,
+					  (unsigned long long)page);
+	}
+	pthread_rwlock_unlock(&table);
+	say("%s", text);
+}
+
 static void obey(char *line)
 {
 	char word[16] = "";
@@ -739,6 +759,8 @@ static void obey(char *line)
 	} else if (!strcmp(word, "rest")) {
 		rest();
 		say("resting");
+	} else if (!strcmp(word, "pages")) {
+		show_mapped();
 	} else if (!strcmp(word, "stats")) {
 		say("stats touches %llu faults %llu retries %llu refused %llu zaps %llu zeroes %llu "
 		    "stale %llu lost %llu", (unsigned long long)counts.touches,
