@@ -20,7 +20,7 @@ import socket
 import stat
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -111,18 +111,22 @@ class Mount:
 
 def mounts() -> list[Mount]:
     """Return the mount table, oldest first (proc_pid_mountinfo(5))."""
-    found = []
     with open("/proc/self/mountinfo", "rb") as table:
-        for line in table:
-            fields = line.split()
-            kind, source = fields[fields.index(b"-") + 1 :][:2]
-            major, minor = map(int, fields[2].split(b":"))
-            found.append(
-                Mount(
-                    int(fields[0]), os.makedev(major, minor),
-                    _plain(fields[4]), kind.decode(), _plain(source),
-                )
-            )  # fmt: skip
+        return _parse(table)
+
+
+def _parse(table: Iterable[bytes]) -> list[Mount]:
+    found = []
+    for line in table:
+        fields = line.split()
+        kind, source = fields[fields.index(b"-") + 1 :][:2]
+        major, minor = map(int, fields[2].split(b":"))
+        found.append(
+            Mount(
+                int(fields[0]), os.makedev(major, minor),
+                _plain(fields[4]), kind.decode(), _plain(source),
+            )
+        )  # fmt: skip
     return found
 
 
@@ -220,13 +224,13 @@ class Watch:
         os.close(self._stop)
 
     def _run(self) -> None:
-        with open("/proc/self/mountinfo") as table:
+        with open("/proc/self/mountinfo", "rb", buffering=0) as table:
             poll = select.poll()
             poll.register(table, select.POLLPRI | select.POLLERR)  # proc(5): the table changed
             poll.register(self._stop, select.POLLIN)
-            while any(mount.id == self._ground.mount_id for mount in mounts()):
+            # What is open already is read again: there may be no descriptor left for another one.
+            while any(m.id == self._ground.mount_id for m in _parse(table.read().splitlines())):
                 if any(fd == self._stop for fd, _ in poll.poll()):
                     return
                 table.seek(0)
-                table.read()
         self._gone()

@@ -114,7 +114,7 @@ class Plan:
             (1, self._quota, True),
             (1, self._reboot, True),
             (1.5, self._freeze, True),
-            (1.5, self._clock, True),
+            (3, self._clock, True),
             (1.5, self._squeeze, True),
             (0.7, self._remount, True),
             (3, self._wait, True),
