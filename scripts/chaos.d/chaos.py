@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import math
 import os
 import random
 import shutil
@@ -104,6 +105,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="what decides the deeds; random if not given")
     parser.add_argument("--seconds", type=float, default=60, help="how long (60)")
     parser.add_argument("--steps", type=int, default=0, help="end after so many deeds")
+    parser.add_argument("--punches", type=int, default=0, metavar="N",
+                        help="end after so many punches that users acknowledged")  # fmt: skip
     parser.add_argument("--torrents", type=int, default=0, metavar="N",
                         help="files that are punched without end, for a long run")  # fmt: skip
     parser.add_argument("--mutant", choices=MUTANTS, default="none", help="switch one rule off")
@@ -135,14 +138,19 @@ def folder() -> Iterator[Path]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def run(plan: Plan, journal: Journal, mutant: str, steps: int) -> None:
+def run(plan: Plan, journal: Journal, given: argparse.Namespace) -> None:
     """Do deeds until the time is up, a calm one last."""
+    steps, punches = given.steps or math.inf, given.punches or math.inf
     with folder() as path:
-        world = journal.world = World(Place(path, mutant), plan, mutant)
+        world = journal.world = World(Place(path, given.mutant), plan, given.mutant)
         try:
             journal.note(Deed("begin"))
             world.begin()
-            while time.monotonic() < journal.deadline and journal.step != steps:
+            while (
+                time.monotonic() < journal.deadline
+                and journal.step < steps
+                and journal.punches < punches
+            ):
                 deed = plan.next()
                 journal.note(deed)
                 world.perform(deed)
@@ -177,6 +185,7 @@ def main() -> int:
     again = f"scripts/chaos --seed {seed} --seconds {given.seconds:g}"
     again += f" --mutant {given.mutant}" if given.mutant != "none" else ""
     again += f" --steps {given.steps}" if given.steps else ""
+    again += f" --punches {given.punches}" if given.punches else ""
     again += f" --torrents {given.torrents}" if given.torrents else ""
     print(f"chaos: to play this again: {again}", flush=True)
 
@@ -189,7 +198,7 @@ def main() -> int:
         signal.signal(number, interrupted)
     journal = Journal(seed, given.seconds, given.quiet)
     try:
-        run(plan, journal, given.mutant, given.steps)
+        run(plan, journal, given)
     except Interrupted:
         print(f"chaos: interrupted at step {journal.step}; nothing found", flush=True)
         return INTERRUPTED
