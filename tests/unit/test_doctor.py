@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
@@ -94,9 +95,31 @@ def test_a_refused_system_call_has_a_fallback(
     monkeypatch: pytest.MonkeyPatch, check: Any, code: int, result: Result
 ) -> None:
     monkeypatch.setattr(probes, "_syscall", refuse(code))
+    monkeypatch.setattr(probes, "_USERFAULT_DEVICE", "/nonexistent")
     found = check()
     assert found.result is result
     assert os.strerror(code) in found.text
+
+
+@pytest.mark.parametrize(
+    ("swaps", "locks", "result"),
+    [
+        ("Filename Type\n", False, Result.PASS),
+        ("Filename Type\n/swap file\n", True, Result.PASS),
+        ("Filename Type\n/swap file\n", False, Result.SKIP),
+    ],
+)
+def test_fences_need_memory_that_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, swaps: str, locks: bool, result: Result
+) -> None:
+    if probes.userfaults().result is not Result.PASS:
+        pytest.skip(probes.userfaults().text)
+    table = tmp_path / "swaps"
+    table.write_text(swaps)
+    monkeypatch.setattr(probes, "_SWAPS", table)
+    monkeypatch.setattr(probes, "_locks_freely", lambda: locks)
+    monkeypatch.setattr(probes.resource, "getrlimit", lambda which: (8 << 20, 8 << 20))
+    assert probes.userfaults().result is result
 
 
 def test_without_proof_of_death_there_is_no_mount(monkeypatch: pytest.MonkeyPatch) -> None:
