@@ -132,7 +132,7 @@ def test_punches_of_a_private_file(
 
     check(run(mounted, host, image, 1, 2000, bad=bad), 2000)
     assert len(audits) > 3
-    assert all(audit == {"findings": [], "skipped": 0} for audit in audits)
+    assert all((audit["findings"], audit["skipped"]) == ([], 0) for audit in audits)
     mounted.audit()
     status = mounted.ask("status")
     assert (status["kills"], status["failures"]) == (0, 0)
