@@ -14,6 +14,7 @@ import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from hwemu.cpu.api import Cpu, DescriptorTable, Regs, Sregs
@@ -21,11 +22,13 @@ from kvmsim import exits
 from kvmsim.hostmem import HostMemory, SharedRam
 from kvmsim.region import PrivateFile, Region
 from kvmsim.running import RunningVm
-from kvmsim.uapi import ABIS, KVM_MEM_GUEST_MEMFD, PAGE_SHIFT, PAGE_SIZE
+from kvmsim.uapi import KVM_MEM_GUEST_MEMFD, PAGE_SHIFT, PAGE_SIZE
 from kvmsim.vmm.bootparams import BootFlag, RamRange
 from kvmsim.vmm.convert import Discard
 from kvmsim.vmm.loader import LOW_SIZE, EntryState
 from kvmsim.vmm.machine import Machine, MachineConfig, Resume, Stop, Wait
+from kvmsim.vmm.prealloc import CHUNK_PAGES, Progress, preallocate
+from kvmsim.vmmemory import FilePart, VmMemory
 
 log = logging.getLogger(__name__)
 
@@ -44,17 +47,23 @@ class MemoryBackend:
     offset: int = 0
     size: int = 0
     slots: int = 2
+    prealloc: bool = False
+    """Allocate all of it before the VM is there (:mod:`kvmsim.vmm.prealloc`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class VmConfig:
-    """One virtual machine.  RAM begins above the shared low memory, file after file."""
+    """One virtual machine.  RAM begins above the shared low memory, file after file.
+
+    ``payload`` are bytes for private memory, by gpa, that the guest starts with.
+    """
 
     memory: tuple[MemoryBackend, ...]
     vcpus: int = 2
     label: str = "vm"
     discard: Discard = Discard.BOTH
     flags: BootFlag = BootFlag.NONE
+    payload: tuple[tuple[int, bytes], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,61 +129,12 @@ def lay_out(backends: tuple[MemoryBackend, ...]) -> _Layout:
     return layout
 
 
-class VmMemory:
-    """What the VMM does to its VM's memory (the ``GuestMemory`` of :mod:`kvmsim.vmm.convert`).
-
-    Every method belongs to the runner thread, or to a VM that does not run: no vCPU is in guest
-    code then, and a flush before the next entry is all that a zap needs.
-    """
-
-    def __init__(self, vm: RunningVm, shared: SharedRam) -> None:
-        self._vm = vm
-        self._shared = shared
-
-    def set_memory_attributes(self, gpa: int, size: int, private: bool) -> bool:
-        """KVM_SET_MEMORY_ATTRIBUTES; True if anything changed."""
-        vm = self._vm.vm
-        value = ABIS[vm.abi].attribute_private if private else 0
-        with self._vm.lock:
-            zapped = vm.set_memory_attributes(gpa, size, value)
-        if zapped.ranges:
-            self._vm.flush_zapped(zapped)
-        return bool(zapped.ranges)
-
-    def discard_shared(self, gpa: int, size: int) -> None:
-        """Zap and free the shared side of a range."""
-        start, end = gpa >> PAGE_SHIFT, (gpa + size) >> PAGE_SHIFT
-        with self._vm.lock:
-            zapped = self._vm.vm.invalidate_shared(self._shared, start, end)
-        self._vm.flush_zapped(zapped)
-        self._shared.discard(gpa, size)
-
-    def discard_private(self, gpa: int, size: int) -> None:
-        """Punch the private side of a range through its owners."""
-        start, end = gpa >> PAGE_SHIFT, (gpa + size) >> PAGE_SHIFT
-        with self._vm.lock:
-            parts = [
-                (slot.file, slot.private_page(first), slot.private_page(last))
-                for slot, first, last in self._vm.vm.mmu.slots.find_range(start, end)
-                if slot.file is not None
-            ]
-        for file, first, last in parts:
-            self._vm.private.punch(file, first, last)
-
-    def read_shared(self, gpa: int, length: int) -> bytes:
-        """Read the shared side as a device does."""
-        return self._shared.read(gpa, length)
-
-    def write_shared(self, gpa: int, data: bytes) -> None:
-        """Write the shared side as a device does."""
-        self._shared.write(gpa, data)
-
-
 class Emulator:
     """One VM from configuration to outcome.
 
     ``on_output(bytes)`` receives console output in the runner thread; ``running`` is the class
-    that runs the vCPUs.
+    that runs the vCPUs; ``on_prealloc`` hears how far preallocation is.  PreallocError where that
+    fails; then, as after every other error, the owner has its memory back.
     """
 
     def __init__(
@@ -184,23 +144,33 @@ class Emulator:
         on_output: Callable[[bytes], None],
         *,
         running: type[RunningVm] = RunningVm,
+        on_prealloc: Callable[[MemoryBackend, Progress], None] = lambda backend, progress: None,
     ) -> None:
         layout = lay_out(config.memory)
         self.config = config
         self.outcome: Outcome | None = None
         self._on_output = on_output
+        self._paths: dict[int, str] = {}
         self.running = running(host, config.vcpus, config.label)
         try:
             self.shared = SharedRam(host, layout.shared, config.label)
+        except BaseException:
+            self.running.close()
+            raise
+        try:
             self.memory = VmMemory(self.running, self.shared)
             for region, backend in layout.slots:
                 self._add_slot(region, backend)
+            for backend in config.memory:
+                if backend.prealloc:
+                    self._preallocate(backend, partial(on_prealloc, backend))
             machine_config = MachineConfig(
                 tuple(layout.ram), config.vcpus, config.flags, config.discard
             )
             self.machine = Machine(machine_config, self.memory)
         except BaseException:
             self.running.close()
+            self.shared.close()
             raise
 
     def _add_slot(self, region: Region, backend: MemoryBackend | None) -> None:
@@ -208,6 +178,7 @@ class Emulator:
         file: PrivateFile | None = None
         if backend is not None:
             file = vm.private.open(backend.path)
+            self._paths[file.id] = backend.path
         with vm.lock:
             if file is None:
                 vm.vm.set_user_memory_region2(region, shared=self.shared)
@@ -215,11 +186,19 @@ class Emulator:
                 vm.vm.set_user_memory_region2(region, shared=self.shared, file=file)
                 vm.private.placed(file.id)
 
+    def _preallocate(self, backend: MemoryBackend, told: Callable[[Progress], None]) -> None:
+        file = self.running.private.open(backend.path)
+        start = backend.offset >> PAGE_SHIFT
+        end = start + (backend.size >> PAGE_SHIFT) if backend.size else file.npages
+        chunk = max(CHUNK_PAGES, os.stat(backend.path).st_blksize >> PAGE_SHIFT)
+        preallocate(FilePart(self.running.private, file.id, start, end), told, chunk=chunk)
+
     # --- life ---------------------------------------------------------------------------------
 
     def boot(self, image: bytes) -> None:
         """Load a guest kernel and start all vCPUs."""
-        for vcpu, entry in zip(self.running.vcpus, self.machine.boot(image), strict=True):
+        entries = self.machine.boot(image, self.config.payload)
+        for vcpu, entry in zip(self.running.vcpus, entries, strict=True):
             set_entry(vcpu.cpu, entry)
             self.running.make_runnable(vcpu.index)
         self.running.start(self._handle)

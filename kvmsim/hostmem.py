@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import threading
+from collections.abc import Iterator
 
 from hwemu.arena import Arena
 from kvmsim.fence import Kind, Trespass, make_fence
@@ -139,6 +140,21 @@ class SharedRam:
         if _libc.fallocate(self._fd, mode, offset, length) != 0:
             code = ctypes.get_errno()
             raise OSError(code, f"discard of shared [{offset:#x}, {offset + length:#x})")
+
+    def runs(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield the runs of pages of [start, end) that are backed by memory, in order."""
+        at, limit = start * PAGE_SIZE, min(end * PAGE_SIZE, self.size)
+        while at < limit:
+            try:
+                first = os.lseek(self._fd, at, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # nothing but a hole from here on
+                    return
+                raise
+            if first >= limit:
+                return
+            at = min(os.lseek(self._fd, first, os.SEEK_HOLE), limit)
+            yield first // PAGE_SIZE, at // PAGE_SIZE
 
     @property
     def resident(self) -> int:

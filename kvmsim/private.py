@@ -17,6 +17,7 @@ from typing import Protocol
 
 from hwemu.arena import ArenaError
 from kvmsim.hostmem import HostMemory
+from kvmsim.ownerview import OwnerView
 from kvmsim.region import PrivateFile
 from kvmsim.uapi import PAGE_SIZE
 from privfs.notifier.lane import Lane, LinkError, find_socket
@@ -283,6 +284,24 @@ class PrivateMemory:
         """Punch file pages through the owner; the zap comes back like anyone else's."""
         session, ino = self.locate(file)
         session.lane.punch(ino, start, end)
+
+    def allocate(self, file: int, start: int, end: int) -> None:
+        """Allocate file pages through the owner, as fallocate(KEEP_SIZE) does (no lock held).
+
+        LinkError: ENOSPC, EINTR, … as fallocate(2); of the range nothing new is left then.
+        """
+        session, ino = self.locate(file)
+        session.lane.allocate(ino, start, end)
+
+    def runs(self, file: int, start: int, end: int) -> tuple[tuple[int, int], ...]:
+        """Ask the owner which file pages are allocated (no lock held)."""
+        session, ino = self.locate(file)
+        return OwnerView(session.socket).runs(ino, start, end)
+
+    def alone(self, file: int) -> bool:
+        """Ask the owner whether this VM is the file's only user (no lock held)."""
+        session, ino = self.locate(file)
+        return len(OwnerView(session.socket).users(ino)) == 1
 
     def placed(self, file: int) -> None:
         """Place extents for a slot that was just bound (lock held)."""

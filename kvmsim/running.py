@@ -192,6 +192,11 @@ class RunningVm:
         return self._ended.wait(timeout)
 
     @property
+    def started(self) -> bool:
+        """Whether a vCPU may have run."""
+        return self._runner is not None
+
+    @property
     def stopping(self) -> bool:
         """Whether it has ended, or is about to."""
         return self._stopping

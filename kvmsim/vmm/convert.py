@@ -43,6 +43,10 @@ class GuestMemory(Protocol):
         """Write to the shared side."""
         ...
 
+    def populate(self, gpa: int, source: bytes) -> None:
+        """Fill private pages from source pages, before the VM runs (kvm_gmem_populate())."""
+        ...
+
 
 class Discard(Enum):
     """Which side a conversion away from it frees."""

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Place a guest in shared low memory: boot page tables, GDT, parameters, stacks, kernel image.
 
+What is to lie in private memory from the beginning, the payload, is told apart from it.
+
 A confidential guest starts with everything shared, so all of it, the page tables too, is reached
 with the shared bit set in CR3 and in every entry. :func:`plan` computes what to write and how
 each vCPU starts; nothing is written by it.
@@ -9,7 +11,7 @@ each vCPU starts; nothing is written by it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -65,10 +67,14 @@ class EntryState:
 
 @dataclass(frozen=True, slots=True)
 class LoadPlan:
-    """What to write into the shared side (gpa, bytes), and how each vCPU starts."""
+    """What to write into the shared side (gpa, bytes), and how each vCPU starts.
+
+    ``payload`` is for private pages: whole pages, each of which is first made private.
+    """
 
     writes: tuple[tuple[int, bytes], ...]
     entries: tuple[EntryState, ...]
+    payload: tuple[tuple[int, bytes], ...] = ()
 
 
 def page_tables(shared_bit: int) -> bytes:
@@ -81,15 +87,24 @@ def page_tables(shared_bit: int) -> bytes:
     return struct.pack("<1536Q", *pml4, *pdpt, *directory)
 
 
-def plan(image: Image, params: BootParams) -> LoadPlan:
-    """Lay out a guest; ImageError if the image or the RAM does not fit the boot protocol."""
+def plan(image: Image, params: BootParams, payload: Sequence[tuple[int, bytes]] = ()) -> LoadPlan:
+    """Lay out a guest; ImageError if the image or the RAM does not fit the boot protocol.
+
+    ``payload`` (gpa, bytes) goes into private memory, as does a segment of the image that lies in
+    private-capable RAM above low memory.
+    """
     lowest = params.ram[0]
     if lowest.gpa != 0 or lowest.size < LOW_SIZE or params.low_size != LOW_SIZE:
         raise ImageError(
             f"boot memory: the first RAM range is {lowest.gpa:#x}+{lowest.size:#x}, low memory "
             f"{params.low_size:#x}; need [0, {LOW_SIZE:#x}) in the first range"
         )
-    for segment in image.segments:
+    private = [
+        *((s.gpa, s.data.ljust(s.size, b"\0")) for s in image.segments if s.gpa >= LOW_SIZE),
+        *payload,
+    ]
+    low = [segment for segment in image.segments if segment.gpa < LOW_SIZE]
+    for segment in low:
         _check_place(segment)
     tables = LAYOUT["page tables"][0]
     gdt = LAYOUT["gdt"][0]
@@ -99,9 +114,32 @@ def plan(image: Image, params: BootParams) -> LoadPlan:
         (gdt, struct.pack(f"<{len(_GDT)}Q", *_GDT)),
         (params.log_gpa, bytes(params.log_size)),
     ]
-    for segment in image.segments:
+    for segment in low:
         writes.append((segment.gpa, segment.data.ljust(segment.size, b"\0")))
-    return LoadPlan(tuple(writes), tuple(_entries(image.entry, params)))
+    return LoadPlan(
+        tuple(writes), tuple(_entries(image.entry, params)), _private_pages(private, params)
+    )
+
+
+def _private_pages(
+    pieces: Sequence[tuple[int, bytes]], params: BootParams
+) -> tuple[tuple[int, bytes], ...]:
+    """Whole pages of pieces in private-capable RAM, in order; ImageError for any other."""
+    found = []
+    before = LOW_SIZE
+    for gpa, data in sorted(pieces):
+        end = gpa + len(data)
+        where = f"private payload {gpa:#x}–{end:#x}"
+        if gpa % PAGE_SIZE or not data:
+            raise ImageError(f"{where}: it must begin at a page and have bytes")
+        if gpa < before:
+            raise ImageError(f"{where}: below {before:#x} is low memory, or another payload")
+        if not any(r.private and r.gpa <= gpa and end <= r.end for r in params.ram):
+            raise ImageError(f"{where}: not in one range of RAM that can be private")
+        pages = -(-len(data) // PAGE_SIZE) * PAGE_SIZE
+        found.append((gpa, data.ljust(pages, b"\0")))
+        before = gpa + pages
+    return tuple(found)
 
 
 def _entries(rip: int, params: BootParams) -> Iterator[EntryState]:

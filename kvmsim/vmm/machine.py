@@ -8,6 +8,7 @@ action says. All methods belong to one thread at a time.
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -145,14 +146,20 @@ class Machine:
 
     # --- from outside --------------------------------------------------------------------
 
-    def boot(self, image: bytes) -> tuple[EntryState, ...]:
+    def boot(
+        self, image: bytes, payload: Sequence[tuple[int, bytes]] = ()
+    ) -> tuple[EntryState, ...]:
         """Load a guest (an ELF file) into shared memory; how each vCPU starts.
 
-        ImageError for an image that does not fit; KvmError or OSError from the memory.
+        ``payload`` (gpa, bytes) goes into private memory.  ImageError for what does not fit;
+        KvmError or OSError from the memory.
         """
-        load = plan(parse_elf(image), self.config.boot_params())
+        load = plan(parse_elf(image), self.config.boot_params(), payload)
         for gpa, data in load.writes:
             self.memory.write_shared(gpa, data)
+        for gpa, data in load.payload:
+            self.memory.set_memory_attributes(gpa, len(data), True)
+            self.memory.populate(gpa, data)
         return load.entries
 
     def feed(self, data: bytes) -> tuple[int, ...]:

@@ -93,6 +93,9 @@ class GuestVm:
     def write_shared(self, gpa: int, data: bytes) -> None:
         os.pwrite(self._shared_fd, data, gpa)
 
+    def populate(self, gpa: int, source: bytes) -> None:
+        raise AssertionError("these machines boot without a payload")
+
     def punch(self, gfn: int, npages: int, *, spare: tuple[int, ...] = ()) -> None:
         """Free private pages; the vCPUs in ``spare`` are not told (that is the bug to catch)."""
         self._zap(gfn, npages, spare=spare)

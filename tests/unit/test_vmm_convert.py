@@ -49,6 +49,9 @@ class Memory:
     def write_shared(self, gpa: int, data: bytes) -> None:
         raise AssertionError("a conversion writes nothing")
 
+    def populate(self, gpa: int, source: bytes) -> None:
+        raise AssertionError("a conversion fills nothing")
+
 
 @pytest.mark.parametrize("private", [True, False])
 @pytest.mark.parametrize("discard", list(Discard))

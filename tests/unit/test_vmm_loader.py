@@ -130,3 +130,23 @@ def test_image_outside_its_place_is_refused(gpa: int) -> None:
     image = Image(gpa, (Segment(gpa, b"\xf4", 4096),))
     with pytest.raises(ImageError, match="outside"):
         loader.plan(image, params())
+
+
+@pytest.mark.parametrize(
+    ("payload", "why"),
+    [
+        ([(0x200001, b"x")], "begin at a page"),
+        ([(0x200000, b"")], "have bytes"),
+        ([(0x1FF000, b"x")], "low memory"),
+        ([(0x200000, bytes(4097)), (0x201000, b"x")], "or another payload"),
+        ([(0x3FF000, bytes(4097))], "not in one range"),
+        ([(0x400000, b"x")], "not in one range"),
+        ([(0x800000, b"x")], "not in one range"),
+    ],
+)
+def test_payload_that_cannot_be_private_is_refused(
+    payload: list[tuple[int, bytes]], why: str
+) -> None:
+    ram = (RamRange(0, 4 << 20), RamRange(8 << 20, 4 << 20, private=False))
+    with pytest.raises(ImageError, match=why):
+        loader.plan(parse_elf(elf()), params(ram=ram), payload)

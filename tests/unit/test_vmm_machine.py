@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import errno
+import struct
 from dataclasses import dataclass, field
 
 import pytest
@@ -31,6 +32,7 @@ from kvmsim.vmm.machine import (
 
 PAGE = 4096
 MIB = 1 << 20
+BASE = 0x20000
 COM1 = 0x3F8
 ENCRYPTED = 1 << 4
 ENABLE_INPUT = IoExit(COM1 + 1, 1, True, b"\x01")
@@ -42,6 +44,7 @@ class Memory:
 
     private: set[int] = field(default_factory=set)
     discarded: list[tuple[str, int, int]] = field(default_factory=list)
+    populated: list[tuple[int, bytes, bool]] = field(default_factory=list)
     fail: Exception | None = None
 
     def set_memory_attributes(self, gpa: int, size: int, private: bool) -> bool:
@@ -63,6 +66,20 @@ class Memory:
 
     def write_shared(self, gpa: int, data: bytes) -> None:
         pass
+
+    def populate(self, gpa: int, source: bytes) -> None:
+        self.populated.append((gpa, source, gpa // PAGE in self.private))
+
+
+def elf(*segments: int) -> bytes:
+    """An executable with a byte of code at each address; it starts at the first."""
+    ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
+    head = struct.pack(
+        "<16sHHIQQQIHHHHHH", ident, 2, 62, 1, segments[0], 64, 0, 0, 64, 56, len(segments), 0, 0, 0
+    )
+    at = 64 + 56 * len(segments)
+    loads = [struct.pack("<IIQQQQQQ", 1, 7, at, 0, gpa, 1, 16, PAGE) for gpa in segments]
+    return head + b"".join(loads) + b"\xf4"
 
 
 def machine(vcpus: int = 1, discard: Discard = Discard.BOTH) -> tuple[Machine, Memory]:
@@ -312,3 +329,17 @@ def test_private_access_to_a_hole_ends_the_machine() -> None:
 def test_impossible_machines_are_refused_when_they_are_made() -> None:
     with pytest.raises(ValueError, match="vCPUs"):
         machine(vcpus=0)
+
+
+def test_payload_is_made_private_page_by_page_before_it_is_filled() -> None:
+    made, memory = machine()
+    image = elf(BASE, 4 * MIB)
+    entries = made.boot(image, [(3 * MIB, b"xyz"), (2 * MIB, bytes(PAGE))])
+    assert [e.rip for e in entries] == [BASE]
+    assert memory.populated == [
+        (2 * MIB, bytes(PAGE), True),
+        (3 * MIB, b"xyz".ljust(PAGE, b"\0"), True),
+        (4 * MIB, b"\xf4".ljust(PAGE, b"\0"), True),
+    ]
+    assert memory.private == {gpa // PAGE for gpa, _, _ in memory.populated}
+    assert memory.discarded == []
