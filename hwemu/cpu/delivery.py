@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hwemu.cpu import rawcontext as raw_layout
+from hwemu.cpu.api import CR0_PE
 from hwemu.cpu.guestmemory import GuestFault, GuestMemory, Unsupported
 from hwemu.cpu.rawcontext import RawState
 
@@ -17,7 +18,7 @@ _CONTRIBUTORY = frozenset((0, 10, 11, 12, 13))
 _PAGE_FAULT, _DOUBLE_FAULT = 14, 8
 _EXTERNAL, _IDT = 1, 2
 
-_TF, _IF, _NT, _RF, _VM = 1 << 8, 1 << 9, 1 << 14, 1 << 16, 1 << 17
+_TF, _IF, _NT, _RF, _VM, _AC = 1 << 8, 1 << 9, 1 << 14, 1 << 16, 1 << 17, 1 << 18
 _MASK64 = 0xFFFF_FFFF_FFFF_FFFF
 
 
@@ -75,7 +76,10 @@ def deliver(raw: RawState, memory: GuestMemory, rflags: int, event: Event) -> No
     """
     hflags = raw.d[raw_layout.HFLAGS]
     if not hflags & raw_layout.HF_LMA:
-        raise Unsupported("event delivery outside long mode")
+        if raw.q[raw_layout.CR0] & CR0_PE:
+            raise Unsupported("event delivery in protected mode")
+        _deliver_real(raw, memory, rflags, event)
+        return
     if event.cr2 is not None:
         raw.q[raw_layout.CR2] = event.cr2
     gate_error = event.vector * 8 + _IDT + (_EXTERNAL if not event.software else 0)
@@ -140,6 +144,29 @@ def deliver(raw: RawState, memory: GuestMemory, rflags: int, event: Event) -> No
     raw.q[raw_layout.RIP] = (
         (gate & 0xFFFF) | (gate >> 48 & 0xFFFF) << 16 | (gate >> 64 & 0xFFFFFFFF) << 32
     )
+
+
+def _deliver_real(raw: RawState, memory: GuestMemory, rflags: int, event: Event) -> None:
+    """Enter a handler of real mode: no error code, a frame of 16-bit words (APM vol. 2, 8.6)."""
+    at = event.vector * 4
+    if at + 3 > raw.d[(raw_layout.IDT + 16) // 4]:
+        raise GuestFault(13, 0)
+    vector = memory.read_int(raw.q[raw_layout.IDT_BASE] + at, 4)
+    assert event.rip is not None
+    words = (event.rip, raw.d[raw_layout.CS // 4], rflags)
+    frame = b"".join((word & 0xFFFF).to_bytes(2, "little") for word in words)
+    rsp = raw.q[raw_layout.RSP]
+    top = (rsp - len(frame)) & 0xFFFF
+    memory.write(raw.q[raw_layout.SS // 8 + 1] + top, frame)
+
+    # nothing below can fail
+    selector = vector >> 16
+    flags = raw.d[raw_layout.CS // 4 + 5]
+    _set_segment(raw, raw_layout.CS, selector, selector << 4, 0xFFFF, flags)
+    raw.d[raw_layout.HFLAGS] &= ~raw_layout.HF_INHIBIT_IRQ
+    raw.set_rflags(rflags & ~(_TF | _IF | _AC | _RF))
+    raw.q[raw_layout.RSP] = rsp & ~0xFFFF | top
+    raw.q[raw_layout.RIP] = vector & 0xFFFF
 
 
 def _code_descriptor(raw: RawState, memory: GuestMemory, selector: int, event: Event) -> int:

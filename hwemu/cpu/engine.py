@@ -261,7 +261,7 @@ class Engine:
     def step(self) -> str | None:
         """Run one instruction (one iteration of a repeated one); kicks wait until it is done."""
         raw = self.raw
-        rip = int(raw.q[raw_layout.RIP])
+        rip = raw.linear(int(raw.q[raw_layout.RIP]))  # hooks are by linear address
         if self._precise == "quanta":
             return self._emulate(_STEPPING, 1)
         self._hook_step(rip)

@@ -15,7 +15,16 @@ from collections import deque
 import numpy as np
 
 from hwemu.careful import CarefulView
-from hwemu.cpu.api import CR0_PG, CR0_WP, CR4_PAE, EFER_LMA, EFER_NXE, Access, OnFault
+from hwemu.cpu.api import (
+    CR0_PG,
+    CR0_WP,
+    CR4_PAE,
+    CR4_PSE,
+    EFER_LMA,
+    EFER_NXE,
+    Access,
+    OnFault,
+)
 from hwemu.npt import (
     ACCESSED,
     ADDRESS_MASK,
@@ -128,8 +137,10 @@ class GuestMemory:
         """Guest-physical address of the linear ``address``; raises GuestFault or Stage2Miss."""
         if not self._cr0 & CR0_PG:
             return address & 0xFFFF_FFFF
-        if not (self._efer & EFER_LMA and self._cr4 & CR4_PAE):
-            raise Unsupported("guest paging outside long mode")
+        if not self._efer & EFER_LMA:
+            if self._cr4 & CR4_PAE:
+                raise Unsupported("guest paging with PAE outside long mode")
+            return self._translate32(address & 0xFFFF_FFFF, access, user)
         if (address >> 47) not in (0, 0x1FFFF):
             raise GuestFault(13, 0)
         error = _ERROR_WRITE if access is Access.WRITE else 0
@@ -168,6 +179,35 @@ class GuestMemory:
         if touched != entry:
             words[at] = touched
         return int((entry & ADDRESS_MASK & ~(size - 1)) | (address & (size - 1)))
+
+    def _translate32(self, address: int, access: Access, user: bool) -> int:
+        """The walk of 32-bit paging: two levels of 4-byte entries, pages of 4 KiB and 4 MiB."""
+        error = _ERROR_WRITE if access is Access.WRITE else 0
+        error |= _ERROR_USER if user else 0
+        words = self._arena
+        table = self._cr3 & 0xFFFF_F000
+        rights = WRITABLE | USER
+        for shift in (22, 12):
+            at = self.offset(table + (address >> shift & 1023) * 4, Access.WRITE)
+            half = at % 8 * 8  # which half of the 8-byte word
+            entry = int(words[at >> 3]) >> half & 0xFFFF_FFFF
+            if not entry & PRESENT:
+                raise GuestFault(14, error, address)
+            rights &= entry
+            if shift == 12 or (entry & LARGE and self._cr4 & CR4_PSE):
+                break
+            words[at >> 3] |= ACCESSED << half
+            table = entry & 0xFFFF_F000
+        denied = user and not rights & USER
+        if access is Access.WRITE and not rights & WRITABLE:
+            denied = denied or user or bool(self._cr0 & CR0_WP)
+        if denied:
+            raise GuestFault(14, error | _ERROR_PRESENT, address)
+        words[at >> 3] |= (ACCESSED | (DIRTY if access is Access.WRITE else 0)) << half
+        if shift == 12:
+            return entry & 0xFFFF_F000 | address & 0xFFF
+        # bits 13 to 20 of a large entry are bits 32 to 39 of the address (AMD APM vol. 2, 5.2.2)
+        return entry & 0xFFC0_0000 | (entry >> 13 & 0xFF) << 32 | address & 0x3F_FFFF
 
     def _pieces(
         self, address: int, length: int, access: Access, user: bool

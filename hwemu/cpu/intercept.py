@@ -105,7 +105,7 @@ class Intercepts:
     def _instruction(self, rip: int) -> Instruction | None:
         self.look()
         try:
-            return recognise(self._memory.code(rip, self._raw.cpl == 3))
+            return recognise(self._memory.code(self._raw.linear(rip), self._raw.cpl == 3))
         except (GuestFault, Stage2Miss, Unsupported):
             return None
 
@@ -159,7 +159,8 @@ class Intercepts:
         if vector == _INT3:
             self.look()
             try:
-                if self._memory.read(rip - 1, 1, user=self._raw.cpl == 3, fetch=True) == b"\xcc":
+                before = self._raw.linear(rip - 1)
+                if self._memory.read(before, 1, user=self._raw.cpl == 3, fetch=True) == b"\xcc":
                     length = 1
             except (GuestFault, Stage2Miss, Unsupported):
                 pass

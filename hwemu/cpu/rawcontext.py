@@ -161,6 +161,12 @@ class RawState:
         """VMRUN has been executed."""
         return bool(self.d[HFLAGS] & HF_GUEST)
 
+    def linear(self, rip: int) -> int:
+        """Where the instruction at ``rip`` lies: only 64-bit code has no segment base."""
+        if self.d[HFLAGS] & HF_CS64:
+            return rip
+        return (self.q[CS // 8 + 1] + rip) & 0xFFFF_FFFF
+
     @property
     def cpl(self) -> int:
         """Current privilege level."""

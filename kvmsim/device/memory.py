@@ -56,7 +56,10 @@ _ANY_FILE: Final = PrivateFile(-1, U64)
 
 
 class VmMemory:
-    """The memory of ``vm``. ``owners`` says which VM made a private file, by (st_dev, st_ino)."""
+    """The memory of ``vm``.
+
+    ``owners`` says which VM made a private file, by (st_dev, st_ino); None: one that is gone.
+    """
 
     def __init__(self, vm: VmDevice, owners: dict[tuple[int, int], object]) -> None:
         self._vm = vm
@@ -319,6 +322,6 @@ class VmMemory:
 
     def close(self) -> None:
         """Unmap the caller's memory; the engines are closed."""
-        for key in self._made:
-            self._owners.pop(key, None)
+        for key in self._made:  # what lives on is no other VM's (kvm_gmem_bind())
+            self._owners[key] = None
         self.side.close()

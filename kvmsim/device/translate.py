@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from hwemu.cpu.api import CR0_PG, EFER_LMA, Sregs
+from hwemu.cpu.api import CR0_PG, CR4_PAE, CR4_PSE, EFER_LMA, Sregs
 
 _PRESENT, _LARGE = 1 << 0, 1 << 7
 _ADDRESS: Final = 0x000F_FFFF_FFFF_F000
@@ -20,11 +20,13 @@ def translate(sregs: Sregs, linear: int, read_word: Callable[[int], int | None])
     """The gpa of a linear address, None if nothing is mapped there.
 
     ``read_word(gpa)`` gives the 64-bit word at a guest-physical address, None if there is none.
-    Paging outside long mode is not simulated and maps nothing.
+    Paging with PAE outside long mode is not simulated and maps nothing.
     """
     if not sregs.cr0 & CR0_PG:
         return linear
-    if not sregs.efer & EFER_LMA or linear >> 47 not in (0, 0x1FFFF):
+    if not sregs.efer & EFER_LMA:
+        return None if sregs.cr4 & CR4_PAE else _translate32(sregs, linear, read_word)
+    if linear >> 47 not in (0, 0x1FFFF):
         return None
     table = sregs.cr3 & _ADDRESS
     for level in (4, 3, 2, 1):
@@ -37,3 +39,19 @@ def translate(sregs: Sregs, linear: int, read_word: Callable[[int], int | None])
             return entry & _ADDRESS & ~inside | linear & inside
         table = entry & _ADDRESS
     raise AssertionError("a walk ends at level 1")
+
+
+def _translate32(sregs: Sregs, linear: int, read_word: Callable[[int], int | None]) -> int | None:
+    """Two levels of 4-byte entries (AMD APM vol. 2, 5.2)."""
+    linear &= 0xFFFF_FFFF
+    table = sregs.cr3 & 0xFFFF_F000
+    for shift in (22, 12):
+        at = table + (linear >> shift & 1023) * 4
+        word = read_word(at & ~7)
+        entry = 0 if word is None else word >> at % 8 * 8 & 0xFFFF_FFFF
+        if not entry & _PRESENT:
+            return None
+        if shift == 22 and entry & _LARGE and sregs.cr4 & CR4_PSE:
+            return entry & 0xFFC0_0000 | (entry >> 13 & 0xFF) << 32 | linear & 0x3F_FFFF
+        table = entry & 0xFFFF_F000
+    return table | linear & 0xFFF

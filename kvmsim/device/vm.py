@@ -57,7 +57,7 @@ class VmDevice:
         self.forwarded_hypercalls = 0
         self.irqchip = False
         self._boot_cpu_id = 0
-        self._max_vcpu_id = KVM_MAX_VCPU_IDS
+        self._max_vcpu_ids = 0  # 0: nobody has chosen
         self._lock = threading.Lock()  # KVM's kvm->lock
         self._vcpus: dict[int, VcpuDevice] = {}
         self._by_index: list[VcpuDevice] = []
@@ -136,9 +136,10 @@ class VmDevice:
         with self._lock:
             if len(self._vcpus) >= MAX_VCPUS:
                 raise call.refused(errno.EINVAL, f"there are {MAX_VCPUS} vCPUs already")
-            if number >= self._max_vcpu_id:
+            self._max_vcpu_ids = self._max_vcpu_ids or KVM_MAX_VCPU_IDS
+            if number >= self._max_vcpu_ids:
                 raise call.refused(
-                    errno.EINVAL, f"vCPU id {number}: KVM_CAP_MAX_VCPU_ID says {self._max_vcpu_id}"
+                    errno.EINVAL, f"vCPU id {number}: KVM_CAP_MAX_VCPU_ID says {self._max_vcpu_ids}"
                 )
             if number in self._vcpus:
                 raise call.refused(errno.EEXIST, f"there is a vCPU {number}")
@@ -178,12 +179,9 @@ class VmDevice:
         elif cap == KVM_CAP_MAX_VCPU_ID:
             with self._lock:
                 limit = arguments[0]
-                if not 0 < limit <= KVM_MAX_VCPU_IDS or self._max_vcpu_id not in (
-                    limit,
-                    KVM_MAX_VCPU_IDS,
-                ):
+                if limit > KVM_MAX_VCPU_IDS or self._max_vcpu_ids not in (0, limit):
                     raise call.refused(errno.EINVAL, f"limit {limit}: out of range, or set before")
-                self._max_vcpu_id = limit
+                self._max_vcpu_ids = limit
         else:
             raise call.refused(errno.EINVAL, f"capability {cap} cannot be enabled")
 
