@@ -145,8 +145,9 @@ def encode(exit: Exit, run: bytearray | memoryview, abi: Abi = "upstream") -> in
         case IoExit(port, size, write, data, count):
             if size not in (1, 2, 4) or (write and len(data) != size * count):
                 raise ValueError(f"{exit}: data must be count × size bytes, size 1, 2 or 4")
-            if write:
-                run[KVM_PIO_DATA_OFFSET : KVM_PIO_DATA_OFFSET + len(data)] = data
+            # What an IN finds if nobody answers is 0 (emulator_pio_in_out()).
+            shown = data if write else bytes(size * count)
+            run[KVM_PIO_DATA_OFFSET : KVM_PIO_DATA_OFFSET + len(shown)] = shown
             reason = KVM_EXIT_IO
             direction = KVM_EXIT_IO_OUT if write else KVM_EXIT_IO_IN
             payload = RUN_IO.pack(direction, size, port, count, KVM_PIO_DATA_OFFSET)

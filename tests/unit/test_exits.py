@@ -107,7 +107,8 @@ def test_io() -> None:
     assert raw[io.data_offset : io.data_offset + 5] == b"hello"
     run, _, raw = _encoded(IoExit(0x60, 4, False))
     assert (run.u.io.direction, run.u.io.size, run.u.io.count) == (0, 4, 1)
-    assert raw[uapi.KVM_PIO_DATA_OFFSET] == 0xA5
+    at = uapi.KVM_PIO_DATA_OFFSET
+    assert raw[at : at + 5] == bytes(4) + b"\xa5", "an IN that nobody answers finds 0"
 
 
 def test_mmio() -> None:
