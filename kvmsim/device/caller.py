@@ -45,7 +45,8 @@ class HostPiece:
     """Bytes [start, start + length) of the caller are ``offset``… of ``fd``, mapped shared.
 
     All page-aligned. ``fd`` is open in *this* process and stays the provider's; the device maps
-    it before ``host_range`` is called again, and keeps no descriptor.
+    it before ``host_range`` is called again, and keeps no descriptor. The file must not shrink
+    below the piece while a slot is over it: a guest that touches what is gone ends this process.
     """
 
     start: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
 import stat
@@ -100,9 +101,10 @@ class HostRanges:
         """``size`` bytes (page-aligned) of zeros."""
         if size <= 0 or size % PAGE_SIZE:
             raise ValueError(f"host range of {size} bytes: a multiple of {PAGE_SIZE} above 0")
-        fd = os.memfd_create("kvmsim:host-range", os.MFD_CLOEXEC)
+        fd = os.memfd_create("kvmsim:host-range", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, size)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             mapped = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_NORESERVE", 0))
         except BaseException:
             os.close(fd)
@@ -172,7 +174,7 @@ class LocalCaller:
         except (OSError, OverflowError):
             return NotOurs.CLOSED
         regular = stat.S_ISREG(status.st_mode)
-        return PrivateFd(number) if regular and _on_fuse(number) else NotOurs.OTHER
+        return PrivateFd(number) if regular and on_fuse(number) else NotOurs.OTHER
 
     def host_range(self, start: int, size: int) -> Sequence[HostPiece]:
         """See :class:`~kvmsim.device.caller.Caller`."""
@@ -187,7 +189,7 @@ class _Statfs(ctypes.Structure):
     _fields_ = (("f_type", ctypes.c_long), ("rest", ctypes.c_char * 256))
 
 
-def _on_fuse(fd: int) -> bool:
+def on_fuse(fd: int) -> bool:
     status = _Statfs()
     return not _LIBC.fstatfs(fd, ctypes.byref(status)) and status.f_type == _FUSE_SUPER_MAGIC
 

@@ -13,6 +13,7 @@ import pytest
 from device_errors import BAD, ERRORS, POINTERS, U64, WRONG_LEVEL
 from device_program import PAGE, STACK, TEXT, Program, buffer
 
+from hwemu.arena import ArenaFullError
 from kvmsim import uapi
 from kvmsim.device.local import LocalCaller, LocalProcess
 from kvmsim.device.results import Failure
@@ -233,6 +234,31 @@ def test_a_limit_on_vcpu_ids(program: Program) -> None:
     assert limit(2) == 0
     assert number(program, "vm", uapi.KVM_CREATE_VCPU, 2) == errno.EINVAL
     program.add_vcpu(1)
+
+
+def test_there_is_an_end_of_vcpus(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvmsim.device.vm.MAX_VCPUS", 2)
+    program.add_vcpu(0)
+    program.add_vcpu(1)
+    assert number(program, "vm", uapi.KVM_CREATE_VCPU, 2) == errno.EINVAL
+
+
+@pytest.mark.logs("out of memory")
+def test_a_slot_that_cannot_be_mapped_is_not_made(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise ArenaFullError("no free stretch")
+
+    memory = program.process.ranges.allocate(PAGE)
+    with monkeypatch.context() as patched:
+        patched.setattr(program.device.host, "place", full)
+        with pytest.raises(OSError, match="free stretch") as caught:
+            program.slot(1, 1 << 32, PAGE, memory.address)
+        assert caught.value.errno == errno.ENOMEM
+    with pytest.raises(OSError, match="no such slot"):
+        program.slot(1, 0, 0, 0)
+    program.slot(1, 1 << 32, PAGE, memory.address)
 
 
 # --- address spaces and descriptors -------------------------------------------------------------
