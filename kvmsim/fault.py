@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from typing import Final, Self
@@ -220,7 +220,10 @@ class Fault:
 
     def copy(self) -> Self:
         """An independent twin."""
-        return replace(self)
+        return type(self)(
+            self.vcpu, self.gpa, self.access, self.state, self.snap, self.slot, self.gfn,
+            self.private,
+        )  # fmt: skip
 
     def _around(self, mmu: Mmu, slot: Memslot, npages: int) -> tuple[int, int]:
         """The gfns of the aligned block of ``npages`` that are like ours: slot and attribute."""
