@@ -25,6 +25,7 @@ from privfs.backing import Backing, BackingError, Extent
 from privfs.backing.shmem import Shmem
 from privfs.backing.undo import undo
 from privfs.events import Events
+from privfs.incidents import Incidents
 from privfs.ladder import Ladder, Latencies
 from privfs.machine import Machine
 from privfs.notifier import effects as core
@@ -52,6 +53,7 @@ class Call:
     op: OpId
     request: Request
     tid: int = 0  #: the thread that made it
+    ino: int = 0
     event: trio.Event | None = None
     outcome: core.Answer | None = None
     interrupted: bool = False
@@ -85,6 +87,7 @@ class Service:
         self.dev = 0
         self.kills = self.failures = 0
         self.latencies = Latencies()
+        self.incidents = Incidents()
         self.events = Events(self.owner)
         self.strays = Strays(self.owner, self.backing)
         self._on_expire = on_expire
@@ -124,7 +127,7 @@ class Service:
 
         Which process that is costs a look into /proc: it is taken only when a user is condemned.
         """
-        call = Call(next(self._ops), request, tid)
+        call = Call(next(self._ops), request, tid, ino)
         self._calls[call.op] = call
         caller = thread_group(tid) if tid and self.owner.condemning else 0
         self._apply(self.owner.request(ino, call.op, request, caller))
@@ -236,6 +239,11 @@ class Service:
         except BackingError:
             return None
 
+    def waited(self, ino: int, op: OpId) -> float:
+        """Return how long an invalidation has been waiting for its users, in seconds."""
+        began = self._began.get((ino, op))
+        return 0.0 if began is None else time.monotonic() - began
+
     # --- freed memory -------------------------------------------------------------------------
 
     def look_over(self, ino: int) -> None:
@@ -287,12 +295,14 @@ class Service:
                     self.strays.forget(ino)
                     self._on_expire(ino)
                 case core.Stray(ino, start, end, what, holders):
-                    log.warning(
-                        "freed memory was touched: inode %d pages [%#x, %#x): %s; held by %s",
-                        ino, start, end, what, ", ".join(holders) or "nobody alive",
-                    )  # fmt: skip
-                case core.Note(text, serious):
-                    log.log(logging.WARNING if serious else logging.INFO, "%s", text)
+                    self.incidents.add(
+                        f"freed memory was touched: inode {ino} pages [{start:#x}, {end:#x}): "
+                        f"{what}; held by {', '.join(holders) or 'nobody alive'}"
+                    )
+                case core.Note(text, True):
+                    self.incidents.add(text)
+                case core.Note(text):
+                    log.info("%s", text)
         if touched and len(self._calls) > 1:  # more may come: a frame holds many records
             self.hub.flush_later(touched)
         elif touched:
@@ -301,15 +311,23 @@ class Service:
             self._idle.set()
 
     def _answer(self, op: OpId, answer: core.Answer) -> None:
+        call = self._calls.pop(op, None)
         if answer.errno == errno.EIO:
             self.failures += 1
+            if call is not None:  # what led to it has been a warning already
+                self.incidents.add(self._failure(call, answer.why), logging.INFO)
         elif answer.errno == errno.ENOSPC:
             self._complain(answer.why, logging.INFO)
-        call = self._calls.pop(op, None)
         if call is not None:
             call.outcome = answer
             if call.event is not None:
                 call.event.set()
+
+    def _failure(self, call: Call, why: str) -> str:
+        pid = thread_group(call.tid)
+        names = [s.name for s in self.owner.sessions.values() if s.pid == pid]
+        who = names[0] if names else f"process {pid}" if pid else "a caller of our own"
+        return f"EIO to {who}: {call.request} on inode {call.ino}: {why}"
 
     def _work(self, work: core.Work) -> list[core.Effect]:
         """Perform FREE or ALLOCATE now, or in a thread when it is long; return what follows now."""

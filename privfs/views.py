@@ -7,11 +7,13 @@ and the live files in ``.privfs/``.  Ranges are bytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from privfs import seals
 from privfs.memfile import MemFile
 from privfs.notifier.owner import Owner
+from privfs.operation import OpId
 from privfs.personality import PAGE_SIZE
 
 #: Rows that one map may have; a caller that wants more asks again from where it ends.
@@ -98,8 +100,13 @@ def _mapped(owner: Owner, ino: int, file: MemFile) -> int:
     return union.intersection_cardinality(file.pages)
 
 
-def sessions(owner: Owner) -> list[dict[str, Any]]:
-    """Return one row a user: name, state, fence, files, unacknowledged invalidations."""
+def sessions(
+    owner: Owner, waited: Callable[[int, OpId], float] = lambda ino, op: 0.0
+) -> list[dict[str, Any]]:
+    """Return one row a user: name, state, fence, files, invalidations it has not acknowledged.
+
+    ``waited`` gives the seconds since an invalidation began.
+    """
     return [
         {
             "session": session.sid,
@@ -109,6 +116,16 @@ def sessions(owner: Owner) -> list[dict[str, Any]]:
             "fence": session.fence.text,
             "files": sorted(session.files),
             "unacknowledged": len(session.sent),
+            "outstanding": [
+                {
+                    "seq": seq,
+                    "inode": ino,
+                    "seconds": waited(ino, op),
+                    "start": start * PAGE_SIZE,
+                    "end": end * PAGE_SIZE,
+                }
+                for seq, ino, op, start, end in owner.outstanding(session.sid)
+            ],
             "granted": sum(len(pages) for pages in session.granted.values()) * PAGE_SIZE,
         }
         for session in owner.sessions.values()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,8 @@ from privfs.cli.failure import Failure, no_answer
 from privfs.cli.verbosity import Verbosity, verbose_options
 
 _json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+#: The last incidents that the table of a mount shows; --json has all that are kept.
+_INCIDENTS = 5
 _bytes = click.option("--bytes", "in_bytes", is_flag=True, help="Print sizes in bytes.")
 
 
@@ -226,10 +229,16 @@ def status_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
         f"{size(memory['free'])} free; the machine can give {size(memory['available'])} of it",
         "Files": f"{found['files']} in {found['extents']} extents",
         "Invalidations": f"{waits['total']}, p50 {tables.microseconds(waits['p50_us'])}, "
-        f"p99 {tables.microseconds(waits['p99_us'])}; {found['kills']} users killed, "
-        f"{found['failures']} failed",
+        f"p99 {tables.microseconds(waits['p99_us'])}, "
+        f"at most {tables.microseconds(waits['max_us'])}; "
+        f"{found['kills']} users killed, {found['failures']} failed",
     }
     lines = [f"{name + ':':<14} {value}" for name, value in rows.items()]
+    lines += [
+        f"Touched:       {stray['pages']} freed pages of inode {stray['inode']}, "
+        f"given to nobody; held by {', '.join(stray['users']) or 'nobody alive'}"
+        for stray in found["strays"]
+    ]
     users = [
         [s["user"] or "-", str(s["pid"]), s["state"], s["fence"], str(len(s["files"])),
          size(s["granted"]), str(s["unacknowledged"])]
@@ -238,6 +247,29 @@ def status_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
     if users:
         head = ["USER", "PID", "STATE", "FENCE", "FILES", "GRANTED", "UNACKED"]
         lines += ["", *tables.columns(head, users, " >  >>>")]
+    waits = [
+        [s["user"], str(o["inode"]), f"{o['start']:#x}-{o['end'] - 1:#x}", str(o["seq"]),
+         tables.microseconds(o["seconds"] * 1e6)]
+        for s in found["sessions"] for o in s["outstanding"]
+    ]  # fmt: skip
+    if waits:
+        lines += [
+            "",
+            *tables.columns(["WAITED FOR", "INODE", "RANGE", "SEQ", "SINCE"], waits, " > >>"),
+        ]
+    lines += _incident_lines(found)
+    return lines
+
+
+def _incident_lines(found: dict[str, Any]) -> list[str]:
+    """Return the last of what went wrong."""
+    lines: list[str] = []
+    last = found["incidents"][-_INCIDENTS:]
+    if last:
+        lines += ["", "Last incidents:"]
+        lines += [
+            f"{time.strftime('%F %T', time.localtime(one['time']))} {one['what']}" for one in last
+        ]
     return lines
 
 

@@ -355,6 +355,17 @@ class OwnerState:
         wait = self._waits.get((ino, op))
         return frozenset(wait.sids) if wait else frozenset()
 
+    def outstanding(self, sid: int) -> list[tuple[int, int, OpId, int, int]]:
+        """Return what a session has not acknowledged: seq, inode, operation, pages [start, end).
+
+        What is nobody's concern any more, after an UNREGISTER or by the ladder, is left out.
+        """
+        return [
+            (seq, *key, self._waits[key].start, self._waits[key].end)
+            for seq, key in self.sessions[sid].sent.items()
+            if key is not None and key in self._waits
+        ]
+
     def key(self) -> Hashable:
         """Return the state as a hashable value."""
         return (

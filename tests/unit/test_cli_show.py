@@ -118,10 +118,15 @@ STATUS = {
     "passthrough_errno": errno.EPERM,
     "memory": {"total": 1 << 20, "used": 4096, "free": 1 << 19, "available": 1 << 18},
     "files": 1, "extents": 1, "kills": 2, "failures": 0,
-    "invalidations": {"total": 3, "p50_us": 50.0, "p99_us": 2500.0},
+    "invalidations": {
+        "total": 3, "p50_us": 50.0, "p90_us": 100.0, "p99_us": 2500.0, "max_us": 9000.0,
+    },
+    "strays": [{"inode": 7, "pages": 2, "runs": [[0, 8192]], "users": ["a(1)", "b(2)"]}],
+    "incidents": [{"time": number, "what": f"thing {number}"} for number in range(9)],
     "sessions": [
         {"user": "vm", "pid": 9, "state": "ready", "fence": "uffd", "files": [7],
-         "granted": 4096, "unacknowledged": 1}
+         "granted": 4096, "unacknowledged": 1,
+         "outstanding": [{"seq": 4, "inode": 7, "seconds": 0.25, "start": 0, "end": 4096}]}
     ],
 }  # fmt: skip
 
@@ -154,11 +159,19 @@ def test_status_shows_users_and_why_there_is_no_passthrough(
     assert backing[1].endswith("; " + Promise.AUDIT.value)
     budget = "Memory:        1M budget, 4K used, 512K free; the machine can give 256K of it\n"
     assert budget in said
-    assert "3, p50 50 µs, p99 2.5 ms; 2 users killed, 0 failed" in said
-    assert said.splitlines()[-2:] == [
+    assert "3, p50 50 µs, p99 2.5 ms, at most 9.0 ms; 2 users killed, 0 failed\n" in said
+    stray = "2 freed pages of inode 7, given to nobody; held by a(1), b(2)"
+    assert f"Touched:       {stray}\n" in said
+    lines = said.splitlines()
+    users = lines.index("USER PID STATE FENCE FILES GRANTED UNACKED")
+    assert lines[users : users + 5] == [
         "USER PID STATE FENCE FILES GRANTED UNACKED",
         "vm     9 ready uffd      1      4K       1",
+        "",
+        "WAITED FOR INODE RANGE     SEQ    SINCE",
+        "vm             7 0x0-0xfff   4 250.0 ms",
     ]
+    assert [line.split(maxsplit=2)[2] for line in lines[-5:]] == [f"thing {n}" for n in range(4, 9)]
 
 
 @pytest.mark.parametrize(
