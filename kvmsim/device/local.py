@@ -171,8 +171,8 @@ class LocalCaller:
             return self.objects[number]
         try:
             status = os.fstat(number)
-        except (OSError, OverflowError):
-            return NotOurs.CLOSED
+        except OSError as error:  # of a mount that is dead, say
+            return NotOurs.CLOSED if error.errno == errno.EBADF else NotOurs.OTHER
         regular = stat.S_ISREG(status.st_mode)
         return PrivateFd(number) if regular and on_fuse(number) else NotOurs.OTHER
 
@@ -190,6 +190,7 @@ class _Statfs(ctypes.Structure):
 
 
 def on_fuse(fd: int) -> bool:
+    """Whether a descriptor of this process is on a FUSE filesystem, as all private files are."""
     status = _Statfs()
     return not _LIBC.fstatfs(fd, ctypes.byref(status)) and status.f_type == _FUSE_SUPER_MAGIC
 

@@ -170,7 +170,10 @@ class VmMemory:
             slots = self._running.vm.mmu.slots
             used = next(slots.find_file(file.id, 0, U64), None) is not None
         if not used:
-            self._running.private.forget(file.id)
+            try:
+                self._running.private.forget(file.id)
+            except LinkError as error:  # the owner is gone, and with it the file
+                log.info("file %#x: %s", file.id, error)
 
     def _resolve(self, caller: Caller, number: int) -> PrivateFile | BadFd:
         """What a slot can be bound to."""
@@ -179,12 +182,12 @@ class VmMemory:
             return BadFd.CLOSED
         if not isinstance(found, PrivateFd):
             return BadFd.NOT_PRIVATE
-        status = os.fstat(found.fd)
-        if self._owners.get((status.st_dev, status.st_ino), self._vm) is not self._vm:
-            return BadFd.OTHER_VM
         try:
+            status = os.fstat(found.fd)
+            if self._owners.get((status.st_dev, status.st_ino), self._vm) is not self._vm:
+                return BadFd.OTHER_VM
             return self._running.private.open_fd(found.fd)
-        except LinkError as error:
+        except OSError as error:  # LinkError too
             log.info("descriptor %d: %s", number, error)
             return BadFd.NOT_PRIVATE
 

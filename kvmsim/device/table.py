@@ -133,6 +133,9 @@ def dispatch(
     except MemoryError as error:
         log.warning("%s: out of memory: %s", name, error)
         return Failure(errno.ENOMEM, f"{name}: out of memory: {error}")
+    except OSError as error:  # of the world, not of the caller
+        log.warning("%s: %s", name, error)
+        return Failure(error.errno or errno.EIO, f"{name}: {error}")
     if isinstance(answer, Value | Failure | NewFd | Begun):
         return answer
     return Value(answer or 0)

@@ -20,14 +20,13 @@ def translate(sregs: Sregs, linear: int, read_word: Callable[[int], int | None])
     """The gpa of a linear address, None if nothing is mapped there.
 
     ``read_word(gpa)`` gives the 64-bit word at a guest-physical address, None if there is none.
-    Paging with PAE outside long mode is not simulated and maps nothing.
+    Paging with PAE outside long mode is not simulated and maps nothing. Whether the address is
+    canonical is not asked: FNAME(walk_addr_generic) does not either.
     """
     if not sregs.cr0 & CR0_PG:
         return linear
     if not sregs.efer & EFER_LMA:
         return None if sregs.cr4 & CR4_PAE else _translate32(sregs, linear, read_word)
-    if linear >> 47 not in (0, 0x1FFFF):
-        return None
     table = sregs.cr3 & _ADDRESS
     for level in (4, 3, 2, 1):
         shift = 12 + 9 * (level - 1)

@@ -487,6 +487,17 @@ def test_a_guest_with_a_shared_bit(boot: Boot) -> None:
     assert swap(program, HIGH, 0x43) == 0x41
 
 
+def test_a_file_of_a_mount_that_is_gone_is_refused(mount: Mounter) -> None:
+    mounted = mount("personality=guest_memfd")
+    with Program(mounted.path, type=KVM_X86_SW_PROTECTED_VM) as program:
+        gmem = program.guest_memfd(SIZE)
+        mounted.kill()
+        refused(program, errno.EINVAL, gmem=gmem)
+        with pytest.raises(OSError, match="KVM_CREATE_GUEST_MEMFD") as caught:
+            program.guest_memfd(SIZE)
+        assert caught.value.errno == errno.ENOTCONN
+
+
 # --- the end of the owner, the top of memory, the documentation ---------------------------------
 
 
