@@ -326,6 +326,29 @@ def test_conversion_as_the_guest_asks(boot: Boot) -> None:
         assert swap(program, HIGH + page * PAGE, 0) == 0, "punched before"
 
 
+@pytest.mark.parametrize("private", [False, True])
+def test_an_answered_instruction_may_have_to_wait_for_its_page(boot: Boot, private: bool) -> None:
+    """INS into memory that was never touched, completed under immediate_exit."""
+    program = boot(bytes.fromhex("ba05000000" + "6c" + "f4"))  # mov edx, 5; insb; hlt
+    _, address = with_slot(program)
+    if private:
+        program.attributes(HIGH, SIZE, PRIVATE)
+    vcpu = program.vcpus[0]
+    program.set_regs(vcpu, rdi=HIGH)
+    assert program.run(vcpu) == exits.IoExit(5, 1, False)
+    run = program.run_buffer(vcpu)
+    run[PAGE], run[1] = 0x5A, 1
+    with pytest.raises(OSError, match="immediate_exit") as caught:
+        program.process.ioctl(vcpu, KVM_RUN)
+    assert caught.value.errno == errno.EINTR
+    regs = program.regs(vcpu)
+    assert (regs["rip"], regs["rdi"]) == (TEXT + 6, HIGH + 1)
+    if not private:
+        assert program.process.caller.read(address, 1) == b"\x5a"
+    run[1] = 0
+    assert program.run(vcpu) == exits.HltExit()
+
+
 # --- faults beforehand --------------------------------------------------------------------------
 
 
