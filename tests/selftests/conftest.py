@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 from mounts import Mounted, cleared, start
+from selftests import sealing
 from selftests.machine import Machine, real, simulated
+from selftests.sealing import Target
 
 
-@pytest.fixture(scope="module")
-def mounted(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
-    """A mount of the personality that the module names, guest_memfd if it names none."""
-    personality = getattr(request, "param", "guest_memfd")
-    place = tmp_path_factory.mktemp("selftests")
+def _mount(factory: pytest.TempPathFactory, personality: str) -> Iterator[Mounted]:
+    place = factory.mktemp("selftests")
     (place / "mount").mkdir()
     made = start(place / "mount", (f"personality={personality}",), place / "log")
     try:
@@ -27,6 +26,38 @@ def mounted(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     finally:
         cleared(made)
     assert made.log() == ""
+
+
+@pytest.fixture(scope="module")
+def mounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
+    """A mount that answers as guest_memfd does; at its end no file may be left."""
+    yield from _mount(tmp_path_factory, "guest_memfd")
+
+
+@pytest.fixture(scope="module")
+def resizable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
+    """A mount whose files can be sealed."""
+    yield from _mount(tmp_path_factory, "resizable")
+
+
+@pytest.fixture(scope="module")
+def v7(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
+    """A mount whose files are sealed from birth."""
+    yield from _mount(tmp_path_factory, "v7")
+
+
+@pytest.fixture(
+    params=[
+        "memfd",
+        pytest.param("resizable", marks=pytest.mark.fuse),
+        pytest.param("v7", marks=pytest.mark.fuse),
+    ]
+)
+def target(request: Any) -> Target:
+    """What can be sealed, one kind after the other."""
+    private = request.param != "memfd"
+    directory = request.getfixturevalue(request.param).path if private else None
+    return sealing.target(request.param, directory)
 
 
 @pytest.fixture(

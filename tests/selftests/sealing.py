@@ -12,10 +12,12 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import pytest
 from selftests.guest import players
 from selftests.machine import PUNCH, code, fallocate, try_mmap
 
@@ -27,11 +29,13 @@ from kvmsim.uapi import (
     PAGE_SIZE,
 )
 from privfs import control
+from privfs.seals import Seal
 
 SEAL, SHRINK, GROW, WRITE, FUTURE_WRITE, EXEC = 1, 2, 4, 8, 16, 32
 AUTO_ALLOCATE: Final = 0x20  #: of v7, whose number F_SEAL_EXEC got
 SIZE: Final = 8 * PAGE_SIZE
 GPA: Final = 64 << 20
+MFD_CLOEXEC, MFD_ALLOW_SEALING, MFD_NOEXEC_SEAL, MFD_EXEC = 1, 2, 8, 16
 F_ADD_SEALS, F_GET_SEALS = 1033, 1034
 READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 
@@ -110,8 +114,6 @@ class Private:
 
     def seals(self) -> int:
         """What ``privfs seal FILE`` shows."""
-        from privfs.seals import Seal
-
         return sum(int(Seal[name]) for name in self._ask("stat")["seals"])
 
     def add(self, seals: int) -> str:
@@ -152,3 +154,69 @@ class Private:
     def again(self, fd: int) -> Private:
         """By another descriptor."""
         return Private(self._directory, fd)
+
+
+# --- targets ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Target:
+    """Makes files of one kind."""
+
+    name: str
+    make: Callable[[], contextlib.AbstractContextManager[Sealable]]
+    all_seals: int
+    sealed: bool = False  #: F_SEAL_SEAL from birth
+    directory: Path | None = None
+
+    @property
+    def private(self) -> bool:
+        """Whether files are private."""
+        return self.directory is not None
+
+    def need(self, seals: int) -> None:
+        """Skip where a seal is none, or none can be added."""
+        if self.sealed:
+            answer = "EINVAL" if seals & ~self.all_seals else "EPERM"
+            with self.make() as file:
+                assert (file.seals(), file.add(seals), file.seals()) == (SEAL, answer, SEAL)
+            pytest.skip("F_SEAL_SEAL from birth: no seal can be added (EPERM)")
+        if seals & ~self.all_seals:
+            with self.make() as file:
+                assert (file.add(seals), file.seals()) == ("EINVAL", 0)
+            pytest.skip("a private file has no such seal (EINVAL)")
+
+    def need_memfd(self, what: str) -> None:
+        """Skip what only a memfd has."""
+        if self.private:
+            pytest.skip(what)
+
+
+@contextlib.contextmanager
+def memfd() -> Iterator[Sealable]:
+    fd = os.memfd_create("selftest", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_EXEC)
+    try:
+        os.ftruncate(fd, SIZE)
+        yield Memfd(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def private(directory: Path) -> Iterator[Sealable]:
+    path = directory / "sealed"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+    try:
+        os.ftruncate(fd, SIZE)
+        yield Private(directory, fd)
+    finally:
+        path.unlink()
+        os.close(fd)
+
+
+def target(name: str, directory: Path | None) -> Target:
+    """A target by its name; ``directory`` lies on the mount of a private one."""
+    if directory is None:
+        return Target(name, memfd, SEAL | SHRINK | GROW | WRITE | FUTURE_WRITE | EXEC)
+    every = SEAL | SHRINK | GROW | WRITE | AUTO_ALLOCATE
+    return Target(name, lambda: private(directory), every, name == "v7", directory)

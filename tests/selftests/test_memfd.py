@@ -11,133 +11,34 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
-from mounts import Mounted, cleared, start
 from selftests.machine import KEEP, code, fallocate, try_mmap
+from selftests.pidnamespace import in_pid_namespace
 from selftests.sealing import (
     AUTO_ALLOCATE,
     EXEC,
     FUTURE_WRITE,
     GROW,
+    MFD_ALLOW_SEALING,
+    MFD_CLOEXEC,
+    MFD_EXEC,
+    MFD_NOEXEC_SEAL,
     READ_WRITE,
     SEAL,
     SHRINK,
     SIZE,
     WRITE,
     Memfd,
-    Private,
     Sealable,
+    Target,
     punch,
     resize,
 )
 
 from kvmsim.uapi import PAGE_SIZE
-
-MFD_CLOEXEC, MFD_ALLOW_SEALING, MFD_NOEXEC_SEAL, MFD_EXEC = 1, 2, 8, 16
-
-
-@dataclass
-class Target:
-    """Makes files of one kind."""
-
-    name: str
-    make: Callable[[], contextlib.AbstractContextManager[Sealable]]
-    all_seals: int
-    sealed: bool = False  #: F_SEAL_SEAL from birth
-    directory: Path | None = None
-
-    @property
-    def private(self) -> bool:
-        """Whether files are private."""
-        return self.directory is not None
-
-    def need(self, seals: int) -> None:
-        """Skip where a seal is none, or none can be added."""
-        if self.sealed:
-            answer = "EINVAL" if seals & ~self.all_seals else "EPERM"
-            with self.make() as file:
-                assert (file.seals(), file.add(seals), file.seals()) == (SEAL, answer, SEAL)
-            pytest.skip("F_SEAL_SEAL from birth: no seal can be added (EPERM)")
-        if seals & ~self.all_seals:
-            with self.make() as file:
-                assert (file.add(seals), file.seals()) == ("EINVAL", 0)
-            pytest.skip("a private file has no such seal (EINVAL)")
-
-    def need_memfd(self, what: str) -> None:
-        """Skip what only a memfd has."""
-        if self.private:
-            pytest.skip(what)
-
-
-@contextlib.contextmanager
-def memfd() -> Iterator[Sealable]:
-    fd = os.memfd_create("selftest", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_EXEC)
-    try:
-        os.ftruncate(fd, SIZE)
-        yield Memfd(fd)
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def private(directory: Path) -> Iterator[Sealable]:
-    path = directory / "sealed"
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
-    try:
-        os.ftruncate(fd, SIZE)
-        yield Private(directory, fd)
-    finally:
-        path.unlink()
-        os.close(fd)
-
-
-def _mount(tmp_path_factory: pytest.TempPathFactory, personality: str) -> Iterator[Mounted]:
-    place = tmp_path_factory.mktemp(personality)
-    (place / "mount").mkdir()
-    made = start(place / "mount", (f"personality={personality}",), place / "log")
-    try:
-        yield made
-        made.audit()
-        made.end()
-    finally:
-        cleared(made)
-    assert made.log() == ""
-
-
-@pytest.fixture(scope="module")
-def resizable(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
-    yield from _mount(tmp_path_factory, "resizable")
-
-
-@pytest.fixture(scope="module")
-def v7(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
-    yield from _mount(tmp_path_factory, "v7")
-
-
-OF_PRIVATE = SEAL | SHRINK | GROW | WRITE | AUTO_ALLOCATE
-
-
-@pytest.fixture(
-    params=[
-        "memfd",
-        pytest.param("resizable", marks=pytest.mark.fuse),
-        pytest.param("v7", marks=pytest.mark.fuse),
-    ]
-)
-def target(request: pytest.FixtureRequest) -> Target:
-    if request.param == "memfd":
-        every = SEAL | SHRINK | GROW | WRITE | FUTURE_WRITE | EXEC
-        return Target("memfd", memfd, every)
-    path = request.getfixturevalue(request.param).path
-    sealed = request.param == "v7"
-    return Target(request.param, lambda: private(path), OF_PRIVATE, sealed, path)
 
 
 @pytest.fixture(params=["plain", "shared table"])
@@ -338,47 +239,7 @@ def test_seal_resize(target: Target) -> None:
         assert punch(file, 0) == "0"
 
 
-# --- sysctl -------------------------------------------------------------------------------------
-
-NESTED = """
-import ctypes, os, sys
-def sysctl(value):
-    try:
-        with open("/proc/sys/vm/memfd_noexec", "w") as file:
-            file.write(str(value))
-        return "0"
-    except OSError as error:
-        return error.strerror
-def made(flags=0):
-    try:
-        fd = os.memfd_create("x", flags)
-        return oct(os.fstat(fd).st_mode & 0o777)
-    except OSError as error:
-        return error.strerror
-def nested(what):
-    sys.stdout.flush()
-    outer = os.fork()
-    if outer == 0:
-        assert ctypes.CDLL(None, use_errno=True).unshare(0x20000000) == 0
-        child = os.fork()
-        if child == 0:
-            what()
-            sys.stdout.flush()
-            os._exit(0)
-        os.waitpid(child, 0)
-        os._exit(0)
-    os.waitpid(outer, 0)
-"""
-
-
-def in_pid_namespace(script: str) -> list[str]:
-    """Lines that a program prints in a pid namespace, whose sysctl is its own."""
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", NESTED + script],
-        capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+# --- sysctl ------------------------------------------------------------------------------------
 
 
 @pytest.mark.root
