@@ -12,15 +12,13 @@ is KVM's request and OUTSIDE_GUEST_MODE).
 
 from __future__ import annotations
 
-import enum
 import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from hwemu.arena import new_table_pool
 from hwemu.cpu import api as cpu_api
@@ -44,6 +42,7 @@ from kvmsim.kind import SHARED_BIT_KIND, VmKind
 from kvmsim.level import MAX_LEVEL
 from kvmsim.private import PrivateMemory, Session
 from kvmsim.uapi import KVM_INTERNAL_ERROR_EMULATION, Abi
+from kvmsim.vcpus import Handler, RunnerStatistics, State, Supervisor, Vcpu
 from kvmsim.vm import Vm, Zapped
 from privfs.notifier.lane import LinkError
 from privfs.notifier.user import Granted
@@ -56,59 +55,6 @@ POOL_SIZE = 256 << 20
 SLICE = 0.001
 _NICE = 10
 _GP = 13
-
-
-class State(enum.Enum):
-    """Whether a vCPU may be taken."""
-
-    RUNNABLE = "runnable"
-    WAITS = "waits for a page"
-    HALTED = "halted"
-    IDLE = "not started"
-
-
-Handler = Callable[[int, exits.Exit], bool]
-
-
-class Supervisor(Protocol):
-    """What else the owner of a VM may want to decide, in the runner thread."""
-
-    def enter(self, index: int) -> bool:
-        """A vCPU is about to run guest code; False if it was halted instead."""
-
-    def msr(self, index: int, access: cpu_api.MsrExit) -> int | None:
-        """Return what a register that the engine does not keep holds (0 for a write); None: #GP."""
-
-    def ended(self, why: str) -> None:
-        """Learn that no vCPU will run any more."""
-
-
-@dataclass(slots=True)
-class Vcpu:
-    """One vCPU: its engine and where it stands."""
-
-    index: int
-    cpu: cpu_api.Cpu
-    state: State = State.IDLE
-    exit: exits.Exit | None = None  #: decided while it waited; handled when it is taken
-    stopped_at: tuple[Fault, Effect] | None = None
-    again: bool = False  #: the next request asks for the extent's memfd too
-    awaited: Fault | None = None  #: the fault whose page makes it runnable again
-    interrupted: bool = False  #: leaves at its next turn, whatever it waits for
-    settling: bool = False  #: leaves with InterruptedExit behind the instruction it is in
-    polled: bool = False  #: ends its slices even when no other is runnable
-    faults: int = 0
-    zapped: deque[tuple[int, int]] = field(default_factory=deque)  #: since its last flush
-
-
-@dataclass(slots=True)
-class RunnerStatistics:
-    """Counts of one VM's runner."""
-
-    slices: int = 0
-    flushes: int = 0
-    pages_asked: int = 0
-    shootdowns: int = 0
 
 
 class RunningVm:

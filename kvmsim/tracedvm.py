@@ -21,7 +21,7 @@ from kvmsim.inplace import ConvertFile
 from kvmsim.memslot import SlotChange
 from kvmsim.mmu import SecondStage, Zapped
 from kvmsim.region import SharedSide
-from kvmsim.running import RunningVm, Vcpu
+from kvmsim.running import RunningVm
 from kvmsim.trace import Value
 from kvmsim.uapi import (
     KVM_EXIT_HLT,
@@ -33,6 +33,7 @@ from kvmsim.uapi import (
     KVM_EXIT_SHUTDOWN,
     PAGE_SHIFT,
 )
+from kvmsim.vcpus import Vcpu
 from kvmsim.vm import Vm
 
 # Bits of a page fault's error code: arch/x86/include/asm/kvm_host.h (PFERR_*). A nested walk is a

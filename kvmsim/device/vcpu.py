@@ -40,7 +40,7 @@ from kvmsim.uapi.encoding import KVMIO
 
 if TYPE_CHECKING:
     from kvmsim.device.vm import VmDevice
-    from kvmsim.running import Vcpu
+    from kvmsim.vcpus import Vcpu
 
 _CS_L: Final = 1 << 9
 _IF: Final = 1 << 9

@@ -14,7 +14,8 @@ from typing import Any
 
 from freefirst import free_first
 
-from kvmsim.running import RunningVm, Vcpu
+from kvmsim.running import RunningVm
+from kvmsim.vcpus import Vcpu
 from privfs import service
 from privfs.backing import Backing
 from privfs.memfile import Look, MemFile

@@ -18,7 +18,6 @@ from mounts import Mounted, Mounter
 from kvmsim import exits
 from kvmsim.device.results import Begun, Failure, Value
 from kvmsim.kind import SHARED_BIT
-from kvmsim.running import State
 from kvmsim.uapi import (
     ENC_REGION,
     KVM_CAP_EXIT_HYPERCALL,
@@ -36,6 +35,7 @@ from kvmsim.uapi import (
     requests,
     structs,
 )
+from kvmsim.vcpus import State
 
 pytest_plugins = ["actor_fixtures"]
 pytestmark = pytest.mark.fuse

@@ -22,7 +22,8 @@ from mounts import Mounted, cleared
 
 from kvmsim.fence import Kind
 from kvmsim.hostmem import HostMemory
-from kvmsim.running import RunningVm, Vcpu
+from kvmsim.running import RunningVm
+from kvmsim.vcpus import Vcpu
 
 pytest_plugins = ["guest_fixtures", "actor_fixtures"]
 pytestmark = pytest.mark.fuse

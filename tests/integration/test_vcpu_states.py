@@ -13,7 +13,7 @@ from mounts import Mounted, Mounter
 from torture import Guest, boot
 
 from kvmsim.hostmem import HostMemory
-from kvmsim.running import State
+from kvmsim.vcpus import State
 from kvmsim.vmm.loader import LOW_SIZE
 
 pytest_plugins = ["guest_fixtures", "actor_fixtures"]
