@@ -16,6 +16,7 @@ from typing import Final, NoReturn
 import click
 
 from kvmsim.cli.boot import boot
+from kvmsim.cli.execute import execute
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.cli.failure import Failure
 from kvmsim.cli.run import run
@@ -51,7 +52,7 @@ def cli() -> None:
     """Virtual machines on guest-private memory, emulated."""
 
 
-for _command in (boot, run):
+for _command in (boot, run, execute):
     cli.add_command(_command)
 
 

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``kvmsim exec``: an unmodified program on the simulated /dev/kvm."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+
+import click
+
+from kvmsim.cli.exitcodes import Exit
+from kvmsim.cli.failure import Failure
+from kvmsim.cli.verbosity import Verbosity, verbose_options
+from kvmsim.device.system import KvmDevice
+from kvmsim.emulator import prepare_process
+from kvmsim.exec.memory import NoMount, temporary_mount
+from kvmsim.exec.run import LaunchFailed, run
+from kvmsim.running import RunningVm
+from kvmsim.trace import FORMATS
+from kvmsim.tracedvm import traced
+from kvmsim.tracefile import TraceFile
+from kvmsim.uapi import ABIS, Abi
+
+
+@click.command(
+    "exec",
+    short_help="Run a program that uses /dev/kvm.",
+    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+)
+@click.argument("program", metavar="-- PROGRAM [ARGUMENT]…", nargs=-1, required=True)
+@click.option(
+    "--memory", metavar="DIR", type=click.Path(exists=True, file_okay=False),
+    help="Where guest_memfds are made: a privfs mount, or a folder in one (a mount of its own).",
+)  # fmt: skip
+@click.option(
+    "--abi", type=click.Choice(list(ABIS)), default="upstream", show_default=True,
+    help="The interface of today, or that of the 2022 series.",
+)  # fmt: skip
+@click.option(
+    "--trace", "trace_path", metavar="FILE", type=click.Path(dir_okay=False),
+    help="Write what happens in its VMs to FILE.",
+)  # fmt: skip
+@click.option("--trace-format", type=click.Choice(list(FORMATS)), help="Else by FILE's suffix.")
+@verbose_options
+def execute(
+    program: tuple[str, ...],
+    memory: str | None,
+    abi: Abi,
+    trace_path: str | None,
+    trace_format: str | None,
+    verbosity: Verbosity,
+) -> int:
+    """Run PROGRAM unmodified; every KVM ioctl that it makes is answered by the simulator.
+
+    Its guest_memfds are files of a privfs mount, its memory slots are its own memory, its vCPUs
+    run here. Everything else that it does is between it and the kernel. The status is PROGRAM's.
+    """
+    verbosity.log_to_stderr()
+    with contextlib.ExitStack() as stack:
+        running: type[RunningVm] = RunningVm
+        if trace_path is not None:
+            running = traced(stack.enter_context(TraceFile(trace_path, trace_format or "")))
+        try:
+            place = memory or stack.enter_context(temporary_mount())
+        except NoMount as error:
+            raise Failure(Exit.MEMORY, str(error)) from error
+        prepare_process()
+        device = stack.enter_context(KvmDevice(place, abi=abi, running=running))
+        try:
+            status = run(program, device)
+        except LaunchFailed as failed:
+            return failed.status
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EINVAL, errno.ENOSYS):
+                raise
+            raise Failure(Exit.INTERNAL, f"{error}; exec needs Linux 5.19 and seccomp") from error
+    return Exit.SIGNAL - status if status < 0 else status

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The seccomp filter: ioctls of KVM's type are asked about, everything else runs.
+
+A program of classic BPF over ``struct seccomp_data`` (linux/seccomp.h, seccomp(2)).
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Final
+
+from kvmsim.uapi import KVMIO
+
+#: struct sock_filter: code, jt, jf, k.
+_INSTRUCTION: Final = Struct("<HBBI")
+_LOAD: Final = 0x20  # BPF_LD | BPF_W | BPF_ABS
+_AND: Final = 0x54  # BPF_ALU | BPF_AND | BPF_K
+_EQUAL: Final = 0x15  # BPF_JMP | BPF_JEQ | BPF_K
+_RETURN: Final = 0x06  # BPF_RET | BPF_K
+
+_NR: Final = 0  # offsets in struct seccomp_data
+_ARCH: Final = 4
+_ARGS: Final = 16
+
+_ARCH_X86_64: Final = 0xC000003E  # AUDIT_ARCH_X86_64
+_IOCTL: Final = 16  # arch/x86/entry/syscalls/syscall_64.tbl
+_ALLOW: Final = 0x7FFF0000
+_NOTIFY: Final = 0x7FC00000
+
+
+def program() -> bytes:
+    """Return the instructions: 64-bit ioctl(2) whose request has KVM's type byte is notified."""
+    listing = (
+        (_LOAD, 0, 0, _ARCH),
+        (_EQUAL, 0, 6, _ARCH_X86_64),
+        (_LOAD, 0, 0, _NR),
+        (_EQUAL, 0, 4, _IOCTL),
+        (_LOAD, 0, 0, _ARGS + 8),  # the request's low half; the kernel ignores the rest
+        (_AND, 0, 0, 0xFF00),
+        (_EQUAL, 0, 1, KVMIO << 8),
+        (_RETURN, 0, 0, _NOTIFY),
+        (_RETURN, 0, 0, _ALLOW),
+    )
+    return b"".join(_INSTRUCTION.pack(*line) for line in listing)
