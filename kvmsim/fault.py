@@ -35,7 +35,7 @@ from kvmsim.effect import (
 )
 from kvmsim.exits import BadHvaExit, Exit, InternalErrorExit, MemoryFaultExit, MmioExit
 from kvmsim.kind import PrivateRule
-from kvmsim.level import mapping_levels
+from kvmsim.level import mapping_levels, pages_per_leaf
 from kvmsim.memslot import Memslot
 from kvmsim.mmu import Mmu
 from kvmsim.uapi import (
@@ -105,6 +105,7 @@ _PAGE_ERRORS: Final[Mapping[int, tuple[int, str]]] = {
     errno.ENOMEM: (errno.ENOMEM, "no memory for the private page"),
     EHWPOISON: (EHWPOISON, "the private page is poisoned"),
 }
+_LARGE: Final = pages_per_leaf(2)
 _OTHER_ERROR: Final = (errno.EIO, "the owner's answer is none to this question")
 _WRONG_TYPE: Final = "the access is of the other type than the gfn's attribute: convert it"
 
@@ -136,7 +137,10 @@ class Fault:
         self.snap = mmu.invalidate.seq
         kind = mmu.kind
         self.gfn = (self.gpa & ~kind.shared_bit) >> PAGE_SHIFT
-        self.private = _PRIVATE[kind.rule](self, mmu)
+        if kind.shared_bit:
+            self.private = not self.gpa & kind.shared_bit
+        else:
+            self.private = _PRIVATE[kind.rule](self, mmu)
         self.state = State.SNAPPED
 
     def look_up(self, mmu: Mmu) -> Effect:
@@ -234,7 +238,7 @@ class Fault:
         block = gfn & -npages
         first = max(block, slot.base_gfn, lowest)
         last = min(block + npages, slot.end_gfn, highest)
-        if slot.file is not None and self._by_file(slot):
+        if mmu.poison and slot.file is not None and self._by_file(slot):
             page = slot.private_page(gfn)
             start, end = slot.private_page(first), slot.private_page(last)
             start, end = mmu.poison.clip(slot.file, page, start, end)
@@ -253,6 +257,8 @@ class Fault:
         top = 1 if slot is not None and slot.flags & KVM_MEM_LOG_DIRTY_PAGES else mmu.max_level
         offset = (hpa >> PAGE_SHIFT) - first
         store = mmu.stage2.map
+        if last - first < _LARGE:
+            top = 1
         try:
             for gfn, npages, level in mapping_levels(first, last - first, first + offset, top):
                 gpa, target = gfn << PAGE_SHIFT | half, (gfn + offset) << PAGE_SHIFT
@@ -311,7 +317,6 @@ class Fault:
 
 
 _PRIVATE: Final[Mapping[PrivateRule, Callable[[Fault, Mmu], bool]]] = {
-    PrivateRule.SHARED_BIT: lambda fault, mmu: not fault.gpa & mmu.kind.shared_bit,
     PrivateRule.ATTRIBUTE: lambda fault, mmu: mmu.is_private(fault.gfn, mmu.slots.find(fault.gfn)),
     PrivateRule.ACCESS: lambda fault, mmu: fault.access.private,
     PrivateRule.NEVER: lambda fault, mmu: False,

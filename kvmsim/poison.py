@@ -24,6 +24,10 @@ class Poison:
         """Whether (file, page) is poisoned."""
         return page[1] in self._pages.get(page[0], ())
 
+    def __len__(self) -> int:
+        """How many files have poisoned pages."""
+        return len(self._pages)
+
     def add(self, file: int, page: int) -> None:
         """The memory of ``page`` failed."""
         self._pages.setdefault(file, set()).add(page)
