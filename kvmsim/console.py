@@ -14,10 +14,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from kvmsim.emulator import Emulator, Outcome, VmConfig
+from kvmsim.emulator import Emulator, MemoryBackend, Outcome, VmConfig
 from kvmsim.exits import Exit, IoExit
 from kvmsim.hostmem import HostMemory
 from kvmsim.running import RunningVm
+from kvmsim.vmm.prealloc import Progress
 
 
 class End(enum.Enum):
@@ -72,8 +73,9 @@ class ConsoleVm(Emulator):
         on_end: Callable[[], None],
         *,
         running: type[RunningVm] = RunningVm,
+        on_prealloc: Callable[[MemoryBackend, Progress], None] = lambda backend, progress: None,
     ) -> None:
-        super().__init__(host, config, on_output, running=running)
+        super().__init__(host, config, on_output, running=running, on_prealloc=on_prealloc)
         self._on_end = on_end
         self._input_ended = False
         self._end: End | None = None

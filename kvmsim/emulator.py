@@ -13,22 +13,26 @@ import os
 import resource
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from hwemu.cpu.api import Cpu, DescriptorTable, Regs, Sregs
 from kvmsim import exits
+from kvmsim.holdings import held
 from kvmsim.hostmem import HostMemory, SharedRam
+from kvmsim.memoryuse import Allocated
 from kvmsim.region import PrivateFile, Region
+from kvmsim.report import memory_report
 from kvmsim.running import RunningVm
 from kvmsim.uapi import KVM_MEM_GUEST_MEMFD, PAGE_SHIFT, PAGE_SIZE
 from kvmsim.vmm.bootparams import BootFlag, RamRange
 from kvmsim.vmm.convert import Discard
 from kvmsim.vmm.loader import LOW_SIZE, EntryState
 from kvmsim.vmm.machine import Machine, MachineConfig, Resume, Stop, Wait
-from kvmsim.vmm.prealloc import CHUNK_PAGES, Progress, preallocate
+from kvmsim.vmm.prealloc import CHUNK_PAGES, PreallocError, Progress, preallocate
 from kvmsim.vmmemory import FilePart, VmMemory
+from privfs.notifier.lane import LinkError
 
 log = logging.getLogger(__name__)
 
@@ -191,7 +195,11 @@ class Emulator:
         start = backend.offset >> PAGE_SHIFT
         end = start + (backend.size >> PAGE_SHIFT) if backend.size else file.npages
         chunk = max(CHUNK_PAGES, os.stat(backend.path).st_blksize >> PAGE_SHIFT)
-        preallocate(FilePart(self.running.private, file.id, start, end), told, chunk=chunk)
+        try:
+            preallocate(FilePart(self.running.private, file.id, start, end), told, chunk=chunk)
+        except PreallocError as error:
+            error.filename = backend.path
+            raise
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -233,6 +241,50 @@ class Emulator:
                 raise ValueError(f"poison of gpa {gpa:#x}: no private memory is there")
             zapped = vm.vm.inject_memory_error(slot.file, slot.private_page(gfn))
         vm.flush_zapped(zapped)
+
+    def allocated(self) -> dict[int, Allocated]:
+        """What each slot holds, in pages, by its id: asks the owners, so from a thread that may
+        wait, and with no lock held.  LinkError if one does not answer.
+        """
+        running = self.running
+        return held(running.lock, running.vm.mmu, running.private, self.shared)
+
+    def report(self) -> dict[str, Any]:
+        """What it is and holds now, in plain values; from a thread as for :meth:`allocated`.
+
+        ``error`` says why ``allocated`` is None.
+        """
+        running, found, error = self.running, None, ""
+        try:
+            found = self.allocated()
+        except LinkError as lost:
+            error = lost.strerror or str(lost)
+        with running.lock:
+            memory = memory_report(running.vm.mmu, found, self._paths)
+            counters = asdict(running.vm.statistics())
+            vcpus = [
+                {"vcpu": vcpu.index, "state": vcpu.state.value, "faults": vcpu.faults}
+                for vcpu in running.vcpus
+            ]
+        del counters["slots"], counters["memory"]  # told already
+        state = "not started"
+        if running.started:
+            state = "ended" if running.stopping else "running"
+        return {
+            "vm": self.config.label,
+            "pid": os.getpid(),
+            "state": state,
+            "fence": running.host.fence.kind.text,
+            "discard": self.config.discard.value,
+            "vcpus": vcpus,
+            **memory,
+            "counters": {
+                "vm": counters,
+                "runner": asdict(running.statistics),
+                "vmm": asdict(self.machine.statistics),
+            },
+            "error": error,
+        }
 
     def stop(self, why: str) -> None:
         """End the VM from any thread."""

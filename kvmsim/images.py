@@ -39,3 +39,11 @@ def read_kernel(named: str | None = None) -> bytes:
         raise NoImage(f"guest kernel {path}: {error.strerror}; build it with scripts/setup") from (
             error
         )
+
+
+def read_payload(path: str) -> bytes:
+    """Read what is to lie in private memory; NoImage says why not."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise NoImage(f"payload {path}: {error.strerror}") from error

@@ -12,63 +12,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
+from kvmsim.scriptvalues import (
+    Memory,
+    Payload,
+    ScriptError,
+    parse_memory,
+    parse_payload,
+    parse_size,
+)
+
 #: Seconds that ``expect`` and ``wait`` take if the line does not say.
 WITHIN: Final = 10.0
 
 DISCARDS: Final = ("none", "private", "shared", "both")
 
-_SUFFIXES: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+#: What ``holds`` counts: the fields of :class:`kvmsim.memoryuse.Allocated`.
+SIDES: Final = ("private", "shared", "both", "stale")
+
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _VARIABLE: Final = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
 _WITHIN: Final = re.compile(r"\s+within\s+(\d+(?:\.\d+)?)$")
-_OPTION: Final = re.compile(r",([A-Za-z_]\w*)=([^,]*)$")
-
-
-class ScriptError(ValueError):
-    """A script, or a value in it, that cannot be understood; the text says what to write."""
-
-
-# --- values ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """A private file, or part of it, as guest RAM; bytes.  ``size`` 0 means to its end."""
-
-    path: str
-    offset: int = 0
-    size: int = 0
-    slots: int = 2
-
-
-def parse_size(text: str) -> int:
-    """Return bytes from ``4096``, ``0x1000``, ``64M``; raises ScriptError."""
-    suffix = text[-1:].upper()
-    digits = text[:-1] if suffix in _SUFFIXES and suffix else text
-    scale = _SUFFIXES.get(suffix, 1)
-    try:
-        if not digits[:1].isdigit():
-            raise ValueError
-        return int(digits, 0) * scale
-    except ValueError:
-        raise ScriptError(f"{text!r} is no size: write bytes, or a number with K, M, G") from None
-
-
-def parse_memory(text: str) -> Memory:
-    """Return the memory that ``FILE[,offset=N][,size=N][,slots=N]`` names; raises ScriptError."""
-    numbers: dict[str, int] = {}
-    path = text
-    while found := _OPTION.search(path):
-        name, value = found.groups()
-        if name not in ("offset", "size", "slots"):
-            raise ScriptError(f"{text!r}: no option {name}; write FILE,offset=N,size=N,slots=N")
-        if name in numbers:
-            raise ScriptError(f"{text!r}: {name} is given twice")
-        numbers[name] = parse_size(value)
-        path = path[: found.start()]
-    if not path:
-        raise ScriptError(f"{text!r} names no file; write FILE,offset=N,size=N,slots=N")
-    return Memory(path, **numbers)
 
 
 # --- statements --------------------------------------------------------------------------------
@@ -84,6 +47,7 @@ class Vm:
     kernel: str | None = None
     discard: str = "both"
     selftest: bool = False
+    payload: tuple[Payload, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +83,14 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Holds:
+    """So many bytes are held: on each side, on both, on the side that no access reaches."""
+
+    vm: str
+    wanted: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Poison:
     """The memory of a private page fails; bytes."""
 
@@ -149,7 +121,7 @@ class Say:
     text: str
 
 
-Action = Vm | Send | Expect | Host | Output | Poison | Stop | Wait | Say
+Action = Vm | Send | Expect | Holds | Host | Output | Poison | Stop | Wait | Say
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,13 +183,15 @@ def _vm(rest: str, state: _State) -> Vm:
         raise error if isinstance(error, ScriptError) else ScriptError(str(error)) from error
     if not words or not _NAME.fullmatch(words[0]):
         raise ScriptError("a VM's name is a letter, then letters, digits, - or _")
-    name, memory, other = words[0], [], dict[str, str]()
+    name, memory, payload, other = words[0], [], [], dict[str, str]()
     if name in state.vms:
         raise ScriptError(f"VM {name} is up already; stop it or wait for it first")
     for word in words[1:]:
         key, given, value = word.partition("=")
         if key == "memory" and value:
             memory.append(parse_memory(value))
+        elif key == "payload" and value:
+            payload.append(parse_payload(value))
         elif key in ("vcpus", "kernel", "discard", "selftest") and key not in other:
             if bool(given) == (key == "selftest"):
                 raise ScriptError(f"{word!r}: see {GRAMMAR['vm'].form}")
@@ -233,7 +207,10 @@ def _vm(rest: str, state: _State) -> Vm:
     if discard not in DISCARDS:
         raise ScriptError(f"discard={discard}: one of {', '.join(DISCARDS)}")
     state.vms.append(name)
-    return Vm(name, tuple(memory), int(vcpus), other.get("kernel"), discard, "selftest" in other)
+    return Vm(
+        name, tuple(memory), int(vcpus), other.get("kernel"), discard, "selftest" in other,
+        tuple(payload),
+    )  # fmt: skip
 
 
 def _send(rest: str, state: _State) -> Send:
@@ -245,6 +222,19 @@ def _expect(rest: str, state: _State) -> Expect:
     vm, text = state.pick(rest)
     text, within = _timed(text)
     return Expect(vm, _regex(text, state), within)
+
+
+def _holds(rest: str, state: _State) -> Holds:
+    vm, text = state.pick(rest)
+    wanted: dict[str, int] = {}
+    for word in state.fill(text).split():
+        side, given, size = word.partition("=")
+        if side not in SIDES or not given or side in wanted:
+            raise ScriptError(f"{word!r}: one of {', '.join(SIDES)}, each once, = and bytes")
+        wanted[side] = parse_size(size)
+    if not wanted:
+        raise ScriptError(f"write {GRAMMAR['holds'].form}")
+    return Holds(vm, tuple(wanted.items()))
 
 
 def _host(rest: str, state: _State) -> Host:
@@ -319,14 +309,19 @@ class Form:
 
 GRAMMAR: Final[dict[str, Form]] = {
     "vm": Form(
-        "vm NAME memory=FILE[,offset=N][,size=N][,slots=N]… [vcpus=N] [kernel=ELF]"
-        " [discard=none|private|shared|both] [selftest]",
+        "vm NAME memory=FILE[,offset=N][,size=N][,slots=N][,prealloc=on|off]… [vcpus=N]"
+        " [kernel=ELF] [payload=FILE@GPA]… [discard=none|private|shared|both] [selftest]",
         "boots a VM", _vm,
     ),
     "send": Form("send [VM] TEXT", "types a line on its console", _send),
     "expect": Form(
         "expect [VM] REGEX [within S]",
         "waits (10 s) for a console line, after the last one that was expected", _expect,
+    ),
+    "holds": Form(
+        "holds [VM] private|shared|both|stale=BYTES…",
+        "its memory has so much: on the private side, on the shared side, on both sides of the same"
+        " page, on the side that no access reaches", _holds,
     ),
     "host": Form("host COMMAND…", "runs a shell command, which must return 0", _host),
     "fails": Form(

@@ -16,12 +16,15 @@ from kvmsim.cli import streams
 from kvmsim.cli.exitcodes import Exit, exit_code
 from kvmsim.cli.failure import Failure, check_memory, ended_badly, explained
 from kvmsim.cli.hosts import fence_option, make_host
+from kvmsim.cli.progress import PreallocProgress
 from kvmsim.cli.verbosity import Verbosity, verbose_options
 from kvmsim.cli.vms import make_vm
 from kvmsim.console import ConsoleVm, Ending
+from kvmsim.control import Control, NoControl, answering
 from kvmsim.images import read_kernel
 from kvmsim.running import RunningVm
-from kvmsim.script import DISCARDS, Memory, ScriptError, Vm, parse_memory
+from kvmsim.script import DISCARDS, Vm
+from kvmsim.scriptvalues import Memory, Payload, ScriptError, parse_memory, parse_payload
 from kvmsim.trace import FORMATS
 from kvmsim.tracedvm import traced
 from kvmsim.tracefile import TraceFile
@@ -39,6 +42,15 @@ def _memory(
         raise click.BadParameter(str(error), ctx, parameter) from None
 
 
+def _payload(
+    ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> tuple[Payload, ...]:
+    try:
+        return tuple(parse_payload(value) for value in values)
+    except ScriptError as error:
+        raise click.BadParameter(str(error), ctx, parameter) from None
+
+
 def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
     if value != "stdio" and not (value.startswith(_UNIX) and value != _UNIX):
         raise click.BadParameter(f"{value!r}: write stdio or unix:PATH", ctx, parameter)
@@ -47,9 +59,13 @@ def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
 
 @click.command(short_help="Boot a guest on private memory.")
 @click.option(
-    "--memory", "memory", metavar="FILE[,offset=N,size=N,slots=N]", callback=_memory,
+    "--memory", "memory", metavar="FILE[,offset=N,size=N,slots=N,prealloc=on]", callback=_memory,
     multiple=True, required=True,
     help="Private file as guest RAM, cut into SLOTS memslots (2); again for more RAM above it.",
+)  # fmt: skip
+@click.option(
+    "--payload", metavar="FILE@GPA", callback=_payload, multiple=True,
+    help="Put FILE into private memory before the guest runs; may be repeated.",
 )  # fmt: skip
 @click.option("--vcpus", type=click.IntRange(1, MAX_VCPUS), default=2, show_default=True)
 @click.option("--name", default="vm0", show_default=True, help="Name in `privfs map` and status.")
@@ -79,6 +95,7 @@ def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
 @verbose_options
 def boot(
     memory: tuple[Memory, ...],
+    payload: tuple[Payload, ...],
     vcpus: int,
     name: str,
     kernel: str | None,
@@ -99,7 +116,7 @@ def boot(
     wait for more; Ctrl-C and SIGTERM end it at once.
     """
     verbosity.log_to_stderr()
-    wanted = Vm(name, memory, vcpus, kernel, discard, selftest)
+    wanted = Vm(name, memory, vcpus, kernel, discard, selftest, payload)
     if trace_format and not trace_path:
         raise click.UsageError("--trace-format needs --trace FILE.", click.get_current_context())
     with contextlib.ExitStack() as stack:
@@ -110,8 +127,9 @@ def boot(
         if where != "stdio":
             place = stack.enter_context(streams.listening(where.removeprefix(_UNIX)))
         ending, vm = _live(
-            wanted, place, timeout, running, fence, as_json=as_json, quiet=quiet or as_json
-        )
+            wanted, place, timeout, running, fence, stack.enter_context(answering()),
+            as_json=as_json, quiet=quiet or as_json,
+        )  # fmt: skip
         code = exit_code(ending) if ending else Exit.TIMEOUT
         if as_json:
             click.echo(_end_event(vm, ending, code), nl=False)
@@ -137,6 +155,7 @@ def _live(
     timeout: float | None,
     running: type[RunningVm],
     fence: str,
+    control: Control | NoControl,
     *,
     as_json: bool,
     quiet: bool,
@@ -152,8 +171,12 @@ def _live(
     if as_json and isinstance(place, streams.Standard):
         to_person = streams.JsonLines(outlet.put, wanted.name).output
     try:
-        with explained():
-            vm = make_vm(host, wanted, to_person, outlet.ring, running=running)
+        progress = PreallocProgress(wanted.name, as_json=as_json, quiet=quiet)
+        with explained(), progress:
+            vm = make_vm(
+                host, wanted, to_person, outlet.ring, running=running, on_prealloc=progress.told
+            )
+        control.add(wanted.name, vm.report)
         try:
             with explained():
                 vm.boot(image)
@@ -168,6 +191,7 @@ def _live(
             outlet.give_up()
             if isinstance(place, streams.Standard):
                 place.end_line()
+            control.remove(wanted.name)
             vm.close()
     finally:
         host.close()

@@ -30,10 +30,12 @@ class Exit(enum.IntEnum):
 
 MEANING: Final = {
     Exit.OK: "done; `boot`: the guest ended with status 0, or its input ended and it had no work",
-    Exit.FAILED: "`run`: something in the script did not hold; the message says what",
+    Exit.FAILED: "`run`: something in the script did not hold; `stat`: no such VM, or it does not "
+    "answer",
     Exit.USAGE: "wrong usage: unknown command, option, value, or statement in a script",
-    Exit.MEMORY: "the memory cannot be used: no file, no privfs mount there, or its owner refuses",
-    Exit.IMAGE: "no guest kernel, or one that cannot be loaded",
+    Exit.MEMORY: "the memory cannot be used: no file, no privfs mount there, its owner refuses, or "
+    "`prealloc=on` and there is not enough",
+    Exit.IMAGE: "no guest kernel, or one that cannot be loaded; the same for a payload",
     Exit.OWNER_LOST: "machine check: the privfs process that owns the guest's memory is gone",
     Exit.CRASHED: "the guest cannot go on: triple fault, memory that is not there, unknown exit",
     Exit.TIMEOUT: "`boot --timeout`: the time is over",

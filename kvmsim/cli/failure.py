@@ -10,11 +10,15 @@ import stat
 from collections.abc import Iterator
 from typing import Final
 
+from kvmsim.cli import tables
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.console import End, Ending
 from kvmsim.images import NoImage
-from kvmsim.script import Memory
+from kvmsim.scriptvalues import Memory
+from kvmsim.uapi import PAGE_SIZE
 from kvmsim.vmm.elf import ImageError
+from kvmsim.vmm.loader import PayloadError
+from kvmsim.vmm.prealloc import PreallocError
 from privfs.notifier.lane import LinkError, find_socket
 
 
@@ -74,9 +78,13 @@ def explained() -> Iterator[None]:
     """Turn what a VM's birth may raise into a Failure."""
     try:
         yield
+    except PreallocError as error:
+        raise Failure(Exit.MEMORY, _prealloc_text(error)) from error
     except LinkError as error:
         raise Failure(Exit.MEMORY, _link_text(error)) from error
     except NoImage as error:
+        raise Failure(Exit.IMAGE, str(error)) from error
+    except PayloadError as error:
         raise Failure(Exit.IMAGE, str(error)) from error
     except ImageError as error:
         raise Failure(Exit.IMAGE, f"guest kernel: {error}; build it with scripts/setup") from error
@@ -86,6 +94,14 @@ def explained() -> Iterator[None]:
         raise Failure(Exit.MEMORY, f"{os.fsdecode(error.filename)}: {error.strerror}") from error
     except ValueError as error:  # sizes and slots that cannot be
         raise Failure(Exit.MEMORY, str(error)) from error
+
+
+def _prealloc_text(error: PreallocError) -> str:
+    done, total = (tables.size(pages * PAGE_SIZE) for pages in (error.done, error.total))
+    what = f"{os.fsdecode(error.filename)}: prealloc=on: {os.strerror(error.errno or errno.EIO)}"
+    if error.left:
+        return f"{what} after {done} of {total}, which the file keeps; see: privfs stat"
+    return f"{what} after {done} of {total}, which were given back; see: privfs status"
 
 
 def _link_text(error: LinkError) -> str:

@@ -20,6 +20,7 @@ from kvmsim.cli.execute import execute
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.cli.failure import Failure
 from kvmsim.cli.run import run
+from kvmsim.cli.stat import stat
 from kvmsim.cli.verbosity import Verbosity
 
 _PACKAGES: Final = {"kvmsim": "privfs", "unicorn": "unicorn", "numpy": "numpy"}
@@ -52,7 +53,7 @@ def cli() -> None:
     """Virtual machines on guest-private memory, emulated."""
 
 
-for _command in (boot, run, execute):
+for _command in (boot, run, stat, execute):
     cli.add_command(_command)
 
 

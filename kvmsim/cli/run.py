@@ -13,7 +13,8 @@ from kvmsim.cli.failure import Failure
 from kvmsim.cli.hosts import fence_option
 from kvmsim.cli.session import play
 from kvmsim.cli.verbosity import Verbosity, verbose_options
-from kvmsim.script import GRAMMAR, ScriptError, parse
+from kvmsim.script import GRAMMAR, parse
+from kvmsim.scriptvalues import ScriptError
 
 _VARIABLE = re.compile(r"([A-Za-z_]\w*)=(.*)", re.ASCII | re.DOTALL)
 _FORMS = "Statements, one a line, # begins a comment:\n\n\b\n" + "\n".join(

@@ -20,8 +20,10 @@ from kvmsim.cli.failure import Failure, check_memory, explained
 from kvmsim.cli.hosts import make_host
 from kvmsim.cli.vms import make_vm
 from kvmsim.console import ConsoleVm, Lines
+from kvmsim.control import Control, NoControl, answering
 from kvmsim.images import read_kernel
-from kvmsim.script import Expect, Host, Output, Poison, Say, Send, Statement, Stop, Vm, Wait
+from kvmsim.script import Expect, Holds, Host, Output, Poison, Say, Send, Statement, Stop, Vm, Wait
+from kvmsim.uapi import PAGE_SIZE
 
 #: Seconds that a host command may take.
 HOST_TIMEOUT: Final = 60.0
@@ -78,8 +80,13 @@ class Session:
     """A script under way: its VMs, in this one process, and its last host command."""
 
     def __init__(
-        self, variables: Mapping[str, str], say: Callable[[str], None], fence: str
+        self,
+        variables: Mapping[str, str],
+        say: Callable[[str], None],
+        fence: str,
+        control: Control | NoControl,
     ) -> None:
+        self._control = control
         self._variables = dict(variables)
         self._say = say
         self._host = make_host(fence)
@@ -105,6 +112,8 @@ class Session:
                             f"expected output like /{regex.pattern}/, the command printed "
                             f"{_tail(self._output)}"
                         )
+                case Holds(vm, sides):
+                    self._holds(vm, sides)
                 case Poison(vm, gpa):
                     self._poison(vm, gpa)
                 case Stop(vm):
@@ -124,6 +133,7 @@ class Session:
             image = read_kernel(wanted.kernel)
             vm = make_vm(self._host, wanted, console.output, console.end)
         self._vms[wanted.name] = (vm, console)
+        self._control.add(wanted.name, vm.report)
         with explained():
             vm.boot(image)
 
@@ -146,6 +156,14 @@ class Session:
     def _how_it_ended(self, name: str) -> str:
         ending = self._vms[name][0].ending(0)
         return f"{name} has ended: {ending.message if ending else 'for no known reason'}"
+
+    def _holds(self, name: str, wanted: tuple[tuple[str, int], ...]) -> None:
+        with explained():
+            slots = self._vms[name][0].allocated().values()
+        for side, count in wanted:
+            found = sum(getattr(slot, side) for slot in slots) * PAGE_SIZE
+            if found != count:
+                raise NotHeld(f"expected {name} to hold {side}={count} bytes, it holds {found}")
 
     def _poison(self, name: str, gpa: int) -> None:
         try:
@@ -178,6 +196,7 @@ class Session:
 
     def _forget(self, name: str) -> None:
         vm, _ = self._vms.pop(name)
+        self._control.remove(name)
         vm.close()
 
     def _command(self, command: str, *, fails: bool) -> None:
@@ -216,8 +235,9 @@ class Session:
         """End every VM and every process that a host command left in its group."""
         with contextlib.ExitStack() as stack:
             stack.callback(self._host.close)
-            for vm, _ in self._vms.values():
+            for name, (vm, _) in self._vms.items():
                 stack.callback(vm.close)
+                stack.callback(self._control.remove, name)
             for group in self._groups:
                 stack.callback(_kill_group, group)
 
@@ -239,11 +259,12 @@ def session(
     variables: Mapping[str, str], say: Callable[[str], None], fence: str
 ) -> Iterator[Session]:
     """Return a session that leaves nothing behind."""
-    made = Session(variables, say, fence)
-    try:
-        yield made
-    finally:
-        made.close()
+    with answering() as control:
+        made = Session(variables, say, fence, control)
+        try:
+            yield made
+        finally:
+            made.close()
 
 
 def play(

@@ -45,6 +45,10 @@ _LARGE: Final = 0xE3
 _GDT: Final = (0, 0x00AF9B000000FFFF, 0x00CF93000000FFFF)
 
 
+class PayloadError(ImageError):
+    """A payload that cannot lie in private memory where it was to; the text says why."""
+
+
 @dataclass(frozen=True, slots=True)
 class EntryState:
     """How one vCPU starts: 64-bit mode, paging on, interrupts off, flat segments.
@@ -124,18 +128,18 @@ def plan(image: Image, params: BootParams, payload: Sequence[tuple[int, bytes]] 
 def _private_pages(
     pieces: Sequence[tuple[int, bytes]], params: BootParams
 ) -> tuple[tuple[int, bytes], ...]:
-    """Whole pages of pieces in private-capable RAM, in order; ImageError for any other."""
+    """Whole pages of pieces in private-capable RAM, in order; PayloadError for any other."""
     found = []
     before = LOW_SIZE
     for gpa, data in sorted(pieces):
         end = gpa + len(data)
         where = f"private payload {gpa:#x}–{end:#x}"
         if gpa % PAGE_SIZE or not data:
-            raise ImageError(f"{where}: it must begin at a page and have bytes")
+            raise PayloadError(f"{where}: it must begin at a page and have bytes")
         if gpa < before:
-            raise ImageError(f"{where}: below {before:#x} is low memory, or another payload")
+            raise PayloadError(f"{where}: below {before:#x} is low memory, or another payload")
         if not any(r.private and r.gpa <= gpa and end <= r.end for r in params.ram):
-            raise ImageError(f"{where}: not in one range of RAM that can be private")
+            raise PayloadError(f"{where}: not in one range of RAM that can be private")
         pages = -(-len(data) // PAGE_SIZE) * PAGE_SIZE
         found.append((gpa, data.ljust(pages, b"\0")))
         before = gpa + pages

@@ -34,7 +34,8 @@ KVMSIM = [sys.executable, "-m", "kvmsim"]
 
 @pytest.fixture(autouse=True)
 def kernel(image: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The guest kernel that kvmsim finds by itself."""
+    """The guest kernel that kvmsim finds by itself, and a runtime directory."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", os.fspath(tmp_path))
     path = tmp_path / "kernel.elf"
     path.write_bytes(image)
     monkeypatch.setenv("KVMSIM_KERNEL", os.fspath(path))

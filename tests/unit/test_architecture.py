@@ -36,7 +36,8 @@ SANS_IO = {
     "kvmsim.effect", "kvmsim.level", "kvmsim.poison", "kvmsim.change", "kvmsim.memoryuse",
     "kvmsim.prefault", "kvmsim.statistics", "kvmsim.inplace", "kvmsim.hostaccess",
     "kvmsim.gpc", "kvmsim.rangeindex", "kvmsim.bracket",
-    "kvmsim.script", "kvmsim.trace", "hwemu.stage2",
+    "kvmsim.script", "kvmsim.scriptvalues", "kvmsim.report", "kvmsim.trace", "kvmsim.vmm.prealloc",
+    "kvmsim.vmm.convert", "kvmsim.vmm.bootparams", "kvmsim.vmm.elf", "kvmsim.vmm.loader", "hwemu.stage2",
     "hwemu.leafruns", "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
 }  # fmt: skip
 IMPURE = {"os", "socket", "time", "threading", "random", "trio", "pyfuse3"}

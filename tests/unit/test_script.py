@@ -11,9 +11,11 @@ from kvmsim.script import (
     GRAMMAR,
     WITHIN,
     Expect,
+    Holds,
     Host,
     Memory,
     Output,
+    Payload,
     Poison,
     Say,
     ScriptError,
@@ -23,6 +25,7 @@ from kvmsim.script import (
     Wait,
     parse,
     parse_memory,
+    parse_payload,
     parse_size,
     table,
 )
@@ -123,6 +126,34 @@ def test_host_commands() -> None:
     printed = only("host x\noutput ^a.*b$")
     assert isinstance(printed, Output)
     assert printed.regex.search("first\na--b\nlast")
+
+
+def test_memory_that_is_allocated_before_the_vm_is_there() -> None:
+    assert parse_memory("ram,prealloc=on,size=4K") == Memory("ram", 0, 4096, 2, prealloc=True)
+    assert parse_memory("ram,prealloc=off") == Memory("ram")
+    for text, why in (
+        ("ram,prealloc=yes", "'yes' is neither on nor off"),
+        ("ram,prealloc=off,prealloc=off", "prealloc is given twice"),
+    ):
+        with pytest.raises(ScriptError, match=why):
+            parse_memory(text)
+
+
+def test_payload() -> None:
+    assert parse_payload("a@b@8M") == Payload("a@b", 8 << 20)
+    made = only("vm a memory=ram payload=x@0x800000 payload=$F@9M", F="y")
+    assert made == Vm("a", (Memory("ram"),), payload=(Payload("x", 8 << 20), Payload("y", 9 << 20)))
+    for text in ("x", "@8M", "x@"):
+        with pytest.raises(ScriptError):
+            parse_payload(text)
+
+
+def test_what_a_vm_holds() -> None:
+    assert only(UP + "holds a both=0 private=2M") == Holds("a", (("both", 0), ("private", 2 << 20)))
+    assert only(UP + "holds stale=$N", N="4K") == Holds("a", (("stale", 4096),))
+    for rest in ("", "both", "both=0 both=0", "total=0", "both=x"):
+        with pytest.raises(ScriptError):
+            parse(UP + f"holds {rest}", {})
 
 
 def test_memory_that_fails() -> None:

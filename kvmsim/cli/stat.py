@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""``kvmsim stat``: what running VMs are, and what their memory holds on both sides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from kvmsim import control
+from kvmsim.cli import tables
+from kvmsim.cli.exitcodes import Exit
+from kvmsim.cli.failure import Failure
+from kvmsim.cli.verbosity import Verbosity, verbose_options
+from kvmsim.script import SIDES
+
+_UNKNOWN = "?"
+
+
+@click.command(short_help="Show running VMs and their memory.")
+@click.argument("which", metavar="[PID|NAME]", required=False)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+@click.option("--bytes", "in_bytes", is_flag=True, help="Print sizes in bytes.")
+@verbose_options
+def stat(which: str | None, as_json: bool, in_bytes: bool, verbosity: Verbosity) -> None:
+    """Show the VMs of your kvmsim processes, or those of one process or of one name.
+
+    PRIVATE and SHARED are the memory held on each side, BOTH what is held for the same pages on
+    both, STALE what no access reaches, since it lies on the side that the page's attribute does
+    not name.
+    """
+    verbosity.log_to_stderr()
+    found = _found(which)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+    elif not found:
+        click.echo("no VM is up; boot one with: kvmsim boot --memory FILE")
+    else:
+        blocks = ["\n".join(stat_lines(vm, in_bytes=in_bytes)) for vm in found]
+        click.echo("\n\n".join(blocks))
+
+
+def _found(which: str | None) -> list[dict[str, Any]]:
+    try:
+        found = control.everything()
+    except OSError as error:
+        raise Failure(Exit.FAILED, error.strerror or str(error)) from error
+    if which is None:
+        return found
+    wanted = [vm for vm in found if which in (vm["vm"], str(vm["pid"]))]
+    if not wanted:
+        names = ", ".join(f"{vm['vm']}({vm['pid']})" for vm in found) or "none"
+        raise Failure(Exit.FAILED, f"no VM {which}: of this user's there is {names}")
+    return wanted
+
+
+def stat_lines(vm: dict[str, Any], *, in_bytes: bool) -> list[str]:
+    """Return what one VM is and holds as lines."""
+    size: Callable[[int], str] = str if in_bytes else tables.size
+    types, counters = vm["attributes"], vm["counters"]
+    vmm = counters["vmm"]
+    states = ", ".join(f"{vcpu['vcpu']} {vcpu['state']}" for vcpu in vm["vcpus"])
+    rows = {
+        "VM": f"{vm['vm']} (pid {vm['pid']}), {vm['state']}",
+        "vCPUs": states,
+        "Fence": vm["fence"],
+        "Attributes": f"{size(types['private'])} private, {size(types['shared'])} shared",
+        "Held": ", ".join(
+            f"{_held(vm, side, size)} {'on ' if side == 'both' else ''}{side}" for side in SIDES
+        ),
+        "Conversions": f"{vmm['conversions_explicit']} explicit, {vmm['conversions_implicit']} "
+        f"implicit, {vmm['conversions_refused']} refused; {size(vmm['discarded_bytes'])} "
+        f"discarded (discard={vm['discard']})",
+        "Faults": f"{counters['vm']['faults']}, {counters['vm']['exits']} exits, "
+        f"{counters['vm']['retries']} retries, {counters['runner']['pages_asked']} pages asked",
+        "Zaps": f"{counters['vm']['invalidations']} of {counters['vm']['zapped_leaves']} leaves, "
+        f"{counters['runner']['shootdowns']} shootdowns, {counters['runner']['flushes']} flushes",
+    }
+    if vm["error"]:
+        rows["Unknown"] = vm["error"]
+    slots = [
+        [
+            str(slot["slot"]),
+            f"{slot['gpa']:#014x}-{slot['gpa'] + slot['size'] - 1:#014x}",
+            size(slot["size"]),
+            *(_held(slot, side, size) for side in SIDES),
+            f"{slot['file']}+{slot['offset']:#x}" if slot["file"] else "-",
+        ]
+        for slot in vm["slots"]
+    ]
+    head = ["SLOT", "GPA", "SIZE", *(side.upper() for side in SIDES), "FILE"]
+    return [
+        *(f"{name + ':':<12} {value}" for name, value in rows.items()),
+        "",
+        *tables.columns(head, slots, "> >>>>> "),
+    ]
+
+
+def _held(row: dict[str, Any], side: str, size: Callable[[int], str]) -> str:
+    return _UNKNOWN if row["allocated"] is None else size(row["allocated"][side])
