@@ -108,23 +108,35 @@ class RealTransport:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [_KICK])
         try:
             self._let_in_kicks(vcpu, runner, before)
+            result = 0
             try:
                 with runner.lock:
                     if runner.cancelled:
+                        runner.cancelled = False
                         return -errno.EINTR
                     runner.thread = threading.get_ident()
                 fcntl.ioctl(vcpu, KVM_RUN, 0)
             except OSError as error:
-                return -(error.errno or errno.EIO)
+                result = -(error.errno or errno.EIO)
             finally:
                 with runner.lock:
                     runner.thread = 0
-                    runner.cancelled = False
+                    if result == -errno.EINTR:  # else another exit came first: it is for the next
+                        runner.cancelled = False
                     while signal.sigtimedwait([_KICK], 0) is not None:
                         pass
-            return 0
+            return result
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def finish(self, vcpu: int) -> None:
+        """KVM_RUN, which answers EINTR then."""
+        try:
+            fcntl.ioctl(vcpu, KVM_RUN, 0)
+        except InterruptedError:
+            return
+        except OSError as error:
+            raise IoctlError(error.errno or errno.EIO, "KVM_RUN") from None
 
     def _let_in_kicks(self, vcpu: int, runner: _Runner, before: set[signal.Signals | int]) -> None:
         mask = sum(1 << (number - 1) for number in before if number != _KICK)

@@ -183,14 +183,25 @@ class Simulation:
             result = caller.objects[vcpu].ioctl(KVM_RUN, 0, caller)
             if isinstance(result, Begun):
                 runner.pending = result.pending
+        code: int = -errno.EINTR
         try:
             outcome = _wait(result.pending) if isinstance(result, Begun) else result
+            assert isinstance(outcome, Value | Failure)
+            code = outcome.value if isinstance(outcome, Value) else -outcome.errno
         finally:
             with runner.lock:
                 runner.pending = None
-                runner.cancelled = False
-        assert isinstance(outcome, Value | Failure)
-        return outcome.value if isinstance(outcome, Value) else -outcome.errno
+                if code == -errno.EINTR:  # else another exit came first: it is for the next run
+                    runner.cancelled = False
+        return code
+
+    def finish(self, vcpu: int) -> None:
+        """KVM_RUN, which answers EINTR then."""
+        try:
+            self.ioctl(vcpu, KVM_RUN)
+        except IoctlError as error:
+            if error.errno != errno.EINTR:
+                raise
 
     def cancel(self, vcpu: int) -> None:
         """End KVM_RUN as a signal would."""

@@ -96,6 +96,10 @@ class Transport(Protocol):
         """KVM_RUN: 0 or -errno. Only one thread at a time for each vCPU."""
         ...
 
+    def finish(self, vcpu: int) -> None:
+        """KVM_RUN with immediate_exit set: complete what the last exit left, run no guest code."""
+        ...
+
     def cancel(self, vcpu: int) -> None:
         """From any thread: the KVM_RUN under way, else the next one, answers -EINTR."""
         ...

@@ -123,14 +123,19 @@ class Vcpu:
         before would be mixed with its result (Documentation/virt/kvm/api.rst, KVM_RUN).
         """
         if isinstance(self.exit, exits.IoExit | exits.MmioExit | exits.HypercallExit):
+            before = self.immediate_exit
             self.immediate_exit = True
             try:
-                self.run()
+                self._transport.finish(self.handle)
             finally:
-                self.immediate_exit = False
+                self.immediate_exit = before
+            self.exit = None
 
     def cancel(self) -> None:
-        """From any thread: the :meth:`run` under way, else the next one, is InterruptedExit."""
+        """From any thread: the :meth:`run` under way is InterruptedExit, else the next one.
+
+        It is never lost: where another exit comes first, the run after it is interrupted.
+        """
         self._check_open("cancel")
         self._transport.cancel(self.handle)
 

@@ -100,6 +100,40 @@ def test_a_cancel_before_the_run_is_not_lost(worlds: Worlds) -> None:
         assert isinstance(world.agent.resume(), exits.MmioExit)
 
 
+def test_a_cancel_that_meets_another_exit_is_for_the_next_run(worlds: Worlds) -> None:
+    """Each cancel interrupts one run, whoever was first."""
+    with worlds() as world:
+        vcpu = world.agent.vcpu
+        world.agent.start("load", rcx=RAM)  # no slot there: an exit at once
+        interrupted = 0
+        for _ in range(30):
+            canceller = threading.Thread(target=vcpu.cancel)
+            canceller.start()
+            first = world.agent.resume()
+            canceller.join()
+            if first == exits.InterruptedExit():
+                interrupted += 1
+            else:
+                assert isinstance(first, exits.MmioExit)
+                assert world.agent.resume() == exits.InterruptedExit()
+                interrupted += 1
+            world.agent.start("load", rcx=RAM)
+        assert interrupted == 30
+        assert isinstance(world.agent.resume(), exits.MmioExit)
+
+
+def test_settling_takes_no_cancel_away(worlds: Worlds) -> None:
+    with worlds() as world:
+        left = world.agent.do("load", rcx=RAM)
+        assert isinstance(left, exits.MmioExit)
+        world.agent.vcpu.complete(bytes(range(8)))
+        world.agent.vcpu.cancel()
+        world.agent.vcpu.settle()
+        assert world.agent.vcpu.regs.rbx == 0x0706050403020100
+        assert world.agent.resume() == exits.InterruptedExit()
+        assert world.agent.resume() is None
+
+
 def test_immediate_exit(worlds: Worlds) -> None:
     with worlds() as world:
         world.slot(world.file())

@@ -122,6 +122,9 @@ class Script:
         left = self.runs.popleft()
         return left if isinstance(left, int) else exits.encode(left, self.page, self.abi)
 
+    def finish(self, vcpu: int) -> None:
+        self.immediate.append(bool(self.page[1]))
+
     def cancel(self, vcpu: int) -> None:
         self.runs.appendleft(-errno.EINTR)
 
