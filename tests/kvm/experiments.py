@@ -7,7 +7,6 @@ any Linux since 6.18 has, so that a kernel's own device can be the referee.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
 import signal
@@ -16,6 +15,7 @@ from collections.abc import Callable
 from typing import Final
 
 from kvm.grids import what_a_file_may_be, what_a_slot_may_be
+from kvm.hands import advise, mapping, raw_fallocate
 from kvm.world import (
     PAGES,
     RAM,
@@ -24,11 +24,10 @@ from kvm.world import (
     Experiment,
     World,
     answer,
-    name_of,
     said,
 )
 
-from kvmsim.api import GuestMemfd, IoctlError, Memory
+from kvmsim.api import Memory
 from kvmsim.api.guest import MAILBOX, SHARED_VIEW
 from kvmsim.uapi import PAGE_SIZE
 
@@ -345,34 +344,3 @@ def another_process(world: World) -> Answers:
     found["punch"] = world.punch_elsewhere(file, 1, 1)
     found["punched"] = world.load(1)
     return found
-
-
-# --- with the host's own hands ------------------------------------------------------------------
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-
-def mapping(file: GuestMemfd) -> tuple[Memory | None, str]:
-    """A mapping of a file if it can have one, and "0" or the errno's name."""
-    try:
-        return file.map(), "0"
-    except IoctlError as error:
-        return None, name_of(error)
-
-
-def advise(memory: Memory, advice: int, page: int) -> None:
-    """madvise(2) on one page."""
-    if _libc.madvise(memory.address + page * PAGE_SIZE, PAGE_SIZE, advice):
-        raise OSError(ctypes.get_errno(), "madvise")
-
-
-def raw_fallocate(file: GuestMemfd, mode: int) -> str:
-    """fallocate(2) of a whole file, once: "0" or the errno's name."""
-
-    def call() -> None:
-        if _libc.fallocate(file.fileno(), mode, 0, file.size):
-            raise OSError(ctypes.get_errno(), "fallocate")
-
-    return answer(call)
