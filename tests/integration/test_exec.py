@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Unmodified programs on the simulated /dev/kvm: a VMM in C, and one that is Python."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from mounts import Mounter
+
+ROOT = Path(__file__).parents[2]
+TWIN = ROOT / "tests/twin"
+MODES = ["add", "threads", "alarm", "fork", "fault", "many"]
+
+pytestmark = [
+    pytest.mark.fuse,
+    pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64",
+                       reason="the program's ioctls are x86-64's"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def vmm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the VMM in C, built here."""
+    for tool in ("gcc", "make"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is missing: apt install gcc make")
+    build = tmp_path_factory.mktemp("vmm")
+    made = ["make", "-s", "-C", TWIN, f"BUILD={build}", "CC=gcc", build / "vmm"]
+    subprocess.run(made, check=True, timeout=100)
+    return build / "vmm"
+
+
+@pytest.fixture
+def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Assert that an exec leaves no folder, mount or process."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", os.fspath(scratch))
+    yield
+    assert list(scratch.iterdir()) == []
+    assert os.fspath(scratch) not in Path("/proc/self/mounts").read_text()
+    commands = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]
+    assert not [line for line in commands if "kvmsim" in line]
+
+
+def command(*program: str | os.PathLike[str], memory: Path | None = None) -> list[str]:
+    options = [] if memory is None else ["--memory", os.fspath(memory)]
+    return [sys.executable, "-m", "kvmsim", "exec", *options, "--", *map(os.fspath, program)]
+
+
+def run(argv: list[str], seconds: float = 90) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(argv, capture_output=True, text=True, timeout=seconds, check=False)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_vmm_in_c_finds_what_it_expects(vmm: Path, mode: str, mount: Mounter, left: None) -> None:
+    done = run(command(vmm, mode, memory=mount().path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_vmm_for_the_kernel_runs_with_a_mount_of_its_own(left: None) -> None:
+    done = run(command(sys.executable, ROOT / "scripts/vmm.py", "--real"))
+    assert done.returncode == 0, done.stderr
+    assert "took back" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "status", "said"),
+    [
+        (["sh", "-c", "exit 7"], 7, ""),
+        (["sh", "-c", "kill -TERM $$"], 128 + signal.SIGTERM, ""),
+        (["no-such-program"], 127, "No such file"),
+        (["/etc/hostname"], 126, "/etc/hostname"),
+        (["sh", "-c", "echo heard; cat /proc/self/status | grep Seccomp: | cut -f2"], 0, ""),
+    ],
+)
+def test_the_status_is_the_program_s(
+    program: list[str], status: int, said: str, mount: Mounter, left: None
+) -> None:
+    done = run(command(*program, memory=mount().path))
+    assert done.returncode == status, done.stderr
+    assert said in done.stderr
+    if "echo heard" in program[-1]:
+        assert done.stdout == "heard\n2\n"
+
+
+@contextlib.contextmanager
+def spinning(vmm: Path, memory: Path) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
+    """Run a guest that spins; yield the supervisor and the program."""
+    supervisor = subprocess.Popen(
+        command(vmm, "spin", memory=memory), stdout=subprocess.PIPE, text=True
+    )
+    program = None
+    try:
+        assert supervisor.stdout is not None
+        assert supervisor.stdout.readline() == "spinning\n"
+        (program,) = psutil.Process(supervisor.pid).children()
+        yield supervisor, program
+    finally:
+        assert supervisor.stdout is not None
+        supervisor.stdout.close()
+        supervisor.kill()
+        supervisor.wait(30)
+        if program is not None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                program.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_program_in_kvm_run(
+    number: signal.Signals, vmm: Path, mount: Mounter, left: None
+) -> None:
+    with spinning(vmm, mount().path) as (supervisor, program):
+        program.send_signal(number)
+        assert supervisor.wait(30) == 128 + number
+
+
+def test_sigterm_for_the_supervisor_ends_the_program(vmm: Path, mount: Mounter, left: None) -> None:
+    with spinning(vmm, mount().path) as (supervisor, program):
+        supervisor.terminate()
+        assert supervisor.wait(30) == 128 + signal.SIGTERM
+        program.wait(30)
+
+
+def test_a_killed_supervisor_leaves_no_program_that_hangs(vmm: Path, mount: Mounter) -> None:
+    with spinning(vmm, mount().path) as (supervisor, program):
+        supervisor.kill()
+        program.wait(30)  # its KVM_RUN fails with ENOSYS, which it complains of and ends
+
+
+def test_the_real_device_is_seen_by_nobody_inside(mount: Mounter, left: None) -> None:
+    done = run(command("stat", "-c", "%F %s", "/dev/kvm", memory=mount().path))
+    assert (done.returncode, done.stdout) == (0, "regular empty file 0\n")

@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * A small VMM that knows nothing of this project: it uses /dev/kvm as any other does.
+ *
+ *   vmm add          a guest adds two numbers of its RAM, prints them by port, halts
+ *   vmm threads      four vCPUs, a thread each, count in shared RAM while the host looks on
+ *   vmm alarm        a signal ends KVM_RUN of a guest that spins; it goes on afterwards
+ *   vmm spin         a guest that spins for ever
+ *   vmm fork         a child may not use the VM, and the parent's RAM stays its own
+ *   vmm fault        bad pointers and bad descriptors
+ *   vmm many         slots made and deleted over one mapping, contents kept
+ *
+ * RAM is private anonymous memory. Status 0: everything was as it should be.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/kvm.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/time.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define RAM_SIZE (4 << 20)
+#define CODE 0x10000
+#define DATA 0x20000
+#define PORT 0x42
+#define MAX_VCPUS 4
+
+#define CHECK(condition)                                                          \
+	do {                                                                      \
+		if (!(condition)) {                                               \
+			fprintf(stderr, "%s:%d: %s (errno %s)\n", __FILE__,       \
+				__LINE__, #condition, strerror(errno));           \
+			exit(1);                                                  \
+		}                                                                 \
+	} while (0)
+
+static int kvm, vm, run_size;
+static char *ram;
+
+struct vcpu {
+	int fd;
+	struct kvm_run *run;
+	pthread_t thread;
+};
+
+static void add_ram(unsigned slot, uint64_t gpa, uint64_t size, void *where)
+{
+	struct kvm_userspace_memory_region region = {
+		.slot = slot, .guest_phys_addr = gpa, .memory_size = size,
+		.userspace_addr = (uintptr_t)where,
+	};
+
+	CHECK(!ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region));
+}
+
+static void make_vm(void)
+{
+	kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+	CHECK(kvm >= 0);
+	CHECK(ioctl(kvm, KVM_GET_API_VERSION, 0) == 12);
+	run_size = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
+	CHECK(run_size >= (int)sizeof(struct kvm_run));
+	vm = ioctl(kvm, KVM_CREATE_VM, 0);
+	CHECK(vm >= 0);
+	ram = mmap(NULL, RAM_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	CHECK(ram != MAP_FAILED);
+	/* Long mode: one page of each level, the first GiB in pages of 2 MiB. */
+	*(uint64_t *)(ram + 0x1000) = 0x2003;
+	*(uint64_t *)(ram + 0x2000) = 0x3003;
+	for (uint64_t i = 0; i < 512; i++)
+		*(uint64_t *)(ram + 0x3000 + i * 8) = i << 21 | 0x83;
+}
+
+static void load(const void *code, size_t size)
+{
+	memcpy(ram + CODE, code, size);
+	add_ram(0, 0, RAM_SIZE, ram);
+}
+
+static struct vcpu make_vcpu(unsigned id)
+{
+	struct kvm_segment segment = { .limit = ~0u, .present = 1, .s = 1, .g = 1 };
+	struct vcpu vcpu = { .fd = ioctl(vm, KVM_CREATE_VCPU, id) };
+	struct kvm_regs regs = { .rip = CODE, .rflags = 2, .rsi = DATA + id * 64, .rsp = 0x8000 };
+	struct kvm_sregs sregs;
+
+	CHECK(vcpu.fd >= 0);
+	vcpu.run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu.fd, 0);
+	CHECK(vcpu.run != MAP_FAILED);
+	CHECK(!ioctl(vcpu.fd, KVM_GET_SREGS, &sregs));
+	sregs.cr3 = 0x1000;
+	sregs.cr4 |= 1 << 5;
+	sregs.cr0 |= 1u << 31 | 1;
+	sregs.efer |= 1 << 8 | 1 << 10;
+	segment.type = 11, segment.l = 1, segment.selector = 8;
+	sregs.cs = segment;
+	segment.type = 3, segment.l = 0, segment.db = 1, segment.selector = 16;
+	sregs.ds = sregs.es = sregs.ss = sregs.fs = sregs.gs = segment;
+	CHECK(!ioctl(vcpu.fd, KVM_SET_SREGS, &sregs));
+	CHECK(!ioctl(vcpu.fd, KVM_SET_REGS, &regs));
+	return vcpu;
+}
+
+static void add(void)
+{
+	static const uint8_t code[] = {
+		0x8b, 0x06,             /* mov eax, [rsi] */
+		0x03, 0x46, 0x04,       /* add eax, [rsi+4] */
+		0x89, 0x46, 0x08,       /* mov [rsi+8], eax */
+		0xe6, PORT,             /* out PORT, al */
+		0xf4,                   /* hlt */
+	};
+	struct vcpu vcpu;
+
+	make_vm();
+	load(code, sizeof(code));
+	vcpu = make_vcpu(0);
+	*(uint32_t *)(ram + DATA) = 40;
+	*(uint32_t *)(ram + DATA + 4) = 2;
+	CHECK(!ioctl(vcpu.fd, KVM_RUN, 0));
+	CHECK(vcpu.run->exit_reason == KVM_EXIT_IO);
+	CHECK(vcpu.run->io.port == PORT && vcpu.run->io.direction == KVM_EXIT_IO_OUT);
+	CHECK(*((uint8_t *)vcpu.run + vcpu.run->io.data_offset) == 42);
+	CHECK(*(uint32_t *)(ram + DATA + 8) == 42);
+	CHECK(!ioctl(vcpu.fd, KVM_RUN, 0));
+	CHECK(vcpu.run->exit_reason == KVM_EXIT_HLT);
+}
+
+static const uint8_t spinning[] = {
+	0x48, 0xff, 0x06, /* 1: inc qword [rsi] */
+	0xeb, 0xfb,       /* jmp 1b */
+};
+
+static volatile uint64_t *counter(unsigned id)
+{
+	return (volatile uint64_t *)(ram + DATA + id * 64);
+}
+
+static void nothing(int number)
+{
+	(void)number;
+}
+
+static void *run_thread(void *argument)
+{
+	struct vcpu *vcpu = argument;
+
+	CHECK(ioctl(vcpu->fd, KVM_RUN, 0) == -1 && errno == EINTR);
+	return NULL;
+}
+
+static void wait_for_count(unsigned id, uint64_t above)
+{
+	for (int i = 0; i < 20000 && *counter(id) <= above; i++)
+		usleep(1000);
+	CHECK(*counter(id) > above);
+}
+
+static void threads(void)
+{
+	struct vcpu vcpus[MAX_VCPUS];
+
+	make_vm();
+	load(spinning, sizeof(spinning));
+	for (unsigned i = 0; i < MAX_VCPUS; i++)
+		vcpus[i] = make_vcpu(i);
+	for (unsigned i = 0; i < MAX_VCPUS; i++)
+		CHECK(!pthread_create(&vcpus[i].thread, NULL, run_thread, &vcpus[i]));
+	for (unsigned i = 0; i < MAX_VCPUS; i++)
+		wait_for_count(i, 0);
+	/* A slot more, while they run and the host writes to its memory. */
+	add_ram(1, 1 << 30, 1 << 20, mmap(NULL, 1 << 20, PROT_READ | PROT_WRITE,
+					  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+	for (unsigned i = 0; i < MAX_VCPUS; i++)
+		wait_for_count(i, *counter(i));
+	for (unsigned i = 0; i < MAX_VCPUS; i++)
+		CHECK(!pthread_kill(vcpus[i].thread, SIGUSR1));
+	for (unsigned i = 0; i < MAX_VCPUS; i++)
+		CHECK(!pthread_join(vcpus[i].thread, NULL));
+}
+
+static void alarm_ends_it(void)
+{
+	struct itimerval soon = { .it_value = { .tv_usec = 100000 } };
+	struct vcpu vcpu;
+	uint64_t before;
+
+	make_vm();
+	load(spinning, sizeof(spinning));
+	vcpu = make_vcpu(0);
+	for (int i = 0; i < 3; i++) {
+		before = *counter(0);
+		CHECK(!setitimer(ITIMER_REAL, &soon, NULL));
+		CHECK(ioctl(vcpu.fd, KVM_RUN, 0) == -1 && errno == EINTR);
+		CHECK(vcpu.run->exit_reason == KVM_EXIT_INTR);
+		CHECK(*counter(0) > before);
+	}
+	vcpu.run->immediate_exit = 1;
+	CHECK(ioctl(vcpu.fd, KVM_RUN, 0) == -1 && errno == EINTR);
+}
+
+static void spin(void)
+{
+	struct vcpu vcpu;
+
+	make_vm();
+	load(spinning, sizeof(spinning));
+	vcpu = make_vcpu(0);
+	puts("spinning");
+	fflush(stdout);
+	ioctl(vcpu.fd, KVM_RUN, 0);
+	CHECK(!"KVM_RUN came back");
+}
+
+static void forks(void)
+{
+	int status;
+	pid_t child;
+
+	make_vm();
+	load(spinning, sizeof(spinning));
+	make_vcpu(0);
+	child = fork();
+	CHECK(child >= 0);
+	if (!child) {
+		CHECK(ioctl(vm, KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY) == -1 && errno == EIO);
+		_exit(0);
+	}
+	CHECK(waitpid(child, &status, 0) == child && !status);
+	CHECK(ioctl(vm, KVM_CHECK_EXTENSION, KVM_CAP_USER_MEMORY) == 1);
+}
+
+static void fault(void)
+{
+	int null = open("/dev/null", O_RDWR);
+
+	make_vm();
+	load(spinning, sizeof(spinning));
+	CHECK(ioctl(vm, KVM_SET_USER_MEMORY_REGION, (void *)8) == -1 && errno == EFAULT);
+	CHECK(ioctl(null, KVM_CREATE_VM, 0) == -1 && errno == ENOTTY);
+	CHECK(ioctl(999, KVM_CREATE_VM, 0) == -1 && errno == EBADF);
+	CHECK(ioctl(kvm, KVM_RUN, 0) == -1 && errno == EINVAL);
+	CHECK(ioctl(vm, KVM_CREATE_VCPU, 1u << 20) == -1 && errno == EINVAL);
+	CHECK(ioctl(vm, _IO(KVMIO, 0xfe), 0) == -1 && errno == ENOTTY);
+	CHECK(dup(vm) >= 0);
+}
+
+static void many(void)
+{
+	struct kvm_userspace_memory_region gone = { .slot = 1 };
+
+	make_vm();
+	load(spinning, sizeof(spinning));
+	for (int round = 0; round < 3; round++) {
+		char *more = mmap(NULL, 64 << 20, PROT_READ | PROT_WRITE,
+				  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+		for (unsigned i = 0; i < 64; i++) {
+			more[i << 20] = (char)(i + 1);
+			add_ram(1 + i, (1ull << 30) + ((uint64_t)i << 20), 1 << 20, more + (i << 20));
+		}
+		for (unsigned i = 0; i < 64; i++)
+			CHECK(more[i << 20] == (char)(i + 1));
+		for (gone.slot = 1; gone.slot <= 64; gone.slot++)
+			CHECK(!ioctl(vm, KVM_SET_USER_MEMORY_REGION, &gone));
+		CHECK(!munmap(more, 64 << 20));
+	}
+}
+
+int main(int argc, char **argv)
+{
+	static const struct {
+		const char *name;
+		void (*run)(void);
+	} modes[] = {
+		{ "add", add }, { "threads", threads }, { "alarm", alarm_ends_it }, { "spin", spin },
+		{ "fork", forks }, { "fault", fault }, { "many", many },
+	};
+	struct sigaction action = { .sa_handler = nothing };
+
+	sigaction(SIGUSR1, &action, NULL);
+	sigaction(SIGALRM, &action, NULL);
+	for (size_t i = 0; argc == 2 && i < sizeof(modes) / sizeof(modes[0]); i++) {
+		if (!strcmp(argv[1], modes[i].name)) {
+			modes[i].run();
+			return 0;
+		}
+	}
+	fprintf(stderr, "usage: vmm add|threads|alarm|spin|fork|fault|many\n");
+	return 2;
+}
