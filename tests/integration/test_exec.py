@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from mounts import Mounter
+from rooms import room
 
 ROOT = Path(__file__).parents[2]
 TWIN = ROOT / "tests/twin"
@@ -140,3 +141,14 @@ def test_a_killed_supervisor_leaves_no_program_that_hangs(vmm: Path, mount: Moun
 def test_the_real_device_is_seen_by_nobody_inside(mount: Mounter, left: None) -> None:
     done = run(command("stat", "-c", "%F %s", "/dev/kvm", memory=mount().path))
     assert (done.returncode, done.stdout) == (0, "regular empty file 0\n")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("mode", ["add", "threads", "many"])
+def test_an_ordinary_user_can(vmm: Path, mode: str) -> None:
+    with room() as made:
+        program = made.place / "vmm"
+        shutil.copy(vmm, program)
+        done = made.run(*command(program, mode), timeout=90)
+        assert done.returncode == 0, done.stdout
+        assert list((made.place / "tmp").iterdir()) == []
