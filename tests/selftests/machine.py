@@ -8,6 +8,7 @@ import ctypes
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,18 @@ class Machine:
                     found |= set(range(row["start"] // PAGE_SIZE, row["end"] // PAGE_SIZE))
             start = answer["next"]
         return found
+
+    def close(self, file: GuestMemfd) -> None:
+        """Close the last descriptor of a file of the mount, and wait until the mount knows.
+
+        FUSE's RELEASE comes behind close(2), where the kernel's is done when it returns.
+        """
+        assert self.directory is not None
+        ino = os.fstat(file.fileno()).st_ino
+        file.close()
+        deadline = time.monotonic() + 30
+        while code(lambda: control.ask(self.directory or "", "stat", ino=ino)) != "ENOENT":
+            assert time.monotonic() < deadline, "the mount does not release the file"
 
 
 class Background:

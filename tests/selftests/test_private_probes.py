@@ -135,7 +135,7 @@ def test_the_file_is_gone(machine: Machine, vm: Vm) -> None:
     half = SIZE // 2
     vm.convert(RAM, half, private=True)
     assert mark(player, 0, 9) is None
-    file.close()
+    machine.close(file)
     assert marked(player, 0, 9) == fault(0, private=True)
     assert mark(player, PAGES // 2, 6) is None
     vm.convert(RAM, half, private=False)
@@ -197,7 +197,7 @@ def test_how_far_a_fault_beforehand_comes(machine: Machine, vm: Vm) -> None:
     vm.convert(RAM + SIZE, PAGE_SIZE, private=True)
     assert pre_fault(machine, player, RAM + SIZE, 2 * PAGE_SIZE) == "EFAULT 2", "private, no slot"
     assert pre_fault(machine, player, 1 << 50, PAGE_SIZE) == "ENOENT 1"
-    file.close()
+    machine.close(file)
     assert pre_fault(machine, player, RAM, SIZE) == f"0 {PAGES - 2}"
     assert pre_fault(machine, player, RAM + 2 * PAGE_SIZE, PAGE_SIZE) == "EFAULT 1"
 
