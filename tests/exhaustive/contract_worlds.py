@@ -65,7 +65,7 @@ WORLDS = {
         vcpus=2, calls=(P,), populated=(0,), hang=ONE, alike=True
     ),
     "one user that comes and goes": Setup(
-        calls=(P, P), populated=(0,), reregister=2, leaves=ONE
+        calls=(P, P), populated=(0,), reregister=1, leaves=ONE
     ),
     "one user that comes and goes with two vCPUs": Setup(
         vcpus=2, calls=(P,), populated=(0,), reregister=1, alike=True, prompt=True, direct=True
@@ -83,10 +83,10 @@ WORLDS = {
         users=2, calls=(P,), populated=(0,), readers=ONE
     ),
     "two users, one hangs": Setup(
-        users=2, calls=(P, P), populated=(0,), hang=ONE
+        users=2, calls=(P, P), populated=(0,), hang=ONE, prompt=True
     ),
     "two users, one late": Setup(
-        users=2, calls=(P, P), populated=(0,), late=OTHER, close=ONE, prompt=True
+        users=2, calls=(P, P), populated=(0,), late=OTHER, close=ONE, prompt=True, direct=True
     ),
     "three users": Setup(
         users=3, calls=(P,), populated=(0,), alike=True
@@ -153,7 +153,7 @@ WORLDS = {
         prompt=True,
     ),
     "a user that punches by record, with slow timers": Setup(
-        calls=(own(0, 1), own(0, 1), own(0, 1)), populated=(0,), stale=True
+        calls=(own(0, 1), own(0, 1)), populated=(0,), stale=True
     ),
     "a user that allocates by record": Setup(
         calls=(Call(allocate(0, 1), caller=0, record=True), P), fails=NO_SPACE
@@ -174,13 +174,13 @@ WORLDS = {
         pages=2, calls=(P, Q), populated=(0, 1), delivery="set"
     ),
     "no order at all, a short ring": Setup(
-        pages=2, calls=(P, Q, P), populated=(0, 1), delivery="set", ring=1
+        pages=2, calls=(P, Q, P), populated=(0, 1), delivery="set", ring=1, prompt=True
     ),
     "no order at all, one user that comes and goes": Setup(
         calls=(P,), populated=(0,), delivery="set", reregister=1
     ),
     "no order at all, two vCPUs": Setup(
-        vcpus=2, calls=(P,), populated=(0,), delivery="set", alike=True
+        vcpus=2, calls=(P,), populated=(0,), delivery="set", alike=True, prompt=True
     ),
     "brackets that stay open": Setup(
         pages=2, calls=(P, Q), populated=(0, 1), brackets=True
@@ -196,7 +196,8 @@ WORLDS = {
         calls=(P, P), populated=(0,), converts=2, shared=True, prompt=True
     ),
     "conversions with two vCPUs": Setup(
-        vcpus=2, calls=(P,), populated=(0,), converts=2, shared=True, alike=True, prompt=True
+        vcpus=2, calls=(P,), populated=(0,), converts=2, shared=True, alike=True, prompt=True,
+        direct=True,
     ),
     "extents that die with their pages": Setup(
         pages=2, calls=(BOTH, P), populated=(0, 1), personality=WHOLE
