@@ -71,8 +71,12 @@ def _run_end(pages: Any, page: int, limit: int) -> int:
 
 
 def file_stat(owner: Owner, ino: int) -> dict[str, Any]:
-    """Return the counts of one file."""
+    """Return the counts of one file.
+
+    ``mapped_by`` is what each user was granted and has not given up, in the order of ``users``.
+    """
     file = owner.files[ino]
+    users = [owner.sessions[sid] for sid in sorted(owner.users[ino])]
     return {
         "inode": ino,
         "personality": file.personality.name,
@@ -80,7 +84,14 @@ def file_stat(owner: Owner, ino: int) -> dict[str, Any]:
         "allocated": file.allocated * PAGE_SIZE,
         "mapped": _mapped(owner, ino, file) * PAGE_SIZE,
         "extents": len(file.instances),
-        "users": [owner.sessions[sid].name for sid in sorted(owner.users[ino])],
+        "users": [user.name for user in users],
+        "mapped_by": [
+            {
+                "user": user.name,
+                "mapped": user.granted[ino].intersection_cardinality(file.pages) * PAGE_SIZE,
+            }
+            for user in users
+        ],
         "seals": seals.names(file.seals),
         "purpose": seals.names(file.purpose or seals.Purpose.USER_INACCESSIBLE),
         "operations": [

@@ -156,7 +156,8 @@ def stat_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
         "Allocated": size(found["allocated"]),
         "Mapped": size(found["mapped"]),
         "Held": f"{size(found['held'])} in {found['extents']} extents",
-        "Users": ", ".join(found["users"]) or "-",
+        "Users": ", ".join(f"{m['user']} {size(m['mapped'])}" for m in found["mapped_by"]) or "-",
+        **({"Shared": "not in this file; of a kvmsim: kvmsim stat"} if found["users"] else {}),
         "Seals": ", ".join(found["seals"]) or "-",
         "Promised": ", ".join(found["purpose"]),
         "Operations": ", ".join(operations) or "-",
@@ -173,6 +174,8 @@ def stat(files: tuple[str, ...], as_json: bool, in_bytes: bool, verbosity: Verbo
     """Show the counts of each FILE.
 
     Held is the memory that really backs the file; it equals Allocated, or something is wrong.
+    Users are shown with what they have mapped of it.  A guest's memory has a shared side as well,
+    which its VMM holds.
     """
     verbosity.log_to(None)
     found = [{"file": file} | asked(file, "stat") for file in files]

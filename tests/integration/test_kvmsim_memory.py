@@ -58,6 +58,7 @@ def play(mounted: Mounted, text: str) -> subprocess.CompletedProcess[str]:
     script = mounted.path.parent / "memory.kvs"
     script.write_text(text)
     return kvmsim("run", script, "--var", f"RAM={mounted.path / 'ram'}",
+                  "--var", f"PRIVFS={sys.executable} -m privfs",
                   "--var", f"KVMSIM={sys.executable} -m kvmsim")  # fmt: skip
 
 
@@ -85,6 +86,9 @@ holds keeps both=4K stale=4K
 host $KVMSIM stat keeps
 output ^Held: +\\d+K private, \\d+(\\.\\d)?[KM] shared, 4K on both, 4K stale$
 output ^Conversions: +\\d+ explicit, 0 implicit, 0 refused; 0B discarded \\(discard=none\\)$
+host $PRIVFS stat $RAM
+output ^Users: +keeps\\(\\d+\\) \\d+K, frees\\(\\d+\\) \\d+K$
+output ^Shared: .* kvmsim stat$
 host $KVMSIM stat --json keeps | grep '"both": 4096'
 
 send frees poke 0x800000 1 private

@@ -107,7 +107,9 @@ STAT = {
     "backing": {
         "store": "hugetlb", "page_size": 2 << 20, "promises": {"reclaim": True, "audit": True},
     },
-    "extents": 1, "users": ["vm(1)"], "seals": ["GROW"], "purpose": ["USER_INACCESSIBLE"],
+    "extents": 1, "users": ["vm(1)"],
+    "mapped_by": [{"user": "vm(1)", "mapped": 4096}],
+    "seals": ["GROW"], "purpose": ["USER_INACCESSIBLE"],
     "operations": [{"step": "wait", "start": 0, "end": 4096}],
 }  # fmt: skip
 STATUS = {
@@ -141,7 +143,7 @@ def test_stat_shows_what_is_under_way(
     assert "Backing:     hugetlb, pages of 2M\nSize:" in said
     assert "Seals:       GROW" in said
     assert "Operations:  wait 0x0-0xfff" in said
-    assert "Users:       vm(1)" in said
+    assert "Users:       vm(1) 4K\nShared:      not in this file; of a kvmsim: kvmsim stat" in said
     assert call(["stat", "--json", "f"]) == 0
     assert json.loads(capsys.readouterr().out) == [{"file": "f"} | STAT]
 

@@ -38,6 +38,7 @@ def test_an_empty_file_has_nothing_to_show() -> None:
     assert pages(service) == []
     found = views.file_stat(service.owner, INO)
     assert (found["size"], found["allocated"], found["mapped"], found["extents"]) == (0, 0, 0, 0)
+    assert (found["users"], found["mapped_by"]) == ([], [])
     assert (found["seals"], found["purpose"]) == ([], ["USER_INACCESSIBLE"])
 
 
