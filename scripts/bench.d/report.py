@@ -19,7 +19,7 @@ _TITLES = {
     Unit.MICROSECONDS: "What a caller waits for",
     Unit.MILLISECONDS: "Whole files",
     Unit.INVALIDATIONS: "What one owner gets through",
-    Unit.PAGES: "First touches of guest memory",
+    Unit.PAGES: "Guest memory",
     Unit.INSTRUCTIONS: "Guest instructions",
 }
 

@@ -23,7 +23,8 @@ CALLS = {"fstat", "ftruncate_up", "ftruncate_down", "punch", "allocate", "punch_
 CROWDS = {"users_64", "files_32", "files_10000"}
 RATES = {"files_32"}  # and whatever is emulated
 UNTIMED = {"healthy_p99", "punch_sparse", "punch_resident"}  # one number a round
-EMULATED = {"touch_fresh", "touch_allocated", "guest_count", "guest_memory"}
+CONVERSIONS = {"convert_4k", "convert_2m", "convert_1g"}
+EMULATED = {"touch_fresh", "touch_allocated", "guest_count", "guest_memory"} | CONVERSIONS
 WITHOUT_FUSE = ["invalidation", "guest_count", "guest_memory"]
 MPROTECT = {("mprotect_grant", "same"), ("mprotect_punch", "same")}
 UFFD = {("uffd_grant", "same"), ("uffd_punch", "same")}
@@ -94,10 +95,14 @@ def test_reports_every_case_on_every_placement(tmp_path: Path) -> None:
     rows = {
         (row, place)
         for row in CALLS | CROWDS | EMULATED | {"invalidation", "healthy_p99"}
-        if not row.startswith("guest_")
+        if not row.startswith("guest_") and row != "convert_1g"
         for place in places
     }
-    rows |= {(row, "split") for row in ("punch_sparse", "punch_resident") if "split" in places}
+    rows |= {
+        (row, "split")
+        for row in ("punch_sparse", "punch_resident", "convert_1g")
+        if "split" in places
+    }
     rows |= {("guest_count", "same"), ("guest_memory", "same")} | MPROTECT | UFFD
     try:
         HostMemory("uffd").close()

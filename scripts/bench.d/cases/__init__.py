@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from cases import calls, crowd, fence, hung, instructions, invalidation, large, touch
+from cases import calls, convert, crowd, fence, hung, instructions, invalidation, large, touch
 
 CASES = (
     *calls.CASES,
@@ -12,6 +12,7 @@ CASES = (
     *hung.CASES,
     *large.CASES,
     *touch.CASES,
+    *convert.CASES,
     *fence.CASES,
     *instructions.CASES,
 )

@@ -24,7 +24,8 @@ _ROWS = {
 }
 
 
-def _require_memory(gib: int) -> None:
+def require_memory(gib: int) -> None:
+    """Raise Unavailable where a file of so many GiB has no room."""
     text = Path("/proc/meminfo").read_text()
     (line,) = [line for line in text.splitlines() if line.startswith("MemAvailable:")]
     available = int(line.split()[1]) >> 20
@@ -36,7 +37,7 @@ def _measure(row: str, bench: Bench, placement: Placement, mount: Path) -> dict[
     resident = row == "punch_resident"
     gib = bench.counts.resident_gib if resident else _SPARSE_GIB
     if resident:
-        _require_memory(gib)
+        require_memory(gib)
     file = mount / "large"
     options = ["resident"] if resident else []
     command = floor(bench.floors, "large", file, gib, *options)
