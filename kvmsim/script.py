@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from kvmsim.scriptvalues import (
+    DISCARDS,
     Memory,
     Payload,
     ScriptError,
@@ -23,8 +24,6 @@ from kvmsim.scriptvalues import (
 
 #: Seconds that ``expect`` and ``wait`` take if the line does not say.
 WITHIN: Final = 10.0
-
-DISCARDS: Final = ("none", "private", "shared", "both")
 
 #: What ``holds`` counts: the fields of :class:`kvmsim.memoryuse.Allocated`.
 SIDES: Final = ("private", "shared", "both", "stale")

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+DISCARDS: Final = ("none", "private", "shared", "both")
 SWITCH: Final = {"on": True, "off": False}
 
 _SUFFIXES: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

@@ -22,9 +22,10 @@ from kvmsim.cli.vms import make_vm
 from kvmsim.console import ConsoleVm, Ending
 from kvmsim.control import Control, NoControl, answering
 from kvmsim.images import read_kernel
+from kvmsim.qemuoptions import Options, parse_options
 from kvmsim.running import RunningVm
-from kvmsim.script import DISCARDS, Vm
-from kvmsim.scriptvalues import Memory, Payload, ScriptError, parse_memory, parse_payload
+from kvmsim.script import Vm
+from kvmsim.scriptvalues import DISCARDS, Memory, Payload, ScriptError, parse_memory, parse_payload
 from kvmsim.trace import FORMATS
 from kvmsim.tracedvm import traced
 from kvmsim.tracefile import TraceFile
@@ -60,19 +61,23 @@ def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
 @click.command(short_help="Boot a guest on private memory.")
 @click.option(
     "--memory", "memory", metavar="FILE[,offset=N,size=N,slots=N,prealloc=on]", callback=_memory,
-    multiple=True, required=True,
+    multiple=True,
     help="Private file as guest RAM, cut into SLOTS memslots (2); again for more RAM above it.",
 )  # fmt: skip
 @click.option(
     "--payload", metavar="FILE@GPA", callback=_payload, multiple=True,
     help="Put FILE into private memory before the guest runs; may be repeated.",
 )  # fmt: skip
+@click.option("-object", "objects", metavar="TYPE,id=ID,…", multiple=True,
+              help="As QEMU: memory-backend-memfd-private,id=,size=,mem-path=[,offset=,prealloc=], "
+              "or shared-bit-guest,id=[,discard=].")  # fmt: skip
+@click.option("-machine", "machine", metavar="q35,memory-backend=ID,…",
+              help="As QEMU: uses the objects; also confidential-guest-support=ID.")  # fmt: skip
 @click.option("--vcpus", type=click.IntRange(1, MAX_VCPUS), default=2, show_default=True)
 @click.option("--name", default="vm0", show_default=True, help="Name in `privfs map` and status.")
 @click.option("--kernel", metavar="ELF", type=click.Path(), help="Guest kernel.")
 @click.option(
-    "--discard", type=click.Choice(DISCARDS), default="both", show_default=True,
-    help="The side that a conversion frees.",
+    "--discard", type=click.Choice(DISCARDS), help="The side that a conversion frees (both).",
 )  # fmt: skip
 @click.option("--selftest", is_flag=True, help="The guest tests its memory before it prompts.")
 @click.option(
@@ -96,10 +101,12 @@ def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
 def boot(
     memory: tuple[Memory, ...],
     payload: tuple[Payload, ...],
+    objects: tuple[str, ...],
+    machine: str | None,
     vcpus: int,
     name: str,
     kernel: str | None,
-    discard: str,
+    discard: str | None,
     selftest: bool,
     where: str,
     fence: str,
@@ -116,6 +123,14 @@ def boot(
     wait for more; Ctrl-C and SIGTERM end it at once.
     """
     verbosity.log_to_stderr()
+    also = _qemu(objects, machine)
+    if also.discard and discard:
+        raise click.UsageError(
+            "--discard and the discard of -object: give one of them.", click.get_current_context()
+        )
+    if not (memory := memory + also.memory):
+        raise click.UsageError("Missing option '--memory'.", click.get_current_context())
+    discard = discard or also.discard or "both"
     wanted = Vm(name, memory, vcpus, kernel, discard, selftest, payload)
     if trace_format and not trace_path:
         raise click.UsageError("--trace-format needs --trace FILE.", click.get_current_context())
@@ -140,6 +155,13 @@ def boot(
         if not quiet and not as_json:
             click.echo(f"kvmsim: {name}: {ending.message}", err=True)
     return code
+
+
+def _qemu(objects: tuple[str, ...], machine: str | None) -> Options:
+    try:
+        return parse_options(objects, machine)
+    except ScriptError as error:
+        raise click.UsageError(f"{error}.", click.get_current_context()) from None
 
 
 def _trace(path: str, format: str | None) -> TraceFile:

@@ -37,7 +37,8 @@ SANS_IO = {
     "kvmsim.prefault", "kvmsim.statistics", "kvmsim.inplace", "kvmsim.hostaccess",
     "kvmsim.gpc", "kvmsim.rangeindex", "kvmsim.bracket",
     "kvmsim.script", "kvmsim.scriptvalues", "kvmsim.report", "kvmsim.trace", "kvmsim.vmm.prealloc",
-    "kvmsim.vmm.convert", "kvmsim.vmm.bootparams", "kvmsim.vmm.elf", "kvmsim.vmm.loader", "hwemu.stage2",
+    "kvmsim.vmm.convert", "kvmsim.vmm.bootparams", "kvmsim.vmm.elf", "kvmsim.vmm.loader",
+    "kvmsim.qemuoptions", "hwemu.stage2",
     "hwemu.leafruns", "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
 }  # fmt: skip
 IMPURE = {"os", "socket", "time", "threading", "random", "trio", "pyfuse3"}
