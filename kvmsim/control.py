@@ -242,17 +242,22 @@ def processes() -> list[Process]:
     return sorted(found, key=lambda process: process.pid)
 
 
-def everything() -> list[Report]:
-    """Ask every process; what a killed one left behind is removed."""
-    found = []
+def everything() -> tuple[list[Report], list[ControlError]]:
+    """Ask every process; what a killed one left behind is removed.
+
+    Returns the reports, and why others have not answered.
+    """
+    found: list[Report] = []
+    silent: list[ControlError] = []
     for process in processes():
         try:
             found += process.stat()
         except ControlError as error:
             if error.errno not in _GONE:
-                raise
-            _cleared(process)
-    return found
+                silent.append(error)
+            else:
+                _cleared(process)
+    return found, silent
 
 
 def _cleared(process: Process) -> bool:

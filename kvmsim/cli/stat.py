@@ -32,28 +32,33 @@ def stat(which: str | None, as_json: bool, in_bytes: bool, verbosity: Verbosity)
     not name.
     """
     verbosity.log_to_stderr()
-    found = _found(which)
+    found, silent = _found(which)
     if as_json:
         click.echo(json.dumps(found, indent=2))
-    elif not found:
+    elif not found and not silent:
         click.echo("no VM is up; boot one with: kvmsim boot --memory FILE")
     else:
         blocks = ["\n".join(stat_lines(vm, in_bytes=in_bytes)) for vm in found]
         click.echo("\n\n".join(blocks))
+    if silent:
+        raise Failure(Exit.FAILED, silent)
 
 
-def _found(which: str | None) -> list[dict[str, Any]]:
+def _found(which: str | None) -> tuple[list[dict[str, Any]], str]:
+    """Return the reports that are wanted, and why there may be more of them."""
     try:
-        found = control.everything()
+        found, errors = control.everything()
     except OSError as error:
         raise Failure(Exit.FAILED, error.strerror or str(error)) from error
+    silent = "; ".join(error.strerror or str(error) for error in errors)
     if which is None:
-        return found
+        return found, silent
     wanted = [vm for vm in found if which in (vm["vm"], str(vm["pid"]))]
     if not wanted:
         names = ", ".join(f"{vm['vm']}({vm['pid']})" for vm in found) or "none"
-        raise Failure(Exit.FAILED, f"no VM {which}: of this user's there is {names}")
-    return wanted
+        also = f"; {silent}" if silent else ""
+        raise Failure(Exit.FAILED, f"no VM {which}: of this user's there is {names}{also}")
+    return wanted, ""
 
 
 def stat_lines(vm: dict[str, Any], *, in_bytes: bool) -> list[str]:

@@ -68,15 +68,15 @@ def raw(path: Path, data: bytes) -> bytes:
 def test_a_process_answers_until_its_end(runtime: Path) -> None:
     threads = threading.active_count()
     with control.answering() as made:
-        assert control.everything() == []
+        assert control.everything() == ([], [])
         made.add("a", report)
         made.add("b", lambda: report("b"))
-        assert [vm["vm"] for vm in control.everything()] == ["a", "b"]
+        assert [vm["vm"] for vm in control.everything()[0]] == ["a", "b"]
         made.remove("a")
-        assert [vm["vm"] for vm in control.everything()] == ["b"]
+        assert [vm["vm"] for vm in control.everything()[0]] == ["b"]
         assert stat.S_IMODE((runtime / "kvmsim").stat().st_mode) == 0o700
     assert list((runtime / "kvmsim").iterdir()) == []
-    assert control.everything() == []
+    assert control.everything() == ([], [])
     assert threading.active_count() == threads
 
 
@@ -98,9 +98,9 @@ def test_a_vm_that_cannot_be_told_of(caplog: pytest.LogCaptureFixture) -> None:
 
     with control.answering() as made:
         made.add("a", broken)
-        with pytest.raises(control.ControlError, match="internal error: broken") as caught:
-            control.everything()
-    assert caught.value.errno == errno.EIO
+        found, (silent,) = control.everything()
+        assert (found, silent.errno) == ([], errno.EIO)
+        assert silent.strerror == f"pid {os.getpid()}: internal error: broken"
     assert [r.message for r in caplog.records] == ["kvmsim stat: a VM cannot be told of"]
     caplog.clear()
 
@@ -158,7 +158,7 @@ def test_what_a_killed_process_left_is_removed(
     assert [process.pid for process in control.processes()] == [os.getpid(), nobody]
     with control.answering() as made:
         made.add("a", report)
-        assert [vm["vm"] for vm in control.everything()] == ["a"]
+        assert [vm["vm"] for vm in control.everything()[0]] == ["a"]
         assert not left[0].exists()
     assert [path.name for path in place.iterdir()] == ["notes.txt"]
 
@@ -170,7 +170,7 @@ def test_a_second_one_of_the_process_does_not_take_its_place(
         made.add("a", report)
         with control.answering() as second:
             assert isinstance(second, control.NoControl)
-        assert [vm["vm"] for vm in control.everything()] == ["a"]
+        assert [vm["vm"] for vm in control.everything()[0]] == ["a"]
     assert "Address already in use" in caplog.text
     caplog.clear()
 
@@ -213,3 +213,18 @@ def test_no_vm(capsys: pytest.CaptureFixture[str]) -> None:
         made.add("a", report)
         assert call(["stat", "b"]) == Exit.FAILED
     assert capsys.readouterr().err == "kvmsim: no VM b: of this user's there is a(42)\n"
+
+
+def test_who_does_not_answer_is_named_after_those_who_do(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent = [control.ControlError(errno.ETIMEDOUT, "pid 9: timed out")]
+    monkeypatch.setattr(control, "everything", lambda: ([report()], silent))
+    assert call(["stat", "a"]) == Exit.OK
+    assert capsys.readouterr().err == ""
+    assert call(["stat"]) == Exit.FAILED
+    said = capsys.readouterr()
+    assert said.out.startswith("VM:          a (pid 42), running\n")
+    assert said.err == "kvmsim: pid 9: timed out\n"
+    assert call(["stat", "b"]) == Exit.FAILED
+    assert capsys.readouterr().err.endswith("there is a(42); pid 9: timed out\n")
