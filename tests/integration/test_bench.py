@@ -25,6 +25,8 @@ RATES = {"files_32"}  # and whatever is emulated
 UNTIMED = {"healthy_p99", "punch_sparse", "punch_resident"}  # one number a round
 CONVERSIONS = {"convert_4k", "convert_2m", "convert_1g"}
 EMULATED = {"touch_fresh", "touch_allocated", "guest_count", "guest_memory"} | CONVERSIONS
+EXEC_KVM = {"exec_check_extension", "exec_get_regs", "exec_run"}  # beside the kernel's /dev/kvm
+EXEC_OTHER = {"exec_getppid", "exec_fionread", "exec_pread"}
 WITHOUT_FUSE = ["invalidation", "guest_count", "guest_memory"]
 MPROTECT = {("mprotect_grant", "same"), ("mprotect_punch", "same")}
 UFFD = {("uffd_grant", "same"), ("uffd_punch", "same")}
@@ -94,7 +96,7 @@ def test_reports_every_case_on_every_placement(tmp_path: Path) -> None:
     places = ["same", "split"] if len(os.sched_getaffinity(0)) > 1 else ["same"]
     rows = {
         (row, place)
-        for row in CALLS | CROWDS | EMULATED | {"invalidation", "healthy_p99"}
+        for row in CALLS | CROWDS | EMULATED | EXEC_OTHER | {"invalidation", "healthy_p99"}
         if not row.startswith("guest_") and row != "convert_1g"
         for place in places
     }
@@ -109,7 +111,32 @@ def test_reports_every_case_on_every_placement(tmp_path: Path) -> None:
     except FenceError:
         rows -= UFFD
         found["rows"] = [r for r in found["rows"] if (r["row"], r["placement"]) not in UFFD]
+    beside_kvm = [r for r in found["rows"] if r["row"] in EXEC_KVM]
+    found["rows"] = [r for r in found["rows"] if r["row"] not in EXEC_KVM]
     check(found, rows)
+    check_exec(beside_kvm, {(row, place) for row in EXEC_KVM for place in places})
+
+
+def check_exec(found: list[dict[str, Any]], rows: set[tuple[str, str]]) -> None:
+    """Ours is measured everywhere; the rival is the machine's own /dev/kvm, or named as missing."""
+    if os.access("/dev/kvm", os.R_OK | os.W_OK):
+        check({"rows": found}, rows)
+        return
+    assert sorted((r["row"], r["placement"]) for r in found) == sorted(rows)
+    for row in found:
+        check_side(row["privfs"], 2, timed=True)
+        assert "/dev/kvm" in row["rival"]["note"]
+        assert row["times_c"] is None
+
+
+@pytest.mark.fuse
+def test_calls_of_an_unmodified_program_are_measured(tmp_path: Path) -> None:
+    cpu = min(os.sched_getaffinity(0))
+    found = report(tmp_path, "--cpus", cpu, *only("exec_kvm", "exec_other"))
+    beside_kvm = [r for r in found["rows"] if r["row"] in EXEC_KVM]
+    found["rows"] = [r for r in found["rows"] if r["row"] not in EXEC_KVM]
+    check_exec(beside_kvm, {(row, "same") for row in EXEC_KVM})
+    check(found, {(row, "same") for row in EXEC_OTHER})
 
 
 @pytest.mark.fuse

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from cases import calls, convert, crowd, fence, hung, instructions, invalidation, large, touch
+from cases import calls, convert, crowd, exec, fence, hung, instructions, invalidation, large, touch
 
 CASES = (
     *calls.CASES,
@@ -13,6 +13,7 @@ CASES = (
     *large.CASES,
     *touch.CASES,
     *convert.CASES,
+    *exec.CASES,
     *fence.CASES,
     *instructions.CASES,
 )
