@@ -6,10 +6,12 @@ payload that lies in private memory from the beginning.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import itertools
 import os
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,9 @@ from kvmsim.vmm.prealloc import PreallocError, Progress
 pytest_plugins = ["guest_fixtures", "actor_fixtures"]
 pytestmark = pytest.mark.fuse
 
+libc = ctypes.CDLL(None)
+libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+PUNCH = 3  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 MIB = 1 << 20
 SIZE = 16 * MIB
 PLACE = 8 * MIB
@@ -231,6 +236,44 @@ def test_a_payload_is_in_private_memory_before_the_guest_runs(
         with pytest.raises(KvmError, match="has been started"):
             vm.memory.populate(PLACE, bytes(PAGE_SIZE))
         assert peek(console, PLACE, "private") == 1
+
+
+def test_population_while_others_punch_leaves_bytes_or_zeros(
+    mount: Mounter, host: HostMemory
+) -> None:
+    """A page is filled before its punch, or after; never where its memory was."""
+    mounted = mount()
+    ram = private_file(mounted)
+    data = b"\xa5" * (512 * PAGE_SIZE)
+    config = VmConfig((MemoryBackend(str(ram)),), 1, "vm")
+    fd = os.open(ram, os.O_RDWR | os.O_CLOEXEC)
+    done = threading.Event()
+
+    def punch() -> None:
+        while not done.is_set():
+            libc.fallocate(fd, PUNCH, PLACE - LOW_SIZE, len(data))
+
+    with machine(host, config) as (vm, _):
+        puncher = threading.Thread(target=punch)
+        puncher.start()
+        try:
+            vm.memory.set_memory_attributes(PLACE, len(data), True)
+            for _ in range(4):
+                vm.memory.populate(PLACE, data)
+                vm.memory.discard_private(PLACE, len(data))
+            vm.memory.populate(PLACE, data)
+        finally:
+            done.set()
+            puncher.join()
+            os.close(fd)
+        assert not vm.running.stopping, vm.running.stop_reason
+        stage2, seen = vm.running.stage2, set()
+        with vm.running.lock:
+            for _, hpa, npages in stage2.mapped(PLACE, 512):
+                seen |= set(vm.running.host.read(hpa, npages * PAGE_SIZE))
+        assert seen <= {0, 0xA5}
+        assert vm.running.statistics.shootdowns > 0
+    mounted.audit()
 
 
 def test_population_is_refused_where_it_cannot_be(ram: Path, host: HostMemory) -> None:

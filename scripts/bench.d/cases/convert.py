@@ -26,19 +26,20 @@ _PAGE = 4096
 
 @dataclass(frozen=True, slots=True)
 class _Range:
-    """Ranges of ``step`` bytes, so many that a round has at least some hundred pages."""
+    """Ranges of ``step`` bytes; a round has one at least."""
 
     step: int
     what: str
     placements: tuple[str, ...] = ("same", "split")
+    share: int = 1  #: of the pages of a round: those that go one by one take long
 
     def ranges(self, bench: Bench) -> int:
         """How many ranges a round converts."""
-        return max(bench.counts.pages * _PAGE // 8 // self.step, 1)
+        return max(bench.counts.pages * _PAGE // self.share // self.step, 1)
 
 
 _RANGES = {
-    "convert_4k": _Range(_PAGE, "pages one by one"),
+    "convert_4k": _Range(_PAGE, "pages one by one", share=8),
     "convert_2m": _Range(2 << 20, "ranges of 2 MiB"),
     "convert_1g": _Range(1 << 30, "1 GiB at once", ("split",)),
 }
