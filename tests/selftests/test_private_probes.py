@@ -7,11 +7,12 @@ import errno
 import threading
 
 import pytest
-from selftests.guest import Player
+from selftests.guest import GuestAssert, Player
 from selftests.machine import Background, Machine, code
 
 from kvmsim import exits
 from kvmsim.api import Vm
+from kvmsim.api.guest import Guest
 from kvmsim.uapi import (
     KVM_MEMORY_ATTRIBUTE_PRIVATE,
     KVM_PRE_FAULT_MEMORY,
@@ -116,6 +117,28 @@ def test_a_fault_that_user_space_answers_late(machine: Machine, vm: Vm) -> None:
     player.vcpu.immediate_exit = False
     vm.add_slot(RAM, guest_memfd=vm.create_guest_memfd(SIZE))
     assert player.resume() is None
+
+
+def test_exits_that_nobody_answers(machine: Machine, vm: Vm) -> None:
+    """A hypercall and HLT: KVM_RUN again goes on behind them, the hypercall with 0."""
+    (player,) = machine.players(vm)
+    script = player.script().map_private(RAM, SIZE).map_shared(RAM, SIZE)
+    left = player.play(script)
+    assert left == exits.HypercallExit(12, (RAM, PAGES, 1 << 4, 0, 0, 0))
+    player.vcpu.immediate_exit = True
+    assert player.vcpu.run() == exits.InterruptedExit()
+    player.vcpu.immediate_exit = False
+    assert player.resume() == exits.HypercallExit(12, (RAM, PAGES, 0, 0, 0, 0))
+    player.vcpu.complete(5)
+    with pytest.raises(GuestAssert, match="0x5 instead of"):
+        player.resume()
+    guest = Guest(machine.kvm, machine.vm(), ring=0)
+    guest.load(bytes.fromhex("f4 f4 e680 f4"))  # hlt; hlt; out 0x80, al; hlt
+    vcpu = guest.slot.vm.create_vcpu()
+    guest.enter(vcpu)
+    found = [vcpu.run() for _ in range(4)]
+    assert found == [exits.HltExit(), exits.HltExit(), exits.IoExit(0x80, 1, True, b"\0"),
+                     exits.HltExit()]  # fmt: skip
 
 
 def test_a_private_slot_without_a_shared_side(machine: Machine, vm: Vm) -> None:

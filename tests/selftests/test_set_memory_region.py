@@ -22,6 +22,7 @@ from kvmsim.api.guest import Guest
 from kvmsim.uapi import (
     KVM_CAP_NR_MEMSLOTS,
     KVM_CAP_READONLY_MEM,
+    KVM_CAP_USER_MEMORY2,
     KVM_INTERNAL_ERROR_EMULATION,
     KVM_MEM_GUEST_MEMFD,
     KVM_MEM_LOG_DIRTY_PAGES,
@@ -59,7 +60,7 @@ def test_invalid_memory_region_flags(machine: Machine, private: bool) -> None:
             continue
         region = (SLOT, RAM, PAGE_SIZE, memory.address, flag)
         assert code(lambda region=region: vm.set_user_memory_region(*region)) == "EINVAL", hex(flag)
-        if flag != KVM_MEM_GUEST_MEMFD:
+        if flag != KVM_MEM_GUEST_MEMFD and vm.check_extension(KVM_CAP_USER_MEMORY2):
             found = code(lambda region=region: vm.set_user_memory_region2(*region))
             assert found == "EINVAL", hex(flag)
     machine.need_guest_memfd()
