@@ -183,7 +183,13 @@ def test_json(mounted: Mounted) -> None:
     assert (boot["event"], boot["vm"], boot["vcpus"]) == ("boot", "vm0", 2)
     assert boot["fence"] in ("uffd", "none")
     assert boot["memory"] == [
-        {"path": os.fspath(mounted.path / "ram"), "offset": 0, "size": 32 * MIB, "slots": 2}
+        {
+            "path": os.fspath(mounted.path / "ram"),
+            "offset": 0,
+            "size": 32 * MIB,
+            "slots": 2,
+            "prealloc": False,
+        }
     ]
     assert {line["event"] for line in lines} == {"console"}
     assert lines[-1]["line"] == "ok halt status=4"
