@@ -63,9 +63,9 @@ class VmMemory:
         """Write the shared side as a device does."""
         self._shared.write(gpa, data)
 
-    def populate(self, gpa: int, source: bytes) -> None:
-        """Fill private pages from source pages, before the VM runs."""
-        self._populate(gpa, source)
+    def populate(self, gpa: int, source: bytes, *, measure: bool = False) -> None:
+        """Fill private pages from source pages, before the VM runs (:mod:`kvmsim.populate`)."""
+        self._populate(gpa, source, measure=measure)
 
 
 @dataclass(frozen=True, slots=True)

@@ -293,6 +293,9 @@ def test_population_is_refused_where_it_cannot_be(ram: Path, host: HostMemory) -
             with pytest.raises(KvmError, match=why) as caught:
                 memory.populate(gpa, source)
             assert caught.value.errno == number
+        with pytest.raises(KvmError, match="no launch is measured") as caught:
+            memory.populate(PLACE, page, measure=True)
+        assert caught.value.errno == errno.EOPNOTSUPP
         assert allocated(ram) == 0
 
         memory.populate(PLACE, page)
