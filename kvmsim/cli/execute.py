@@ -4,22 +4,23 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 
 import click
 
 from kvmsim.cli.exitcodes import Exit
-from kvmsim.cli.failure import Failure
+from kvmsim.cli.failure import Failure, explained
 from kvmsim.cli.verbosity import Verbosity, verbose_options
 from kvmsim.device.system import KvmDevice
 from kvmsim.emulator import prepare_process
 from kvmsim.exec.memory import NoMount, temporary_mount
+from kvmsim.exec.refusals import Refused
 from kvmsim.exec.run import LaunchFailed, run
 from kvmsim.running import RunningVm
 from kvmsim.trace import FORMATS
 from kvmsim.tracedvm import traced
 from kvmsim.tracefile import TraceFile
 from kvmsim.uapi import ABIS, Abi
+from privfs.notifier.lane import find_socket
 
 
 @click.command(
@@ -60,6 +61,9 @@ def execute(
         running: type[RunningVm] = RunningVm
         if trace_path is not None:
             running = traced(stack.enter_context(TraceFile(trace_path, trace_format or "")))
+        if memory is not None:
+            with explained():
+                find_socket(memory)
         try:
             place = memory or stack.enter_context(temporary_mount())
         except NoMount as error:
@@ -70,8 +74,6 @@ def execute(
             status = run(program, device)
         except LaunchFailed as failed:
             return failed.status
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.EINVAL, errno.ENOSYS):
-                raise
-            raise Failure(Exit.INTERNAL, f"{error}; exec needs Linux 5.19 and seccomp") from error
+        except Refused as refused:
+            raise Failure(Exit.INTERNAL, str(refused)) from refused
     return Exit.SIGNAL - status if status < 0 else status

@@ -16,6 +16,7 @@ import socket
 import sys
 
 from kvmsim.exec import filter as seccomp
+from kvmsim.exec.refusals import Refused, no_filter, no_namespace
 from kvmsim.exec.syscalls import (
     CLONE_NEWNS,
     CLONE_NEWUSER,
@@ -32,8 +33,8 @@ _NEW_LISTENER = 1 << 3  # SECCOMP_FILTER_FLAG_*
 _WAIT_KILLABLE_RECV = 1 << 5  # Linux 5.19
 _MS_BIND, _MS_REC, _MS_PRIVATE, _MS_NOSUID = 4096, 16384, 1 << 18, 2
 DEVICE = "/dev/kvm"
-#: Exit codes of a shell for a program that is not there, or cannot be executed.
-_NOT_FOUND, _NOT_EXECUTABLE = 127, 126
+#: Exit codes of a shell for a program that is not there, or cannot be executed; env(1)'s for us.
+_NOT_FOUND, _NOT_EXECUTABLE, _REFUSED = 127, 126, 125
 
 
 def main(number: int, node: str, program: list[str]) -> int:
@@ -45,17 +46,33 @@ def main(number: int, node: str, program: list[str]) -> int:
         with socket.socket(fileno=number) as channel:
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [listener]))
             channel.sendmsg([b"L"], [rights])
-            channel.recv(1)  # the other end has it
+            if not channel.recv(1):  # the other end has it, or gave up
+                return _REFUSED
         os.close(listener)
         os.execv(path, program)
+    except Refused as refused:
+        print(f"kvmsim: {refused}", file=sys.stderr)
+        return _REFUSED
     except OSError as error:
         print(f"kvmsim: {error.filename or program[0]}: {error.strerror or error}", file=sys.stderr)
         return _NOT_FOUND if error.errno == errno.ENOENT else _NOT_EXECUTABLE
 
 
 def _place(node: str) -> None:
-    """Let /dev/kvm be ``node``, here and in what we start."""
-    uid, gid = os.geteuid(), os.getegid()
+    """Let /dev/kvm be ``node``, here and in what we start; Refused."""
+    uid = os.geteuid()
+    try:
+        _unshare(uid, os.getegid())
+        mount("none", "/", "", _MS_REC | _MS_PRIVATE)
+        if not os.path.exists(DEVICE):
+            _copy_dev(node)
+        mount(node, DEVICE, "", _MS_BIND)
+    except OSError as error:
+        raise no_namespace(error, uid) from error
+
+
+def _unshare(uid: int, gid: int) -> None:
+    """A mount namespace of our own, without root in a user namespace in which we are ourselves."""
     if uid == 0:
         unshare(CLONE_NEWNS)
     else:
@@ -67,10 +84,6 @@ def _place(node: str) -> None:
         ):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
-    mount("none", "/", "", _MS_REC | _MS_PRIVATE)
-    if not os.path.exists(DEVICE):
-        _copy_dev(node)
-    mount(node, DEVICE, "", _MS_BIND)
 
 
 def _copy_dev(node: str) -> None:
@@ -99,13 +112,17 @@ class _Program(ctypes.Structure):
 
 
 def _install() -> int:
-    """Install the filter and return its listener."""
+    """Install the filter and return its listener; Refused."""
     code = seccomp.program()
     buffer = ctypes.create_string_buffer(code, len(code))
     fprog = _Program(len(code) // 8, ctypes.addressof(buffer))
     check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "PR_SET_NO_NEW_PRIVS")
     flags = _NEW_LISTENER | _WAIT_KILLABLE_RECV
-    return check(libc.syscall(SYS_SECCOMP, _SET_MODE_FILTER, flags, ctypes.byref(fprog)), "seccomp")
+    done = libc.syscall(SYS_SECCOMP, _SET_MODE_FILTER, flags, ctypes.byref(fprog))
+    try:
+        return check(done, "seccomp")
+    except OSError as error:
+        raise no_filter(error) from error
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import array
+import ctypes
 import os
 import signal
 import socket
@@ -15,7 +16,9 @@ from pathlib import Path
 
 from kvmsim.device.system import KvmDevice
 from kvmsim.exec.notification import Listener
+from kvmsim.exec.refusals import no_access
 from kvmsim.exec.supervisor import Supervisor
+from kvmsim.exec.syscalls import pidfd_getfd, read_memory
 
 
 class LaunchFailed(Exception):
@@ -27,7 +30,10 @@ class LaunchFailed(Exception):
 
 
 def run(program: Sequence[str], device: KvmDevice) -> int:
-    """Run a program on ``device`` and return its status, negative for a signal."""
+    """Run a program on ``device`` and return its status, negative for a signal.
+
+    LaunchFailed; Refused where its memory is out of reach here.
+    """
     with tempfile.TemporaryDirectory(prefix="kvmsim-exec.") as folder:
         node = Path(folder, "kvm")
         node.touch(0o666)
@@ -50,12 +56,32 @@ def _start(program: Sequence[str], node: str) -> tuple[subprocess.Popen[bytes], 
     with ours:
         with theirs:
             command = [sys.executable, "-m", "kvmsim.exec.launch", str(theirs.fileno()), node]
-            child = subprocess.Popen([*command, "--", *program], pass_fds=[theirs.fileno()])
+            number = theirs.fileno()
+            child = subprocess.Popen([*command, "--", *program], pass_fds=[number])
         data, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4))
         if not data:
             raise LaunchFailed(child.wait())
         (_, _, payload), *_ = ancillary
         (fd,) = array.array("i", payload)
         os.set_inheritable(fd, False)
+        try:
+            _reach(child.pid, number)
+        except OSError as error:
+            os.close(fd)
+            child.kill()
+            child.wait()
+            raise no_access(error) from error
         ours.send(b"R")
     return child, Listener(fd)
+
+
+def _reach(pid: int, number: int) -> None:
+    """See whether a process's descriptors and memory are within reach; OSError."""
+    pidfd = os.pidfd_open(pid)
+    try:
+        os.close(pidfd_getfd(pidfd, number))
+    finally:
+        os.close(pidfd)
+    with open(f"/proc/{pid}/maps") as file:
+        start = int(file.readline().partition("-")[0], 16)
+    read_memory(pid, start, ctypes.create_string_buffer(1))

@@ -184,6 +184,13 @@ class Supervisor:
     def _remap(
         self, call: Notification, process: Process, plan: list[Replacement], value: int
     ) -> None:
+        answered = False
+
+        def answer() -> None:
+            nonlocal answered
+            answered = True
+            self._listener.answer(call.id, value)
+
         with self._lock:
             waiting = frozenset(one.notification.tid for one in self._waiting.values())
             self._remapping = True
@@ -193,9 +200,8 @@ class Supervisor:
                 for replacement in plan
             ]
             Remapper(process.pid).replace(
-                call.tid, list(zip(plan, numbers, strict=True)), waiting,
-                partial(self._listener.answer, call.id, value),
-            )  # fmt: skip
+                call.tid, list(zip(plan, numbers, strict=True)), waiting, answer
+            )
             process.adopted(plan)
         except (RemapError, OSError) as error:
             log.warning(
@@ -204,12 +210,14 @@ class Supervisor:
             )  # fmt: skip
             for replacement in plan:
                 os.close(replacement.fd)
+            if not answered:  # it could not even be stopped: somebody else traces it
+                answer()
         finally:
             with self._lock:
                 self._remapping = False
                 held, self._held = self._held, []
-            for id, answer in held:
-                self._answer(id, answer)
+            for id, outcome in held:
+                self._answer(id, outcome)
 
     # --- signals ------------------------------------------------------------------------------
 

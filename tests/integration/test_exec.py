@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -141,6 +142,75 @@ def test_a_killed_supervisor_leaves_no_program_that_hangs(vmm: Path, mount: Moun
 def test_the_real_device_is_seen_by_nobody_inside(mount: Mounter, left: None) -> None:
     done = run(command("stat", "-c", "%F %s", "/dev/kvm", memory=mount().path))
     assert (done.returncode, done.stdout) == (0, "regular empty file 0\n")
+
+
+@pytest.mark.parametrize(
+    ("call", "code", "said"),
+    [
+        (317, errno.EPERM, "seccomp(2) is forbidden here"),
+        (317, errno.EINVAL, "needs Linux 5.19"),
+        (317, errno.ENOSYS, "needs CONFIG_SECCOMP_FILTER"),
+        (272, errno.EPERM, "no namespace in which /dev/kvm is the simulated one"),  # unshare
+        (438, errno.EPERM, "memory and descriptors cannot be reached"),  # pidfd_getfd
+        (310, errno.EPERM, "memory and descriptors cannot be reached"),  # process_vm_readv
+    ],
+)
+def test_what_the_machine_refuses_is_said_in_one_line(
+    call: int, code: int, said: str, mount: Mounter, left: None
+) -> None:
+    forbidden = [sys.executable, ROOT / "tests/forbid.py", str(call), str(code)]
+    done = run([*map(os.fspath, forbidden), *command("true", memory=mount().path)])
+    assert done.returncode == 125, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("kvmsim: ")
+    assert said in done.stderr
+
+
+def test_one_exec_in_another_is_refused(mount: Mounter, left: None) -> None:
+    place = mount().path
+    done = run(command(*command("true", memory=place), memory=place))
+    assert done.returncode == 125, done.stderr
+    assert "one seccomp listener" in done.stderr
+
+
+def test_no_user_namespaces_for_ordinary_users(tmp_path: Path) -> None:
+    ordinary = ["unshare", "--user", "--map-user=1000", "--keep-caps"]
+    script = 'echo 0 >/proc/sys/user/max_user_namespaces && exec "$@"'
+    if shutil.which("unshare") is None or run([*ordinary, "sh", "-c", script, "sh", "true"]).stderr:
+        pytest.skip("no user namespaces here, or an unshare that cannot: apt install util-linux")
+    launch = [sys.executable, "-m", "kvmsim.exec.launch", "0", os.fspath(tmp_path), "--", "true"]
+    done = run([*ordinary, "sh", "-c", script, "sh", *launch])
+    assert done.returncode == 125
+    assert "sysctl user.max_user_namespaces=0" in done.stderr
+
+
+def test_no_privfs_mount(tmp_path: Path, left: None) -> None:
+    done = run(command("true", memory=tmp_path))
+    assert done.returncode == 120
+    assert "does not lie in a privfs mount" in done.stderr
+
+
+_TRACER = """
+import ctypes, os, signal, sys
+ptrace = ctypes.CDLL(None).ptrace
+child = os.fork()
+if not child:
+    ptrace(0, 0, None, None)
+    os.execv(sys.argv[1], sys.argv[1:])
+while os.WIFSTOPPED(status := os.waitpid(child, 0)[1]):
+    number = os.WSTOPSIG(status)
+    ptrace(7, child, None, ctypes.c_long(0 if number == signal.SIGTRAP else number))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_program_that_another_traces_gets_its_answer(
+    vmm: Path, mount: Mounter, left: None
+) -> None:
+    """Its memory cannot become the guest's, which is said; the ioctl returns all the same."""
+    done = run(command(sys.executable, "-c", _TRACER, vmm, "add", memory=mount().path))
+    assert done.returncode == 1
+    assert "1024 pages of a slot stay private to it" in done.stderr
 
 
 @pytest.mark.root
