@@ -12,7 +12,7 @@ import errno
 import json
 import os
 import socket
-from dataclasses import dataclass
+import threading
 from typing import Any, Final
 
 from kvmsim.uapi import PAGE_SIZE
@@ -20,13 +20,32 @@ from privfs.notifier.lane import LinkError, connect
 
 _CONTROL: Final = "control"
 _TIMEOUT: Final = 5.0
+_CHUNK: Final = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
 class OwnerView:
-    """The owner behind the session socket at ``socket``."""
+    """The owner behind the session socket at ``path``; asked from any thread that may wait.
 
-    socket: str
+    Connects at once and keeps the connection: a path in the mount cannot be looked up while its
+    owner hangs.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._place = os.path.join(os.path.dirname(path), _CONTROL)
+        self._lock = threading.Lock()
+        self._owed = 0  #: answers to questions that were given up
+        self._buffer = bytearray()
+        self._why = ""
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._sock.settimeout(_TIMEOUT)
+        try:
+            connect(self._sock, self._place)
+        except LinkError as error:  # without it all goes on; only nothing can be asked
+            self._why = error.strerror or str(error)
+
+    def close(self) -> None:
+        """Ask no more."""
+        self._sock.close()
 
     def runs(self, ino: int, start: int, end: int) -> tuple[tuple[int, int], ...]:
         """Return the allocated pages of a file in [start, end), as runs, in order and apart.
@@ -54,25 +73,32 @@ class OwnerView:
         return tuple(self._ask("stat", ino=ino)["users"])
 
     def _ask(self, question: str, **arguments: Any) -> dict[str, Any]:
-        place = os.path.join(os.path.dirname(self.socket), _CONTROL)
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-                sock.settimeout(_TIMEOUT)
-                connect(sock, place)
-                sock.sendall(json.dumps({"ask": question, **arguments}).encode() + b"\n")
-                with sock.makefile("rb") as stream:
-                    line = stream.readline()
-            reply = json.loads(line)
-        except LinkError:
-            raise
-        except OSError as error:
-            why = error.strerror or str(error)
-            raise LinkError(
-                error.errno or errno.ETIMEDOUT, f"{place}: the owner does not answer: {why}"
-            ) from error
-        except ValueError:
-            raise LinkError(errno.ECONNRESET, f"{place}: the owner ended meanwhile") from None
+        if self._why:
+            raise LinkError(errno.ENOTCONN, self._why)
+        with self._lock:
+            try:
+                self._sock.sendall(json.dumps({"ask": question, **arguments}).encode() + b"\n")
+                self._owed += 1
+                while self._owed:
+                    line = self._line()
+                    self._owed -= 1
+            except OSError as error:
+                why = error.strerror or str(error)
+                raise LinkError(
+                    error.errno or errno.ETIMEDOUT, f"{self._place}: no answer: {why}"
+                ) from error
+        reply = json.loads(line)
         if "ok" not in reply:
-            raise LinkError(reply["errno"], f"{place}: {reply['error']}")
+            raise LinkError(reply["errno"], f"{self._place}: {reply['error']}")
         found: dict[str, Any] = reply["ok"]
         return found
+
+    def _line(self) -> bytes:
+        while (end := self._buffer.find(b"\n")) < 0:
+            data = self._sock.recv(_CHUNK)
+            if not data:
+                raise ConnectionResetError(errno.ECONNRESET, "the owner has ended")
+            self._buffer += data
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line

@@ -98,6 +98,7 @@ class Session:
         self._closed = False
         self.lane = Lane(self, User())
         self.lane.start(socket, label, fence=host.fence.kind, userfault=host.fence.fd)
+        self.view = OwnerView(socket)
 
     def file_id(self, ino: int) -> int:
         """Return the VM's name of a file of this session."""
@@ -214,6 +215,7 @@ class Session:
                 self.lane.unregister(ino)
         self.files.clear()
         self.lane.close()
+        self.view.close()
 
 
 class PrivateMemory:
@@ -296,12 +298,12 @@ class PrivateMemory:
     def runs(self, file: int, start: int, end: int) -> tuple[tuple[int, int], ...]:
         """Ask the owner which file pages are allocated (no lock held)."""
         session, ino = self.locate(file)
-        return OwnerView(session.socket).runs(ino, start, end)
+        return session.view.runs(ino, start, end)
 
     def alone(self, file: int) -> bool:
         """Ask the owner whether this VM is the file's only user (no lock held)."""
         session, ino = self.locate(file)
-        return len(OwnerView(session.socket).users(ino)) == 1
+        return len(session.view.users(ino)) == 1
 
     def placed(self, file: int) -> None:
         """Place extents for a slot that was just bound (lock held)."""
