@@ -80,7 +80,7 @@ def stat_lines(vm: dict[str, Any], *, in_bytes: bool) -> list[str]:
         f"discarded (discard={vm['discard']})",
         "Faults": f"{counters['vm']['faults']}, {counters['vm']['exits']} exits, "
         f"{counters['vm']['retries']} retries, {counters['runner']['pages_asked']} pages asked",
-        "Zaps": f"{counters['vm']['invalidations']} of {counters['vm']['zapped_leaves']} leaves, "
+        "Zaps": f"{counters['vm']['invalidations']}, {counters['vm']['zapped_leaves']} leaves, "
         f"{counters['runner']['shootdowns']} shootdowns, {counters['runner']['flushes']} flushes",
     }
     if vm["error"]:
