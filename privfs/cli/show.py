@@ -217,6 +217,15 @@ def status_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
     """Return the status of one mount as lines."""
     if "error" in found:
         return [found["error"]]
+    try:
+        return _status_lines(found, in_bytes=in_bytes)
+    except KeyError as missing:  # it was mounted before we were installed
+        where = f"{found['mountpoint']} (pid {found['pid']})"
+        return [f"{where}: served by another version of privfs, which does not tell {missing}; "
+                "--json shows what it does tell"]  # fmt: skip
+
+
+def _status_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
     size = _sizes(in_bytes)
     memory, waits = found["memory"], found["invalidations"]
     mode = found["mode"]

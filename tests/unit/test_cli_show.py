@@ -176,6 +176,16 @@ def test_status_shows_users_and_why_there_is_no_passthrough(
     assert [line.split(maxsplit=2)[2] for line in lines[-5:]] == [f"thing {n}" for n in range(4, 9)]
 
 
+def test_status_of_a_mount_that_is_older_than_we_are(
+    mount: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {name: value for name, value in STATUS.items() if name != "invalidations"}
+    mount["status"] = told
+    assert call(["status", "/m"]) == 0
+    said = capsys.readouterr().out
+    assert "served by another version of privfs, which does not tell 'invalidations'" in said
+
+
 @pytest.mark.parametrize(
     ("error", "code", "words"),
     [
