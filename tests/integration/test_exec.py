@@ -133,7 +133,10 @@ def test_sigterm_for_the_supervisor_ends_the_program(vmm: Path, mount: Mounter, 
         program.wait(30)
 
 
-def test_a_killed_supervisor_leaves_no_program_that_hangs(vmm: Path, mount: Mounter) -> None:
+def test_a_killed_supervisor_leaves_no_program_that_hangs(
+    vmm: Path, mount: Mounter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", os.fspath(tmp_path))  # nobody is left to take its folder away
     with spinning(vmm, mount().path) as (supervisor, program):
         supervisor.kill()
         program.wait(30)  # its KVM_RUN fails with ENOSYS, which it complains of and ends
