@@ -98,6 +98,7 @@ def _status(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str,
         "failures": service.failures,
         "strays": service.strays.view(),
         "incidents": service.incidents.view(),
+        "asking": service.asking,
         "frames": {"in": hub.frames_in, "out": hub.frames_out},
     }
 
@@ -175,6 +176,7 @@ async def serve(service: Service, info: MountInfo, listener: socket.socket) -> N
 
     async def talk(stream: trio.SocketStream) -> None:
         buffer = bytearray()
+        service.asking += 1
         try:
             async for chunk in stream:
                 buffer += chunk
@@ -190,6 +192,8 @@ async def serve(service: Service, info: MountInfo, listener: socket.socket) -> N
                     return
         except trio.BrokenResourceError:
             return  # the asker has left
+        finally:
+            service.asking -= 1
 
     trio_listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener))
     await trio.serve_listeners(talk, [trio_listener])

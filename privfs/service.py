@@ -86,6 +86,7 @@ class Service:
         self.hub = Hub(self, self._memfd)
         self.dev = 0
         self.kills = self.failures = 0
+        self.asking = 0  #: connections to the control socket
         self.latencies = Latencies()
         self.incidents = Incidents()
         self.events = Events(self.owner)

@@ -145,7 +145,8 @@ def _counts(place: Place) -> str:
     status = place.ask("status")
     fds, threads, children = place.counts()
     fences = sum(row["fence"] == Fence.UFFD.text for row in status["sessions"])
-    expected = place.fds + 2 * len(status["sessions"]) + fences + status["extents"]
+    askers = status["asking"] - 1  # without ourselves
+    expected = place.fds + 2 * len(status["sessions"]) + fences + status["extents"] + askers
     good = fds == expected and children == place.children
     if good and threads <= place.threads + _IDLE_THREADS:
         return ""
