@@ -23,6 +23,7 @@ from cases import CASES
 from model import FULL, QUICK, Bench, Placement, Row
 from runner import run
 
+_leaving: list[int] = []
 _FLOORS = Path(__file__).parent / "build"
 
 
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("warning: one CPU only: nothing is measured across CPUs", file=human)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="privfs-bench.") as scratch:
-        bench = Bench(Path(scratch), options.floors.absolute(), counts)
+        bench = Bench(Path(scratch), options.floors.absolute(), counts, _leaving)
         for case in chosen:
             for placement in placements:
                 if placement.name in case.placements:
@@ -115,6 +116,7 @@ def _say(text: str) -> None:
 
 def _leave(number: int, frame: object) -> None:
     """Unwind, so that mounts and processes end."""
+    _leaving.append(128 + number)
     raise SystemExit(128 + number)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,11 +99,15 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """What every side may use: a directory that vanishes, the C programs, how much to do."""
+    """What every side may use: a directory that vanishes, the C programs, how much to do.
+
+    ``leaving`` has the status to end with once a signal came.
+    """
 
     scratch: Path
     floors: Path
     counts: Counts
+    leaving: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

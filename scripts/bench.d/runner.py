@@ -55,8 +55,10 @@ def run(case: Case, placement: Placement, bench: Bench) -> list[Row]:
         ours.enter(case.ours, bench, placement, stack)
         rival.enter(case.rival, bench, placement, stack)
         for _ in range(bench.counts.rounds):
-            ours.round()
-            rival.round()
+            for side in (ours, rival):
+                if bench.leaving:  # raised where Python ignores it: in a destructor, around a fork
+                    raise SystemExit(bench.leaving[0])
+                side.round()
     return [
         Row(
             case.name, row, what, case.unit, placement, case.rival_name,
