@@ -25,7 +25,7 @@ class _Crowd:
     users: int
     busy: int
     files: int
-    share: int = 1  #: of the calls of a round: those of many users take long
+    share: float = 1  #: of the calls of a round: those of many users take long, rates want many
     unit: Unit = Unit.MICROSECONDS
 
 
@@ -33,7 +33,7 @@ _CROWDS = {
     "users_64": _Crowd("INVALIDATE to the 64 users of one file and all their ACKs", 64, 1, 1, 8),
     "files_32": _Crowd(
         "invalidations of 32 files at the same time, 4 users each", 4, 32, 32,
-        unit=Unit.INVALIDATIONS,
+        share=1 / 8, unit=Unit.INVALIDATIONS,
     ),
     "files_10000": _Crowd("INVALIDATE to one user of 10,000 files, and its ACK", 1, 1, 10_000),
 }  # fmt: skip
@@ -41,7 +41,7 @@ _serial = count(1)
 
 
 def _calls(bench: Bench, crowd: _Crowd) -> int:
-    return max(bench.counts.calls // crowd.share, 20)
+    return max(int(bench.counts.calls / crowd.share), 20)
 
 
 def _sample(line: bytes, unit: Unit) -> Sample:

@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from itertools import count
 
 import trio
@@ -55,15 +56,15 @@ class Injected(Service):
             raise AssertionError(f"a punch that waits for nobody: {call.outcome}")
 
 
-async def _run(service: Injected, inos: list[int], wanted: int) -> None:
-    pages = {ino: count() for ino in inos}
+async def _run(service: Injected, pages: dict[int, Iterator[int]], wanted: int) -> None:
+    """Punch ``wanted`` pages, the next one of each file in turn, all files at the same time."""
     left = wanted
-    service.ready = list(inos)
+    service.ready = list(pages)
     while left or service.busy:
         while service.ready and left:
             ino = service.ready.pop()
             page = next(pages[ino])
-            if page % _PAGES == 0:
+            if page and page % _PAGES == 0:
                 await _settle(service, ino, Fallocate(0, 0, _PAGES * PAGE_SIZE))
             service.punch(ino, page % _PAGES)
             left -= 1
@@ -98,10 +99,12 @@ async def main(path: str, users: int, busy: int, wanted: int, files: list[str]) 
                     await trio.sleep(0.005)
             for ino in inos[:busy]:
                 await _settle(service, ino, Resize(_PAGES * PAGE_SIZE))
-            await _run(service, inos[:busy], _WARM_UP)
+                await _settle(service, ino, Fallocate(0, 0, _PAGES * PAGE_SIZE))
+            pages: dict[int, Iterator[int]] = {ino: count() for ino in inos[:busy]}
+            await _run(service, pages, _WARM_UP)
             service.latencies.recent.clear()
             start = time.perf_counter()
-            await _run(service, inos[:busy], wanted)
+            await _run(service, pages, wanted)
             took = time.perf_counter() - start
             latencies = service.latencies
             found = {
