@@ -24,7 +24,7 @@ from crowd import KERNEL, TWIN
 from deeds import World
 from mutants import MUTANTS
 from place import Breach, Place
-from plan import Deed, Plan
+from plan import STEADY_SLOTS, Deed, Plan
 
 OK, FOUND, USAGE, CANNOT, INTERRUPTED = 0, 1, 2, 3, 130
 _HISTORY = 40
@@ -96,6 +96,13 @@ class Journal:
         self._thread.join()
 
 
+def torrents(text: str) -> int:
+    count = int(text)
+    if not 0 <= count <= STEADY_SLOTS:
+        raise argparse.ArgumentTypeError(f"{count}: 0 to {STEADY_SLOTS}")
+    return count
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="scripts/chaos", description=__doc__,
@@ -107,7 +114,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0, help="end after so many deeds")
     parser.add_argument("--punches", type=int, default=0, metavar="N",
                         help="end after so many punches that users acknowledged")  # fmt: skip
-    parser.add_argument("--torrents", type=int, default=0, metavar="N",
+    parser.add_argument("--torrents", type=torrents, default=0, metavar="N",
                         help="files that are punched without end, for a long run")  # fmt: skip
     parser.add_argument("--mutant", choices=MUTANTS, default="none", help="switch one rule off")
     parser.add_argument("--mutants", action="store_true", help="list them")

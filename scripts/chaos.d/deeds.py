@@ -51,7 +51,7 @@ class World:
         self.crowd.boot(VMS, self.plan.seed)
         for i in range(self.plan.torrents):
             self.place.create(torrent(i), SMALL_PAGES)
-            self.enter(f"steady{i}", torrent(i), self.plan.mode, 56 + i, self.plan.seed + i)
+            self.enter(f"steady{i}", torrent(i), self.plan.mode, i, self.plan.seed + i)
         self._pour()
         self._allowed = audit.Allowed()
 

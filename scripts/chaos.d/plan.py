@@ -21,6 +21,9 @@ USER_PAGES: Final = {COMMON: (256, 320), "vm0": (3072, 3136), "vm1": (3072, 3136
 SMALL_USER_PAGES: Final = (0, 64)
 #: Pages of COMMON that both guests write.
 GUEST_PAGES: Final = (0, 64)
+PAGE_WORDS: Final = 512
+STEADY_SLOTS: Final = 64
+"""Words of a page that belong to the users of torrents, whom no deed ends."""
 MAX_USERS: Final = 6
 MAX_CALLERS: Final = 3
 MAX_SMALL: Final = 3
@@ -129,6 +132,10 @@ class Plan:
         self._made += 1
         return f"{kind}{self._made}"
 
+    def _slot(self) -> int:
+        """Return the word of a page that a new user writes, and nobody beside it."""
+        return STEADY_SLOTS + self._made % (PAGE_WORDS - STEADY_SLOTS)
+
     def _file(self) -> str:
         return self.dice.choice([COMMON, *self._named()])
 
@@ -152,7 +159,7 @@ class Plan:
         self.users[name] = file
         slow = f"slow={self.dice.choice((5, 20, 100))}"
         mode = self.dice.choice((self.mode, self.mode, self.mode, slow))
-        return Deed("enter", (name, file, mode, self._made % 64, self._seed()))
+        return Deed("enter", (name, file, mode, self._slot(), self._seed()))
 
     def _gone(self) -> str:
         name = self._pick()
@@ -180,7 +187,7 @@ class Plan:
         mode = self.dice.choice(("hung", "hung", "close", "close", "crash"))
         selfcall = int(mode == "hung" and self.dice.random() < 0.4)
         name, file = self._name("h"), self._file()
-        return Deed("hang", (name, file, mode, self._made % 64, self._seed(), selfcall))
+        return Deed("hang", (name, file, mode, self._slot(), self._seed(), selfcall))
 
     def _stop(self) -> Deed:
         running = [name for name in (*self.users, *VMS) if name not in self.stopped]
@@ -295,7 +302,7 @@ class Plan:
     def _clock(self) -> Deed:
         seconds = self.dice.choice((1, 3600, 86_400, 10 * 365 * 86_400))
         seconds *= self.dice.choice((-1, 1))
-        return Deed("clock", (self._name("h"), COMMON, self._made % 64, self._seed(), seconds))
+        return Deed("clock", (self._name("h"), COMMON, self._slot(), self._seed(), seconds))
 
     def _squeeze(self) -> Deed:
         return Deed("squeeze", (self._name("z"), self.dice.randrange(4), self._seed()))

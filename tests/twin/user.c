@@ -6,7 +6,7 @@
  *   user FILE MODE LABEL SLOT
  *
  * registers FILE and prints "ready INODE PAGES WRITABLE".  It maps what it is granted, writes a
- * value of its own into word SLOT * 8 of each page that it touches, and knows what it must read
+ * value of its own into word SLOT of each page that it touches, and knows what it must read
  * there: the last value, or that or 0 after an invalidation.  MODE says what it does with those:
  *
  *   good       unmaps, then acknowledges         slow=MS   the same, MS milliseconds later
@@ -19,7 +19,7 @@
  *
  * Commands are lines on stdin, each answered by a line:
  *
- *   touch P, read P     value P WAS             write and read, or only read, word SLOT * 8
+ *   touch P, read P     value P WAS             write and read, or only read, word SLOT
  *   words P             words P COUNT           words of the page that are not 0
  *   map P START END     granted START END       GET with a window; what is mapped now
  *   again P             extent START END        have the descriptor of the extent sent again
@@ -554,7 +554,7 @@ static int access_page(uint64_t page, bool store, uint64_t *was)
 	if (failed)
 		return failed;
 	pthread_mutex_lock(&values);
-	volatile uint64_t *word = (volatile uint64_t *)(base + page * PAGE_SIZE) + slot * 8;
+	volatile uint64_t *word = (volatile uint64_t *)(base + page * PAGE_SIZE) + slot;
 	*was = *word;
 	if (known[page] == CERTAIN && *was != expected[page])
 		*was ? counts.stale++ : counts.lost++;
@@ -865,7 +865,7 @@ int main(int argc, char **argv)
 	}
 	path = argv[1];
 	find_mode(argv[2]);
-	slot = atoi(argv[4]) % 64;
+	slot = atoi(argv[4]) % 512;
 	signal(SIGPIPE, SIG_IGN);
 	pthread_rwlockattr_init(&fair);
 	pthread_rwlockattr_setkind_np(&fair, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
