@@ -21,7 +21,7 @@ import mmap
 import os
 from dataclasses import dataclass
 
-from hwemu import usercopy
+from hwemu import processmemory, usercopy
 from hwemu.careful import CarefulView
 
 PAGE_SIZE = 4096
@@ -34,10 +34,6 @@ _MAP_SHARED, _MAP_PRIVATE = mmap.MAP_SHARED, mmap.MAP_PRIVATE
 _MAP_FIXED, _MAP_ANONYMOUS, _MAP_NORESERVE = 0x10, mmap.MAP_ANONYMOUS, 0x4000
 _MADV_DONTFORK, _MADV_DONTDUMP = 10, 16
 _MAP_FAILED = ctypes.c_void_p(-1).value
-
-
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
 
 
 def _load_libc() -> ctypes.CDLL:
@@ -53,17 +49,6 @@ def _load_libc() -> ctypes.CDLL:
     )
     libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for name in ("process_vm_readv", "process_vm_writev"):
-        call = getattr(libc, name)
-        call.restype = ctypes.c_ssize_t
-        call.argtypes = (
-            ctypes.c_int,
-            ctypes.POINTER(_Iovec),
-            ctypes.c_ulong,
-            ctypes.POINTER(_Iovec),
-            ctypes.c_ulong,
-            ctypes.c_ulong,
-        )
     return libc
 
 
@@ -283,25 +268,25 @@ class Arena:
     # -- device access --------------------------------------------------------------------------
 
     def _transfer(
-        self, operation: str, call: str, hpa: int, buffer: ctypes.Array[ctypes.c_char], length: int
+        self, operation: str, hpa: int, buffer: ctypes.Array[ctypes.c_char], length: int
     ) -> None:
         self._require_open(operation)
         if length == 0:
             return
         if self._find(hpa, length) < 0:
             raise ArenaFault(operation, hpa, length, errno.EFAULT, "not inside one placed range")
-        local = _Iovec(ctypes.addressof(buffer), length)
-        remote = _Iovec(self._address + hpa - self.hpa_base, length)
-        done = getattr(_libc, call)(self._pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+        call = processmemory.read if operation == "read" else processmemory.write
+        here, there = ctypes.addressof(buffer), self._address + hpa - self.hpa_base
+        code, done = errno.EFAULT, 0
+        try:
+            done = call(self._pid, there, here, length)
+        except OSError as error:
+            code = error.errno or errno.EFAULT
+        if done != length and code == errno.EFAULT:  # not there, or there but never pinned
+            to, source = (here, there) if operation == "read" else (there, here)
+            done = usercopy.copy(to, source, length)
         if done != length:
-            code = ctypes.get_errno() if done < 0 else errno.EFAULT
-            if code == errno.EFAULT:  # not there, or there but never pinned
-                to, source = (local, remote) if operation == "read" else (remote, local)
-                done = usercopy.copy(to.base, source.base, length)
-        if done != length:
-            raise ArenaFault(
-                operation, hpa, length, code, f"only {max(done, 0)} bytes could be reached"
-            )
+            raise ArenaFault(operation, hpa, length, code, f"only {done} bytes could be reached")
 
     def read(self, hpa: int, length: int) -> bytes:
         """Copy ``length`` bytes out of placed memory for a device; raises `ArenaFault`.
@@ -310,13 +295,13 @@ class Arena:
         never a signal.
         """
         buffer = ctypes.create_string_buffer(length)
-        self._transfer("read", "process_vm_readv", hpa, buffer, length)
+        self._transfer("read", hpa, buffer, length)
         return buffer.raw
 
     def write(self, hpa: int, data: bytes) -> None:
         """Copy ``data`` into placed memory for a device; raises `ArenaFault`."""
         buffer = ctypes.create_string_buffer(data, len(data))
-        self._transfer("write", "process_vm_writev", hpa, buffer, len(data))
+        self._transfer("write", hpa, buffer, len(data))
 
     def words(self) -> memoryview | CarefulView:
         """All of the arena as a writable 'Q' view, for engines only.

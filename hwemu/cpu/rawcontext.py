@@ -14,6 +14,8 @@ import os
 import struct
 from typing import Any
 
+from hwemu import processmemory
+
 SUPPORTED = "2.1.4"
 
 # 64-bit words of CPUX86State
@@ -60,20 +62,14 @@ class EngineMismatchError(RuntimeError):
         )
 
 
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
 def peek(address: int, length: int) -> bytes:
     """Up to ``length`` bytes of this process at ``address``; short or empty if not readable."""
-    libc = ctypes.CDLL(None, use_errno=True)
     buffer = ctypes.create_string_buffer(length)
-    local = _Iovec(ctypes.addressof(buffer), length)
-    remote = _Iovec(address, length)
-    read = libc.process_vm_readv
-    read.restype = ctypes.c_ssize_t
-    done = read(os.getpid(), ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
-    return buffer.raw[: max(done, 0)]
+    try:
+        done = processmemory.read(os.getpid(), address, ctypes.addressof(buffer), length)
+    except OSError:
+        return b""
+    return buffer.raw[:done]
 
 
 def find_state(handle: int, magic: tuple[int, ...], version: str) -> tuple[int, int]:

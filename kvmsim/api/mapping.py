@@ -7,20 +7,18 @@ import ctypes
 import errno
 import mmap
 import os
+from collections.abc import Callable
 from typing import Final
 
+from hwemu import processmemory
 from kvmsim.api.transport import IoctlError
 
 _MAP_NORESERVE: Final = 0x4000  # the mmap module has no name for it yet
 
+_Copy = Callable[[int, int, int, int], int]
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-for _name in ("process_vm_readv", "process_vm_writev"):
-    getattr(_libc, _name).restype = ctypes.c_ssize_t
-
-
-class _IoVec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("len", ctypes.c_size_t))
 
 
 def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
@@ -54,7 +52,7 @@ class Mapping:
         if not self._careful:
             return self._map[offset : offset + length]
         buffer = (ctypes.c_char * length)()
-        self._transfer("process_vm_readv", buffer, offset)
+        self._transfer("process_vm_readv", processmemory.read, buffer, offset)
         return buffer.raw
 
     def write(self, offset: int, data: bytes) -> None:
@@ -64,7 +62,7 @@ class Mapping:
             self._map[offset : offset + len(data)] = data
         else:
             buffer = (ctypes.c_char * len(data)).from_buffer_copy(data)
-            self._transfer("process_vm_writev", buffer, offset)
+            self._transfer("process_vm_writev", processmemory.write, buffer, offset)
 
     def discard(self, offset: int, size: int) -> None:
         """Free pages by MADV_REMOVE, which punches what is mapped."""
@@ -85,16 +83,15 @@ class Mapping:
             where = f"[{offset:#x}, {offset + length:#x}) of {self.size:#x} bytes"
             raise IoctlError(errno.EFAULT, operation, where)
 
-    def _transfer(self, operation: str, buffer: ctypes.Array[ctypes.c_char], offset: int) -> None:
+    def _transfer(
+        self, operation: str, call: _Copy, buffer: ctypes.Array[ctypes.c_char], offset: int
+    ) -> None:
         """Copy by a system call on ourselves: it answers EFAULT where a load would be SIGBUS."""
-        length = len(buffer)
-        ours = _IoVec(ctypes.addressof(buffer), length)
-        theirs = _IoVec(self.address + offset, length)
-        done = getattr(_libc, operation)(
-            os.getpid(), ctypes.byref(ours), ctypes.c_ulong(1), ctypes.byref(theirs),
-            ctypes.c_ulong(1), ctypes.c_ulong(0),
-        )  # fmt: skip
+        length, number, done = len(buffer), errno.EFAULT, 0
+        try:
+            done = call(os.getpid(), self.address + offset, ctypes.addressof(buffer), length)
+        except OSError as error:
+            number = error.errno or errno.EFAULT
         if done != length:
-            number = ctypes.get_errno() if done < 0 else errno.EFAULT
             where = f"guest_memfd mapping [{offset:#x}, {offset + length:#x})"
             raise IoctlError(number, operation, f"{where}: not the host's to touch")

@@ -19,7 +19,8 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Self
 
-from kvmsim.device.caller import Efault, Fd, HostPiece, NotOurs, PrivateFd
+from kvmsim.device.caller import Fd, HostPiece, NotOurs, PrivateFd
+from kvmsim.device.copying import fetch, store
 from kvmsim.device.results import (
     Begun,
     DeviceObject,
@@ -35,36 +36,7 @@ from kvmsim.uapi import PAGE_SIZE
 _FUSE_SUPER_MAGIC: Final = 0x65735546
 
 
-class _Iovec(ctypes.Structure):
-    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
-
-
-def _libc() -> ctypes.CDLL:
-    libc = ctypes.CDLL(None, use_errno=True)
-    for name in ("process_vm_readv", "process_vm_writev"):
-        function = getattr(libc, name)
-        function.restype = ctypes.c_ssize_t
-        function.argtypes = (
-            ctypes.c_int, ctypes.POINTER(_Iovec), ctypes.c_ulong,
-            ctypes.POINTER(_Iovec), ctypes.c_ulong, ctypes.c_ulong,
-        )  # fmt: skip
-    return libc
-
-
-_LIBC: Final = _libc()
-
-
-def _copy(call: str, buffer: ctypes.Array[ctypes.c_char], address: int, length: int) -> None:
-    """Through the kernel, so that a bad address is an error and not a signal."""
-    if not length:
-        return
-    if not 0 <= address < 1 << 64:
-        raise Efault(address, length)
-    local = _Iovec(ctypes.addressof(buffer), length)
-    remote = _Iovec(address, length)
-    done = getattr(_LIBC, call)(os.getpid(), ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
-    if done != length:
-        raise Efault(address, length)
+_LIBC: Final = ctypes.CDLL(None, use_errno=True)
 
 
 @dataclass(order=True, slots=True)
@@ -156,13 +128,11 @@ class LocalCaller:
 
     def read(self, address: int, length: int) -> bytes:
         """See :class:`~kvmsim.device.caller.Caller`."""
-        buffer = ctypes.create_string_buffer(length)
-        _copy("process_vm_readv", buffer, address, length)
-        return buffer.raw
+        return fetch(os.getpid(), address, length)
 
     def write(self, address: int, data: bytes) -> None:
         """See :class:`~kvmsim.device.caller.Caller`."""
-        _copy("process_vm_writev", ctypes.create_string_buffer(data, len(data)), address, len(data))
+        store(os.getpid(), address, data)
 
     def fd(self, number: int) -> Fd:
         """See :class:`~kvmsim.device.caller.Caller`."""

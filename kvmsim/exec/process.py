@@ -11,19 +11,19 @@ import os
 import signal
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from threading import get_ident
 
-from kvmsim.device.caller import Efault, Fd, HostPiece, NotOurs, PrivateFd
+from kvmsim.device.caller import Fd, HostPiece, NotOurs, PrivateFd
+from kvmsim.device.copying import fetch, store
 from kvmsim.device.local import on_fuse
 from kvmsim.device.results import DeviceObject
 from kvmsim.exec import maps
 from kvmsim.exec.remap import Replacement, new_memory
-from kvmsim.exec.syscalls import pidfd_getfd, read_memory, write_memory
+from kvmsim.exec.syscalls import pidfd_getfd
 
 log = logging.getLogger(__name__)
 
-_Copy = Callable[[int, int, ctypes.Array[ctypes.c_char]], int]
 Identity = tuple[int, int]
 """st_dev and st_ino of what a descriptor names: the same after dup(2), fork(2) and SCM_RIGHTS."""
 
@@ -52,23 +52,11 @@ class Process:
 
     def read(self, address: int, length: int) -> bytes:
         """See :class:`~kvmsim.device.caller.Caller`."""
-        buffer = ctypes.create_string_buffer(length)
-        self._copy(read_memory, address, buffer)
-        return buffer.raw
+        return fetch(self.pid, address, length)
 
     def write(self, address: int, data: bytes) -> None:
         """See :class:`~kvmsim.device.caller.Caller`."""
-        self._copy(write_memory, address, ctypes.create_string_buffer(data, len(data)))
-
-    def _copy(self, call: _Copy, address: int, buffer: ctypes.Array[ctypes.c_char]) -> None:
-        if not len(buffer):
-            return
-        try:
-            done = call(self.pid, address, buffer)
-        except OSError:
-            done = 0
-        if done != len(buffer):
-            raise Efault(address, len(buffer))
+        store(self.pid, address, data)
 
     # --- descriptors --------------------------------------------------------------------------
 

@@ -22,7 +22,8 @@ from typing import Final
 
 import numpy as np
 
-from kvmsim.exec.syscalls import check, libc, read_memory
+from hwemu import processmemory
+from kvmsim.exec.syscalls import check, libc
 from kvmsim.uapi import PAGE_SHIFT, PAGE_SIZE
 
 log = logging.getLogger(__name__)
@@ -168,8 +169,7 @@ class Remapper:
                 for at in range(first, last, _CHUNK):
                     length = min(_CHUNK, last - at)
                     place = base + at - replacement.start
-                    buffer = (ctypes.c_char * length).from_address(place)
-                    if read_memory(self.pid, at, buffer) != length:
+                    if processmemory.read(self.pid, at, place, length) != length:
                         raise OSError(errno.EFAULT, f"[{at:#x}, {at + length:#x}) went away")
             del target
 
@@ -206,7 +206,7 @@ class Remapper:
         saved = self._registers(tid)
         regs = dict(saved)
         code = ctypes.create_string_buffer(2)
-        read_memory(self.pid, regs["rip"] - 2, code)
+        processmemory.read(self.pid, regs["rip"] - 2, ctypes.addressof(code), 2)
         if code.raw != _SYSCALL:
             raise OSError(errno.EINVAL, f"thread {tid} did not come by a syscall instruction")
         regs["rip"] -= 2

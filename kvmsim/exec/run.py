@@ -14,11 +14,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from hwemu import processmemory
 from kvmsim.device.system import KvmDevice
 from kvmsim.exec.notification import Listener
 from kvmsim.exec.refusals import no_access
 from kvmsim.exec.supervisor import Supervisor
-from kvmsim.exec.syscalls import pidfd_getfd, read_memory
+from kvmsim.exec.syscalls import pidfd_getfd
 
 
 class LaunchFailed(Exception):
@@ -84,4 +85,5 @@ def _reach(pid: int, number: int) -> None:
         os.close(pidfd)
     with open(f"/proc/{pid}/maps") as file:
         start = int(file.readline().partition("-")[0], 16)
-    read_memory(pid, start, ctypes.create_string_buffer(1))
+    byte = ctypes.create_string_buffer(1)
+    processmemory.read(pid, start, ctypes.addressof(byte), 1)
