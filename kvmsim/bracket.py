@@ -45,6 +45,9 @@ class Brackets:
 
     def begin_invalidate_file(self, file: int, start: int, end: int) -> Invalidation:
         """Zap the private side of every slot bound to pages [start, end) of ``file``."""
+        known = (self.mmu.files or {}).get(file)
+        if known is not None:
+            known.sever(start, end)
         found = list(self.mmu.slots.find_file(file, start, end))
         gfns = [(first, last) for _, first, last in found]
         whole = any(slot.whole for slot, _, _ in found)
@@ -98,6 +101,15 @@ class Brackets:
             if invalidation.bracketed:
                 self.mmu.invalidate.end()
         return invalidation.zapped
+
+    def abandon(self, invalidation: Invalidation) -> None:
+        """Close the bracket without its change: nothing has changed but what was zapped."""
+        if isinstance(invalidation.then, ConvertFile):
+            assert self.mmu.files is not None
+            self.mmu.files[invalidation.then.file].converting = None
+        if invalidation.then == self._changing:
+            self._changing = None
+        self.end(replace(invalidation, then=None))
 
     def _do(self, then: Then | None) -> None:
         match then:

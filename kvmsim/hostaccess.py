@@ -4,8 +4,9 @@
 A mount's files cannot be mapped, so nobody of the host has a page by itself: who wants one asks
 the owner as a vCPU does, and is refused where the index is private, as a touch of a guest_memfd's
 mapping is (kvm_gmem_fault_user_mapping(): SIGBUS). Until it is closed an access is a reference
-that keeps its pages from being converted to private; whoever punches them waits for it as for a
-vCPU.
+that keeps its pages from being converted to private. It keeps nobody from punching them: an
+invalidation from below severs it, under the lock that every use of it takes, so the memory is
+free to go when that is acknowledged, however long the host would have held it.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class HostAccess:
     write: bool = False
     state: HostState = HostState.NEW
     places: tuple[Place, ...] = ()
-    references: tuple[int, ...] = ()
+    reference: int | None = None
 
     def step(self, mmu: Mmu) -> HostEffect:
         """Begin, or go on after Retry: what is missing, or Opened."""
@@ -83,8 +84,7 @@ class HostAccess:
             page = at if file.is_private(at) else run.end
             return self._refuse(mmu, errno.EFAULT, page, "the index is private")
         if at == self.end:
-            self.state = HostState.OPEN
-            return Opened(self.places)
+            return self._open(mmu)
         if (self.file, at) in mmu.poison:
             return self._refuse(mmu, EHWPOISON, at, "the page is poisoned")
         self.state = HostState.WAIT_PAGE
@@ -118,17 +118,21 @@ class HostAccess:
         if last == at or (self.file, at) in mmu.poison:
             return self._refuse(mmu, EHWPOISON, at, "the page is poisoned")
         self.places = (*self.places, Place(at, last - at, hpa))
-        self.references = (*self.references, file.refer(at, last))
-        if last == self.end:
-            self.state = HostState.OPEN
-            return Opened(self.places)
-        return self.step(mmu)
+        if self.reference is None:
+            self.reference = file.refer(at, last)
+        elif not file.widen(self.reference, last):
+            return self._severed(mmu)
+        return self._open(mmu) if last == self.end else self.step(mmu)
+
+    def held(self, mmu: Mmu) -> bool:
+        """Whether it is open and nothing has severed it: its places may be used (lock held)."""
+        return self.state is HostState.OPEN and self._intact(mmu)
 
     def close(self, mmu: Mmu) -> None:
         """Let go of every page; no access may follow. Again is no error."""
-        for reference in self.references:
-            self._file(mmu).release(reference)
-        self.references, self.places = (), ()
+        if self.reference is not None:
+            self._file(mmu).release(self.reference)
+        self.reference, self.places = None, ()
         self.state = HostState.CLOSED
 
     def key(self) -> Hashable:
@@ -142,6 +146,21 @@ class HostAccess:
     @property
     def _reached(self) -> int:
         return self.places[-1].page + self.places[-1].npages if self.places else self.start
+
+    def _open(self, mmu: Mmu) -> HostEffect:
+        if not self._intact(mmu):
+            return self._severed(mmu)
+        self.state = HostState.OPEN
+        return Opened(self.places)
+
+    def _intact(self, mmu: Mmu) -> bool:
+        return self.reference is not None and self._file(mmu).holds(self.reference)
+
+    def _severed(self, mmu: Mmu) -> Retry:
+        """Pages that were in hand were punched while others were asked for: from the start."""
+        self.close(mmu)
+        self.state = HostState.NEW
+        return Retry(RetryReason.INVALIDATED)
 
     def _file(self, mmu: Mmu) -> InPlaceFile:
         file = None if mmu.files is None else mmu.files.get(self.file)

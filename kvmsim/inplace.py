@@ -142,9 +142,34 @@ class InPlaceFile:
         self._references[self._next] = (start, end)
         return self._next
 
+    def widen(self, reference: int, end: int) -> bool:
+        """The host has the pages up to ``end`` as well; False: it was severed."""
+        held = self._references.get(reference)
+        if held is not None:
+            self._references[reference] = (held[0], end)
+        return held is not None
+
     def release(self, reference: int) -> None:
-        """And no longer."""
-        del self._references[reference]
+        """And no longer; one that was severed is gone already."""
+        self._references.pop(reference, None)
+
+    def holds(self, reference: int) -> bool:
+        """Whether a reference was neither released nor severed."""
+        return reference in self._references
+
+    def sever(self, start: int, end: int) -> None:
+        """Take away every reference to any of pages [start, end): their memory goes to others.
+
+        The kernel lets a pin keep a page that was truncated; here nobody may, since the pages
+        are the owner's to give away once this invalidation is acknowledged.
+        """
+        gone = [
+            reference
+            for reference, (first, last) in self._references.items()
+            if first < end and start < last
+        ]
+        for reference in gone:
+            del self._references[reference]
 
     def first_reference(self, start: int, end: int) -> int | None:
         """The lowest page of [start, end) that the host has in hand."""

@@ -47,17 +47,19 @@ class SharedSide(Protocol):
 class PrivateFile:
     """A private file that an fd was resolved to: its identity, its size in pages, its flags.
 
-    ``flags`` are GUEST_MEMFD_FLAG_*. With MMAP every access of a slot goes through the file.
+    ``flags`` are GUEST_MEMFD_FLAG_*. With MMAP every access of a slot goes through the file;
+    where files convert ``in_place`` it does for any.
     """
 
     id: int
     npages: int
     flags: int = 0
+    in_place: bool = False
 
     @property
     def whole(self) -> bool:
-        """Whether it serves the shared side as well (kvm_gmem_supports_mmap())."""
-        return bool(self.flags & GUEST_MEMFD_FLAG_MMAP)
+        """Whether it serves the shared side as well (KVM_MEMSLOT_GMEM_ONLY)."""
+        return self.in_place or bool(self.flags & GUEST_MEMFD_FLAG_MMAP)
 
 
 class BadFd(Enum):

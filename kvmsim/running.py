@@ -76,6 +76,7 @@ class RunningVm:
         abi: Abi = "upstream",
         kind: VmKind = SHARED_BIT_KIND,
         supervisor: Supervisor | None = None,
+        in_place: bool = False,
     ) -> None:
         self.lock = threading.Lock()
         self.label = label
@@ -83,7 +84,9 @@ class RunningVm:
         self.private = PrivateMemory(self, host, label)
         self._pool = new_table_pool(POOL_SIZE)
         self.stage2 = FencedStage2(self._pool, POOL_HPA, host.admit)
-        self.vm = self.core(self.stage2, self.private, abi=abi, kind=kind, max_level=MAX_LEVEL)
+        self.vm = self.core(
+            self.stage2, self.private, abi=abi, kind=kind, max_level=MAX_LEVEL, in_place=in_place
+        )
         self.shootdown = Shootdown()
         self.statistics = RunnerStatistics()
         self.vcpus: list[Vcpu] = []
@@ -205,7 +208,15 @@ class RunningVm:
     # --- zaps and proofs ----------------------------------------------------------------------
 
     def bound_pages(self, file: int, start: int, end: int) -> Iterable[tuple[int, int]]:
-        """Return the parts of file pages ``[start, end)`` that slots are bound to (lock held)."""
+        """Return the parts of file pages ``[start, end)`` that are used here (lock held).
+
+        Of a file that converts in place that is all: the host reaches it without a slot.
+        """
+        known = (self.vm.mmu.files or {}).get(file)
+        if known is not None:
+            if start < min(end, known.npages):
+                yield start, min(end, known.npages)
+            return
         for slot, first, last in self.vm.mmu.slots.find_file(file, start, end):
             yield slot.private_page(first), slot.private_page(last)
 

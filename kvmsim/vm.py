@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Self
 
 from kvmsim.attributes import GFN_LIMIT, Attributes, check_request
@@ -97,6 +98,8 @@ class Vm(Brackets):
     ) -> Invalidation:
         """Check the change and zap what it takes away; KvmError if it is refused."""
         self._require_unchanging("KVM_SET_USER_MEMORY_REGION2")
+        if self.mmu.files is not None and isinstance(file, PrivateFile):
+            file = replace(file, in_place=True)  # kvm_gmem_prepare_memory_region() of the series
         change = self.mmu.slots.plan(region, shared=shared, file=file, v1=v1)
         if change.new is not None and isinstance(file, PrivateFile) and change.new.has_file:
             self.know(file)

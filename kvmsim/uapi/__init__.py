@@ -82,6 +82,7 @@ KVM_CAP_GUEST_MEMFD: Final = 234
 KVM_CAP_VM_TYPES: Final = 235
 KVM_CAP_PRE_FAULT_MEMORY: Final = 236
 KVM_CAP_GUEST_MEMFD_FLAGS: Final = 244
+KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES: Final = 250  # of the in-place series, not merged
 
 # --- VM types (arch/x86/include/uapi/asm/kvm.h): the argument of KVM_CREATE_VM ----------------
 

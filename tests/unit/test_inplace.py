@@ -7,10 +7,11 @@ from dataclasses import replace
 from errno import EACCES, EAGAIN, EFAULT, EINVAL, EIO, ENOTTY, EOPNOTSUPP
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hwemu.stage2 import Stage2, WalkError
+from kvmsim.effect import RetryReason
 from kvmsim.exits import MemoryFaultExit
 from kvmsim.fault import Access, Effect, Fault, Installed, LeaveGuest, NeedPage, PageGrant, Retry
 from kvmsim.hostaccess import HostAccess, HostEffect, HostRefused, Opened, Place
@@ -441,6 +442,51 @@ def test_an_access_outside_the_file(first: int, last: int) -> None:
     assert effect.errno == EINVAL
 
 
+def test_what_is_punched_is_severed_from_the_host() -> None:
+    world = World()
+    access, _ = world.open(0, 4)
+    other, _ = world.open(6, 7)
+    world.vm.invalidate_file(7, 3, 6)
+    assert not access.held(world.vm.mmu)
+    assert other.held(world.vm.mmu)
+    assert world.types.first_reference(0, NPAGES) == 6
+    world.convert(0, 6, PRIVATE)
+    access.close(world.vm.mmu)
+    assert not access.held(world.vm.mmu)
+
+
+def test_an_access_whose_first_pages_are_punched_begins_anew() -> None:
+    world = World()
+    access = HostAccess(7, 0, 4)
+    assert isinstance(access.step(world.vm.mmu), NeedPage)
+    assert access.page_arrived(world.vm.mmu, PageGrant(7, 0, 2, 0, 1)) == NeedPage(
+        7, 2, 2, 4, False
+    )
+    world.vm.invalidate_file(7, 1, 2)
+    grant = PageGrant(7, 2, 4, 0, 1)
+    assert access.page_arrived(world.vm.mmu, grant) == Retry(RetryReason.INVALIDATED)
+    assert access.step(world.vm.mmu) == NeedPage(7, 0, 0, 4, False)
+    assert isinstance(access.page_arrived(world.vm.mmu, PageGrant(7, 0, 4, 0, 1)), Opened)
+
+
+def test_an_abandoned_conversion_changes_nothing() -> None:
+    world = World()
+    begun = world.begin(0, 4, PRIVATE)
+    world.vm.abandon(begun)
+    assert not world.types.is_private(0)
+    assert isinstance(world.touch(0), Installed)
+    world.convert(0, 4, PRIVATE)
+    assert world.types.is_private(0)
+
+
+def test_every_file_of_a_vm_that_converts_in_place_serves_both_types() -> None:
+    world = World(file=PrivateFile(7, NPAGES, GUEST_MEMFD_FLAG_INIT_SHARED))
+    slot = world.vm.mmu.slots.find(BASE)
+    assert slot is not None
+    assert slot.whole
+    assert isinstance(world.touch(0), Installed)
+
+
 def test_steps_out_of_order_are_a_defect_of_the_caller() -> None:
     world = World()
     access, _ = world.open(0, 1)
@@ -481,6 +527,7 @@ scripts = st.lists(
 
 
 @given(scripts, st.sampled_from(["shared-bit", "sw-protected"]))
+@settings(deadline=None)
 def test_the_host_never_holds_what_is_private(script: list[tuple], kind: str) -> None:  # type: ignore[type-arg]
     """And no leaf is of another type than its index; a list of bools is the model."""
     world, private, held = World(kind), [False] * 16, list[HostAccess]()
@@ -507,6 +554,9 @@ def test_the_host_never_holds_what_is_private(script: list[tuple], kind: str) ->
                 held.pop(first % len(held)).close(world.vm.mmu)
             case "punch":
                 world.vm.invalidate_file(7, first, last)
+                kept = [a for a in held if a.end <= first or last <= a.start]
+                assert [a for a in held if a.held(world.vm.mmu)] == kept
+                held = kept
         assert [world.types.is_private(page) for page in range(16)] == private
         for access in held:
             assert not any(private[access.start : access.end])
