@@ -9,7 +9,7 @@ later `Cpu.run` executes it again.
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
@@ -88,6 +88,23 @@ class HypercallExit:
 
 
 @dataclass(frozen=True, slots=True)
+class InterceptExit:
+    """An instruction that is not the guest's own to execute (`Cpu.protect`); RIP is at it.
+
+    ``instruction`` is its mnemonic, ``length`` its bytes. Nothing of it has been executed: the user
+    sets the registers that it would have changed. The next `Cpu.run` goes on behind it, unless RIP
+    was set; `Cpu.inject` of an exception makes it fault instead. The last three tell of IN, OUT,
+    INS and OUTS (``size`` in bytes).
+    """
+
+    instruction: str
+    length: int
+    port: int = 0
+    size: int = 0
+    is_write: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class MsrExit:
     """RDMSR or WRMSR of a register the engine does not keep.
 
@@ -125,6 +142,7 @@ CpuExit: TypeAlias = (
     | MmioExit
     | HltExit
     | HypercallExit
+    | InterceptExit
     | MsrExit
     | ShutdownExit
     | KickExit
@@ -341,6 +359,14 @@ class Cpu(Protocol):
 
     def set_msr(self, index: int, value: int) -> bool:
         """Set such a register; False if it is not kept here or the processor refuses the value."""
+        ...
+
+    def protect(self, instructions: Collection[str]) -> None:
+        """Make each of these instructions an `InterceptExit` from now on.
+
+        Mnemonics of `hwemu.cpu.decode`; ``in`` and ``out`` mean the string forms as well. RDMSR and
+        WRMSR of registers that the engine keeps stay the guest's own.
+        """
         ...
 
     def set_cpuid(self, lookup: Lookup) -> None:

@@ -24,6 +24,15 @@ _GROUP_7: tuple[tuple[int | None, int, str], ...] = (
     (0xF2, 0xFE, "rmpupdate"),
     (_ANY, 0xC1, "vmcall"),
 )
+# opcode -> (mnemonic, bytes of an immediate)
+_PORT = {
+    **dict.fromkeys((0xE4, 0xE5), ("in", 1)),
+    **dict.fromkeys((0xEC, 0xED), ("in", 0)),
+    **dict.fromkeys((0x6C, 0x6D), ("ins", 0)),
+    **dict.fromkeys((0xE6, 0xE7), ("out", 1)),
+    **dict.fromkeys((0xEE, 0xEF), ("out", 0)),
+    **dict.fromkeys((0x6E, 0x6F), ("outs", 0)),
+}
 _TWO_BYTE = {0x05: "syscall", 0x30: "wrmsr", 0x32: "rdmsr", 0xA2: "cpuid"}
 
 RING0_ONLY = frozenset(("tdcall", "seamcall", "pvalidate", "psmash", "rmpadjust", "rmpupdate"))
@@ -40,7 +49,7 @@ class Instruction:
 def recognise(code: bytes) -> Instruction | None:
     """Name and length of the instruction at the start of ``code``, None if it is not one of ours.
 
-    Knows HLT, CPUID, SYSCALL, RDMSR, WRMSR and the calls to a host or a security module.
+    Knows HLT, CPUID, SYSCALL, RDMSR, WRMSR, port I/O and the calls to a host or a security module.
     """
     at = 0
     prefixes = set()
@@ -52,11 +61,13 @@ def recognise(code: bytes) -> Instruction | None:
     rest = code[at : at + 3]
     if rest[:1] == b"\xf4":
         return Instruction("hlt", at + 1)
+    if rest and rest[0] in _PORT:
+        name, immediate = _PORT[rest[0]]
+        return Instruction(name, at + 1 + immediate)
     if rest[:1] != b"\x0f" or len(rest) < 2:
         return None
-    name = _TWO_BYTE.get(rest[1])
-    if name is not None:
-        return Instruction(name, at + 2)
+    if rest[1] in _TWO_BYTE:
+        return Instruction(_TWO_BYTE[rest[1]], at + 2)
     if rest[1] == 0x01 and len(rest) == 3:
         for prefix, opcode, mnemonic in _GROUP_7:
             if rest[2] == opcode and (prefix is _ANY or prefix in prefixes):

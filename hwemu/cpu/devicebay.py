@@ -100,10 +100,14 @@ class DeviceBay:
         raw = self._raw
         self.void = False
         raw.restore(self._saved)
+        raw.keep_rflags(self._engine.rflags())  # it was saved in a hook
         self._intercepts.look()
         rip = raw.q[raw_layout.RIP]
         try:
             if port_allowed(raw, self._memory, self._engine.rflags(), *self._port):
+                protected = self._intercepts.port_access(rip, *self._port)
+                if protected is not None:
+                    return protected
                 self.device = DeviceAccess(rip)
             else:
                 self._intercepts.event = Event(_GP, 0, rip)

@@ -14,6 +14,7 @@ from hwemu.cpu.api import (
     CpuStateError,
     HltExit,
     HypercallExit,
+    InterceptExit,
     MsrExit,
     ShutdownExit,
     Stage2Fault,
@@ -31,8 +32,8 @@ _MASK32, _MASK64 = 0xFFFF_FFFF, 0xFFFF_FFFF_FFFF_FFFF
 class Intercepts:
     """Exit handling of one vCPU and what it leaves for the next run.
 
-    ``exit`` is what `run` is to return; ``event`` waits for delivery; ``waiting`` is a hypercall
-    or MSR access whose instruction is finished at the next run; ``cpuid`` answers CPUID.
+    ``exit`` is what `run` is to return; ``event`` waits for delivery; ``waiting`` is an exit whose
+    instruction is finished at the next run; ``cpuid`` answers CPUID.
     """
 
     def __init__(self, engine: Engine, memory: GuestMemory, lookup: cpuid.Lookup) -> None:
@@ -43,7 +44,8 @@ class Intercepts:
         self.exit: CpuExit | None = None
         self.event: Event | None = None
         self.shutdown = False
-        self.waiting: HypercallExit | MsrExit | None = None
+        self.protected: frozenset[str] = frozenset()  #: what becomes an InterceptExit
+        self.waiting: HypercallExit | InterceptExit | MsrExit | None = None
         self._answered = False
         self._result: int | None = None
         self._from = self._to = 0
@@ -132,7 +134,9 @@ class Intercepts:
             self._msr(rip, bool(raw.d[raw_layout.ERROR_CODE] & 1))
         elif code == vmcb.EXIT_HLT:
             length = self.length_at(rip, "hlt")
-            if length is not None:
+            if length is not None and "hlt" in self.protected:
+                self._wait(InterceptExit("hlt", length), rip, length)
+            elif length is not None:
                 raw.end_instruction(rip + length)
                 self.leave(HltExit())
         elif code == vmcb.EXIT_VMMCALL:
@@ -183,6 +187,9 @@ class Intercepts:
         length = self.length_at(rip, "cpuid")
         if length is None:
             return
+        if "cpuid" in self.protected:
+            self._wait(InterceptExit("cpuid", length), rip, length)
+            return
         q = self._raw.q
         leaf = self.cpuid(q[raw_layout.RAX] & _MASK32, q[raw_layout.RCX] & _MASK32)
         for word, value in zip(
@@ -195,8 +202,12 @@ class Intercepts:
         raw, msrs = self._raw, self._engine.msrs
         index = raw.q[raw_layout.RCX] & _MASK32
         value = (raw.q[raw_layout.RDX] & _MASK32) << 32 | raw.q[raw_layout.RAX] & _MASK32
-        length = self.length_at(rip, "wrmsr" if is_write else "rdmsr")
+        name = "wrmsr" if is_write else "rdmsr"
+        length = self.length_at(rip, name)
         if length is None:
+            return
+        if index not in msrs and name in self.protected:
+            self._wait(InterceptExit(name, length), rip, length)
             return
         if index not in msrs:
             self._wait(MsrExit(index, is_write, value if is_write else 0), rip, length)
@@ -215,18 +226,36 @@ class Intercepts:
         self._raw.q[raw_layout.RAX] = value & _MASK32
         self._raw.q[raw_layout.RDX] = value >> 32 & _MASK32
 
+    def port_access(self, rip: int, port: int, size: int) -> CpuExit | None:
+        """Between runs: the instruction at ``rip`` is IN or OUT; an exit if it is protected."""
+        found = self._instruction(rip) if self.protected else None
+        if found is None or not {found.name, found.name.removesuffix("s")} & self.protected:
+            return None
+        is_write = found.name.startswith("out")
+        exit_ = InterceptExit(found.name, found.length, port, size, is_write)
+        self._wait_for(exit_, rip, found.length)
+        return exit_
+
     def _hypercall(self, found: Instruction, rip: int) -> None:
+        if found.name in self.protected:
+            self._wait(InterceptExit(found.name, found.length), rip, found.length)
+            return
         q = self._raw.q
         args = (q[raw_layout.RBX], q[raw_layout.RCX], q[raw_layout.RDX], q[raw_layout.RSI])
         self._wait(HypercallExit(q[raw_layout.RAX], args, found.name), rip, found.length)
 
     # -- completion -----------------------------------------------------------------------------
 
-    def _wait(self, exit_: HypercallExit | MsrExit, rip: int, length: int) -> None:
+    def _wait_for(
+        self, exit_: HypercallExit | InterceptExit | MsrExit, rip: int, length: int
+    ) -> None:
         self.waiting = exit_
         self._answered = False
         self._result = None
         self._from, self._to = rip, rip + length
+
+    def _wait(self, exit_: HypercallExit | InterceptExit | MsrExit, rip: int, length: int) -> None:
+        self._wait_for(exit_, rip, length)
         self.leave(exit_)
 
     @property
@@ -241,6 +270,8 @@ class Intercepts:
         """The answer to `waiting`."""
         if self.waiting is None:
             raise CpuStateError("complete: no exit waits for an answer")
+        if isinstance(self.waiting, InterceptExit):
+            raise CpuStateError(f"complete: {self.waiting} takes registers (set_regs), no answer")
         if isinstance(data, bytes):
             data = int.from_bytes(data, "little")
         if self.unanswered is not None and data is None:

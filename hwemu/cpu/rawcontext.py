@@ -168,8 +168,13 @@ class RawState:
         """Current privilege level."""
         return int(self.d[HFLAGS] & HF_CPL)
 
+    def keep_rflags(self, value: int) -> None:
+        """Between runs: store RFLAGS whole, for the engine takes it apart as it starts."""
+        self.set_rflags(value)
+        self.q[EFLAGS] = value | 2
+
     def set_rflags(self, value: int) -> None:
-        """Store RFLAGS where the engine keeps its parts: condition codes, direction, the rest."""
+        """In a hook: store RFLAGS where the engine keeps its parts while it runs."""
         self.q[CC_SRC] = value & CC_MASK
         self.d[CC_OP] = CC_OP_EFLAGS
         self.d[DF] = 0xFFFF_FFFF if value & DF_MASK else 1

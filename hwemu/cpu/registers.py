@@ -35,7 +35,7 @@ def write_regs(raw: RawState, regs: Regs) -> None:
     for word, name in enumerate(ORDER):
         raw.q[word] = getattr(regs, name) & _MASK64
     raw.q[raw_layout.RIP] = regs.rip & _MASK64
-    raw.set_rflags(regs.rflags)
+    raw.keep_rflags(regs.rflags)
 
 
 def _read_segment(raw: RawState, at: int) -> Segment:

@@ -11,7 +11,7 @@ One engine per vCPU; `lock` is atomic only because the vCPUs of a VM run one at 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from hwemu.arena import Arena
 from hwemu.cpu import cpuid, vmcb
@@ -220,6 +220,7 @@ class SvmCpu:
             exit_ = intercepts.deliver()
             if exit_ is not None:
                 return exit_
+            self._raw.keep_rflags(self._engine.rflags())
         intercepts.exit = None
         text = self._engine.start()
         if self._bay.void:
@@ -321,6 +322,10 @@ class SvmCpu:
         except GuestFault:
             return False
         return True
+
+    def protect(self, instructions: Collection[str]) -> None:
+        """Make each of these instructions an `InterceptExit` (see `Cpu.protect`)."""
+        self._intercepts.protected = frozenset(instructions)
 
     def set_cpuid(self, lookup: cpuid.Lookup) -> None:
         """Answer CPUID with ``lookup`` from now on."""

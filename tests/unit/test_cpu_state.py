@@ -9,11 +9,12 @@ from dataclasses import replace
 import pytest
 
 from hwemu.cpu import msr
-from hwemu.cpu.api import HltExit, Regs
+from hwemu.cpu.api import HltExit, IoExit, MmioExit, Regs, Stage2Fault
 from hwemu.cpu.fpu import Fpu
 from hwemu.testing import HEAP, TEXT, Machine
 
 HLT = "f4"
+DEVICE = 0x200_0000
 
 
 @pytest.fixture
@@ -97,3 +98,35 @@ def test_cpuid_is_asked_with_its_subleaf(machine: Machine) -> None:
     regs = cpu.get_regs()
     assert isinstance(regs, Regs)
     assert (regs.rax, regs.rbx, regs.rcx, regs.rdx) == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("instruction", ["ee", "ec", "e6 80", "0f a2", "8a 06", "88 06"])
+@pytest.mark.parametrize(
+    ("setting", "flags"), [("31 c0 f9", 0x47), ("48 39 db fd", 0x446), ("f9 48 85 e4", 0x06)]
+)
+def test_flags_outlive_an_instruction_that_leaves(
+    instruction: str, setting: str, flags: int
+) -> None:
+    """Carry, zero, direction … as they were, behind a port, a device page and CPUID."""
+    with Machine() as machine:
+        machine.holes.add(DEVICE >> 12)
+        code = bytes.fromhex(f"{setting} {instruction} 9c 5b fc f4")  # pushfq; pop rbx; cld; hlt
+        cpu = machine.boot(code, rsi=DEVICE, rdx=0x3F8)
+        while not isinstance(exit_ := cpu.run(), HltExit):
+            if isinstance(exit_, Stage2Fault):
+                exit_ = cpu.run_mmio(exit_.gpa)
+            if isinstance(exit_, IoExit | MmioExit) and not exit_.is_write:
+                cpu.complete(bytes(exit_.size))
+        assert cpu.get_regs().rbx == flags
+
+
+@pytest.mark.parametrize("flags", [0x2, 0x3, 0x8D7, 0x402])
+def test_flags_that_were_set_are_the_guests(flags: int) -> None:
+    """As KVM_SET_REGS leaves them for a vCPU that has run already."""
+    with Machine() as machine:
+        cpu = machine.boot(bytes.fromhex("f4 9c 5b fc f4"))
+        cpu.run()
+        cpu.set_regs(replace(cpu.get_regs(), rflags=flags))
+        assert cpu.get_regs().rflags == flags
+        cpu.run()
+        assert cpu.get_regs().rbx == flags
