@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import logging
 import os
 import signal
@@ -43,11 +42,6 @@ class Process:
         self._lent: defaultdict[int, list[int]] = defaultdict(list)  #: by thread of ours
         self._ours: list[Replacement] = []
 
-    @property
-    def mm(self) -> Hashable:
-        """The process: threads share their memory, children do not."""
-        return self
-
     # --- memory -------------------------------------------------------------------------------
 
     def read(self, address: int, length: int) -> bytes:
@@ -73,7 +67,7 @@ class Process:
         except OSError:
             return NotOurs.CLOSED
         self._lent[get_ident()].append(fd)
-        regular = stat.S_ISREG(os.stat(f"/proc/{self.pid}/fd/{number}").st_mode)
+        regular = stat.S_ISREG(os.fstat(fd).st_mode)
         return PrivateFd(fd) if regular and on_fuse(fd) else NotOurs.OTHER
 
     def identify(self, number: int) -> Identity | None:
@@ -153,12 +147,6 @@ class Process:
         """The replacements are made; other slots may want the same memory."""
         self._ours += plan
 
-    # --- signals ------------------------------------------------------------------------------
-
-    def signal_pending(self, mask: int | None) -> bool:
-        """See :class:`~kvmsim.device.caller.Caller`: asked of the thread, not of the process."""
-        return False
-
     def close(self) -> None:
         """The process is gone."""
         for lent in self._lent.values():
@@ -179,8 +167,8 @@ class Thread:
 
     @property
     def mm(self) -> Hashable:
-        """Its process's."""
-        return self._process.mm
+        """The process: threads share their memory, children do not."""
+        return self._process
 
     def read(self, address: int, length: int) -> bytes:
         """See :class:`~kvmsim.device.caller.Caller`."""
@@ -213,15 +201,6 @@ def pending_signals(tid: int, mask: int | None = None) -> int:
     pending = int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
     blocked = int(fields["SigBlk"], 16) if mask is None else mask
     return pending & ~blocked & ~int(fields["SigIgn"], 16)
-
-
-def thread_group(tid: int) -> int:
-    """The process of a thread; OSError (ESRCH) if it is gone."""
-    with open(f"/proc/{tid}/status") as file:
-        for line in file:
-            if line.startswith("Tgid:"):
-                return int(line.split()[1])
-    raise ProcessLookupError(errno.ESRCH, f"no thread {tid}")
 
 
 def _device(dev: int) -> tuple[int, int]:

@@ -21,8 +21,9 @@ from kvmsim.device.results import Begun, Failure, NewFd, Pending, Result, Value
 from kvmsim.device.system import KvmDevice
 from kvmsim.exec.notification import Gone, Listener, Notification
 from kvmsim.exec.objects import Objects
-from kvmsim.exec.process import Identity, Process, Thread, pending_signals, thread_group
+from kvmsim.exec.process import Identity, Process, Thread, pending_signals
 from kvmsim.exec.remap import RemapError, Remapper, Replacement
+from privfs.notifier.fds import thread_group
 
 log = logging.getLogger(__name__)
 
