@@ -8,7 +8,6 @@ than a map or unmap takes.  Private memory lies behind the process's one fence.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import os
@@ -16,14 +15,9 @@ import threading
 from collections.abc import Iterator
 
 from hwemu.arena import Arena
+from kvmsim.fallocate import punch
 from kvmsim.fence import Kind, Trespass, make_fence
 from kvmsim.uapi import PAGE_SIZE
-
-_FALLOC_FL_KEEP_SIZE = 1
-_FALLOC_FL_PUNCH_HOLE = 2
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
 class HostMemory:
@@ -136,10 +130,11 @@ class SharedRam:
     def discard(self, offset: int, length: int) -> None:
         """Give pages back (QEMU's ``ram_block_discard_range``); no leaf may point at them."""
         self._check(offset, length)
-        mode = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-        if _libc.fallocate(self._fd, mode, offset, length) != 0:
-            code = ctypes.get_errno()
-            raise OSError(code, f"discard of shared [{offset:#x}, {offset + length:#x})")
+        try:
+            punch(self._fd, offset, length)
+        except OSError as error:
+            where = f"discard of shared [{offset:#x}, {offset + length:#x})"
+            raise OSError(error.errno, where) from None
 
     def runs(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield the runs of pages of [start, end) that are backed by memory, in order."""

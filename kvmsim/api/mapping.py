@@ -12,20 +12,20 @@ from typing import Final
 
 from hwemu import processmemory
 from kvmsim.api.transport import IoctlError
+from kvmsim.fallocate import fallocate
 
 _MAP_NORESERVE: Final = 0x4000  # the mmap module has no name for it yet
 
 _Copy = Callable[[int, int, int, int], int]
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
-
-def fallocate(fd: int, mode: int, offset: int, size: int) -> None:
-    """fallocate(2); a signal interrupts an allocation, and a retry goes on with it."""
-    while _libc.fallocate(fd, mode, offset, size) != 0:
-        if (number := ctypes.get_errno()) != errno.EINTR:
-            raise IoctlError(number, f"fallocate({mode:#x}, {offset:#x}, {size:#x})")
+def allocate_pages(fd: int, mode: int, offset: int, size: int) -> None:
+    """fallocate(2); IoctlError."""
+    try:
+        fallocate(fd, mode, offset, size)
+    except OSError as error:
+        where = f"fallocate({mode:#x}, {offset:#x}, {size:#x})"
+        raise IoctlError(error.errno or errno.EIO, where) from None
 
 
 class Mapping:

@@ -7,12 +7,11 @@ import errno
 from typing import TYPE_CHECKING, Self
 
 from kvmsim.api.transport import (
-    FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE,
     IoctlError,
     Memory,
     Transport,
 )
+from kvmsim.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from kvmsim.uapi import GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from kvmsim.api.mapping import Mapping, fallocate
+from kvmsim.api.mapping import Mapping, allocate_pages
 from kvmsim.api.transport import IoctlError, request_name
 from kvmsim.uapi import (
     KVM_CREATE_GUEST_MEMFD,
@@ -163,7 +163,7 @@ class RealTransport:
 
     def fallocate(self, file: int, mode: int, offset: int, size: int) -> None:
         """fallocate(2)."""
-        fallocate(file, mode, offset, size)
+        allocate_pages(file, mode, offset, size)
 
     def fileno(self, file: int) -> int:
         """A handle is a descriptor."""

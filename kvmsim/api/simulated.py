@@ -13,10 +13,8 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from kvmsim.api.mapping import Mapping, fallocate
+from kvmsim.api.mapping import Mapping, allocate_pages
 from kvmsim.api.transport import (
-    FALLOC_FL_KEEP_SIZE,
-    FALLOC_FL_PUNCH_HOLE,
     IoctlError,
     request_name,
 )
@@ -25,6 +23,7 @@ from kvmsim.device.local import HostRange, LocalCaller, LocalProcess
 from kvmsim.device.results import Begun, Failure, Pending, Value
 from kvmsim.device.system import KvmDevice
 from kvmsim.emulator import prepare_process
+from kvmsim.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from kvmsim.running import RunningVm
 from kvmsim.tracedvm import traced
 from kvmsim.tracefile import TraceFile
@@ -62,7 +61,7 @@ class SharedMemory:
     def discard(self, offset: int, size: int) -> None:
         """Punch the memfd behind it."""
         found = self._open("discard", offset, size)
-        fallocate(found.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
+        allocate_pages(found.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, size)
 
     def close(self) -> None:
         """Unmap."""
@@ -224,7 +223,7 @@ class Simulation:
 
     def fallocate(self, file: int, mode: int, offset: int, size: int) -> None:
         """fallocate(2) of a private file."""
-        fallocate(file, mode, offset, size)
+        allocate_pages(file, mode, offset, size)
 
     def fileno(self, file: int) -> int:
         """A private file is a descriptor of this process."""

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Final, Literal, Protocol
+from typing import Literal, Protocol
 
 from kvmsim import uapi
 from kvmsim.device.table import NAMES
-
-FALLOC_FL_KEEP_SIZE: Final = 1
-FALLOC_FL_PUNCH_HOLE: Final = 2
 
 
 def request_name(request: int) -> str:
