@@ -11,6 +11,21 @@ import struct
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Self
 
+from hwemu.cpu.api import (
+    CR0_ET,
+    CR0_MP,
+    CR0_NE,
+    CR0_PE,
+    CR0_PG,
+    CR0_WP,
+    CR4_PAE,
+    EFER_LMA,
+    EFER_LME,
+    EFER_NXE,
+    DescriptorTable,
+)
+from hwemu.cpu.api import Regs as GeneralRegisters
+
 _REGS: Final = struct.Struct("<18Q")
 _SEGMENT: Final = struct.Struct("<QIH10B")
 _DTABLE: Final = struct.Struct("<QH6x")
@@ -20,35 +35,16 @@ _SEGMENTS: Final = ("cs", "ds", "es", "fs", "gs", "ss", "tr", "ldt")
 REGS_SIZE: Final = _REGS.size
 SREGS_SIZE: Final = len(_SEGMENTS) * _SEGMENT.size + 2 * _DTABLE.size + _CONTROL.size
 
-CR0_PE, CR0_MP, CR0_ET, CR0_NE = 1 << 0, 1 << 1, 1 << 4, 1 << 5
-CR0_WP, CR0_PG = 1 << 16, 1 << 31
-CR4_PAE = 1 << 5
-EFER_LME, EFER_LMA, EFER_NX = 1 << 8, 1 << 10, 1 << 11
 RFLAGS_FIXED, RFLAGS_IOPL3 = 1 << 1, 3 << 12
+
+Dtable = DescriptorTable
+"""struct kvm_dtable: GDTR or IDTR."""
+_NO_TABLE: Final = Dtable()
 
 
 @dataclass(frozen=True, slots=True)
-class Regs:
-    """struct kvm_regs; every field is 64 bits wide, unsigned."""
-
-    rax: int = 0
-    rbx: int = 0
-    rcx: int = 0
-    rdx: int = 0
-    rsi: int = 0
-    rdi: int = 0
-    rsp: int = 0
-    rbp: int = 0
-    r8: int = 0
-    r9: int = 0
-    r10: int = 0
-    r11: int = 0
-    r12: int = 0
-    r13: int = 0
-    r14: int = 0
-    r15: int = 0
-    rip: int = 0
-    rflags: int = RFLAGS_FIXED
+class Regs(GeneralRegisters):
+    """struct kvm_regs: its fields are the engine's, in the same order."""
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray) -> Self:
@@ -80,14 +76,6 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class Dtable:
-    """struct kvm_dtable: GDTR or IDTR."""
-
-    base: int = 0
-    limit: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Sregs:
     """struct kvm_sregs: segments, descriptor tables, control registers."""
 
@@ -99,8 +87,8 @@ class Sregs:
     ss: Segment = Segment()
     tr: Segment = Segment()
     ldt: Segment = Segment()
-    gdt: Dtable = Dtable()
-    idt: Dtable = Dtable()
+    gdt: Dtable = _NO_TABLE
+    idt: Dtable = _NO_TABLE
     cr0: int = 0
     cr2: int = 0
     cr3: int = 0
@@ -154,5 +142,5 @@ class Sregs:
             cr0=CR0_PE | CR0_MP | CR0_ET | CR0_NE | CR0_WP | CR0_PG,
             cr3=cr3,
             cr4=CR4_PAE,
-            efer=EFER_LME | EFER_LMA | EFER_NX,
+            efer=EFER_LME | EFER_LMA | EFER_NXE,
         )
