@@ -19,26 +19,14 @@ from mounts import Mounter
 from rooms import room
 
 ROOT = Path(__file__).parents[2]
-TWIN = ROOT / "tests/twin"
 MODES = ["add", "threads", "alarm", "fork", "fault", "many"]
 
+pytest_plugins = ["twin_fixtures"]
 pytestmark = [
     pytest.mark.fuse,
     pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64",
                        reason="the program's ioctls are x86-64's"),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def vmm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the VMM in C, built here."""
-    for tool in ("gcc", "make"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is missing: apt install gcc make")
-    build = tmp_path_factory.mktemp("vmm")
-    made = ["make", "-s", "-C", TWIN, f"BUILD={build}", "CC=gcc", build / "vmm"]
-    subprocess.run(made, check=True, timeout=100)
-    return build / "vmm"
 
 
 @pytest.fixture

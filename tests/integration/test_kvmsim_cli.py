@@ -18,45 +18,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mounts import Mounted, Mounter
+from kvmsim_program import KVMSIM, MIB, kvmsim, play
+from mounts import Mounted
 
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.cli.session import Console
 
-pytest_plugins = ["guest_fixtures"]
-pytestmark = pytest.mark.fuse
+pytest_plugins = ["guest_fixtures", "program_fixtures"]
+pytestmark = [pytest.mark.fuse, pytest.mark.usefixtures("kernel")]
 
-MIB = 1 << 20
 SECONDS = 20
 MANUAL = Path(__file__).parents[2] / "docs" / "kvmsim.md"
-KVMSIM = [sys.executable, "-m", "kvmsim"]
-
-
-@pytest.fixture(autouse=True)
-def kernel(image: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The guest kernel that kvmsim finds by itself, and a runtime directory."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", os.fspath(tmp_path))
-    path = tmp_path / "kernel.elf"
-    path.write_bytes(image)
-    monkeypatch.setenv("KVMSIM_KERNEL", os.fspath(path))
-    return path
-
-
-@pytest.fixture
-def mounted(mount: Mounter) -> Mounted:
-    """A mount with a file ``ram`` of 32 MiB."""
-    made = mount()
-    with open(made.path / "ram", "w") as file:
-        os.truncate(file.fileno(), 32 * MIB)
-    return made
-
-
-def kvmsim(*arguments: str | os.PathLike[str], text: str = "") -> subprocess.CompletedProcess[str]:
-    """Run ``kvmsim`` with input to its end."""
-    return subprocess.run(
-        [*KVMSIM, *map(os.fspath, arguments)], input=text, capture_output=True, text=True,
-        timeout=2 * SECONDS, check=False,
-    )  # fmt: skip
 
 
 class Booted:
@@ -433,14 +405,6 @@ def test_a_killed_emulator_leaves_a_file_that_boots_again(mounted: Mounted) -> N
 
 
 # --- scripts -----------------------------------------------------------------------------------
-
-
-def play(mounted: Mounted, text: str) -> subprocess.CompletedProcess[str]:
-    """Run a script with $RAM and $DIR."""
-    script = mounted.path.parent / "script.kvs"
-    script.write_text(text)
-    ram = mounted.path / "ram"
-    return kvmsim("run", script, "--var", f"RAM={ram}", "--var", f"DIR={mounted.path}")
 
 
 def test_the_example_of_the_manual(mounted: Mounted, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,56 +10,23 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from kvmsim_program import KVMSIM, MIB, kvmsim, play
 from mounts import Mounted, Mounter
 
 from kvmsim.cli.exitcodes import Exit
 
-pytest_plugins = ["guest_fixtures"]
+pytest_plugins = ["guest_fixtures", "program_fixtures"]
 pytestmark = pytest.mark.fuse
 
-MIB = 1 << 20
 SECONDS = 40
-KVMSIM = [sys.executable, "-m", "kvmsim"]
 
 
 @pytest.fixture(autouse=True)
-def surroundings(image: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The guest kernel that kvmsim finds by itself, and a runtime directory."""
-    path = tmp_path / "kernel.elf"
-    path.write_bytes(image)
-    monkeypatch.setenv("KVMSIM_KERNEL", os.fspath(path))
-    monkeypatch.setenv("XDG_RUNTIME_DIR", os.fspath(tmp_path))
-    yield tmp_path
-    assert list(tmp_path.glob("kvmsim/*")) == [], "a socket is left"
-
-
-@pytest.fixture
-def mounted(mount: Mounter) -> Mounted:
-    """A mount with a file ``ram`` of 32 MiB."""
-    made = mount()
-    with open(made.path / "ram", "w") as file:
-        os.truncate(file.fileno(), 32 * MIB)
-    return made
-
-
-def kvmsim(
-    *arguments: str | os.PathLike[str], text: str = "", **more: Any
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*KVMSIM, *map(os.fspath, arguments)], input=text, capture_output=True, text=True,
-        timeout=2 * SECONDS, check=False, **more,
-    )  # fmt: skip
-
-
-def play(mounted: Mounted, text: str) -> subprocess.CompletedProcess[str]:
-    script = mounted.path.parent / "memory.kvs"
-    script.write_text(text)
-    return kvmsim("run", script, "--var", f"RAM={mounted.path / 'ram'}",
-                  "--var", f"PRIVFS={sys.executable} -m privfs",
-                  "--var", f"KVMSIM={sys.executable} -m kvmsim")  # fmt: skip
+def no_socket_is_left(kernel: Path, tmp_path: Path) -> Iterator[None]:
+    yield
+    assert list(tmp_path.glob("kvmsim/*")) == []
 
 
 def test_a_script_sees_double_allocation_and_its_end(mounted: Mounted) -> None:
@@ -109,6 +76,8 @@ output no VM nobody: of this user's there is keeps\\(\\d+\\), frees\\(\\d+\\)
 stop keeps
 host test $($KVMSIM stat | grep -c '^VM: ') = 1
 """,
+        PRIVFS=f"{sys.executable} -m privfs",
+        KVMSIM=" ".join(KVMSIM),
     )
     assert done.returncode == 0, done.stderr
     assert kvmsim("stat").stdout.startswith("no VM is up")

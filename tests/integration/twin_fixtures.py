@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Users written in C (tests/twin/user.c), built here."""
+"""Programs written in C (tests/twin), built here: users of the channel, and a VMM."""
 
 from __future__ import annotations
 
@@ -15,14 +15,26 @@ TWIN = Path(__file__).parents[1] / "twin"
 
 
 @pytest.fixture(scope="session")
-def twin(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the program, built here."""
+def twins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of the programs, built here."""
     for tool in ("gcc", "make"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is missing: apt install gcc make")
     build = tmp_path_factory.mktemp("twin")
     subprocess.run(["make", "-s", "-C", TWIN, f"BUILD={build}", "CC=gcc"], check=True, timeout=100)
-    return build / "user"
+    return build
+
+
+@pytest.fixture(scope="session")
+def twin(twins: Path) -> Path:
+    """Return the user."""
+    return twins / "user"
+
+
+@pytest.fixture(scope="session")
+def vmm(twins: Path) -> Path:
+    """Return the VMM."""
+    return twins / "vmm"
 
 
 @pytest.fixture
