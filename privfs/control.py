@@ -61,6 +61,7 @@ def _map(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, An
 
 def _stat(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, Any]:
     ino = _ino(service, ask)
+    service.host_mapped.adopt(ino)
     held = service.backing.blocks(ino) * 512
     return views.file_stat(service.owner, ino) | {"held": held, "backing": _backing(service)}
 
@@ -81,6 +82,7 @@ def _status(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str,
         "backing": _backing(service),
         "mode": info.mode,
         "passthrough_errno": info.passthrough_errno,
+        "host_mappable": service.host_mapped.possible,
         "versions": info.versions,
         "pinned": info.pinned,
         "memory": views.meminfo(service.owner),
@@ -106,12 +108,16 @@ def _status(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str,
 def _audit(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, Any]:
     """Compare the bitmaps with the memory, file by file; only idle files can be compared.
 
+    Files whose pages the host may touch are left out: nothing says who touched.
+
     ``unaudited`` says what no audit of such memory can find.
     """
     findings: list[dict[str, Any]] = []
     touched: list[int] = []
     skipped = 0
     for ino, file in service.owner.files.items():
+        if file.shared:
+            continue
         if not file.idle:
             skipped += 1
             continue
@@ -140,6 +146,15 @@ def _seal(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, A
     return {"seals": views.file_stat(service.owner, ino)["seals"]}
 
 
+def _map_by_host(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str, Any]:
+    ino = _ino(service, ask)
+    try:
+        service.host_mapped.make(ino, shared=bool(ask["shared"]))
+    except Refused as refused:
+        raise ControlError(refused.errno, str(refused)) from refused
+    return {}
+
+
 #: Every question: its handler, and the arguments that it takes.
 QUESTIONS: Final[dict[str, Callable[[Service, MountInfo, dict[str, Any]], dict[str, Any]]]] = {
     "map": _map,  # ino, start (page)
@@ -147,6 +162,7 @@ QUESTIONS: Final[dict[str, Callable[[Service, MountInfo, dict[str, Any]], dict[s
     "status": _status,
     "audit": _audit,
     "seal": _seal,  # ino, seals (bits)
+    "map_by_host": _map_by_host,  # ino, shared
 }
 
 

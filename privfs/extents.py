@@ -95,6 +95,8 @@ class Layout:
 
 #: What every store has that can give back a part of a memfd.
 GROWING: Final = Layout()
+#: One extent, for what is mapped by offset.
+SINGLE: Final = Layout(MAX_PAGES, 0)
 
 
 def check_range(start: int, end: int) -> None:

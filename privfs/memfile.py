@@ -22,12 +22,14 @@ from __future__ import annotations
 import enum
 import errno
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import replace
 
 from pyroaring import BitMap
 
 from privfs import seals
 from privfs.budget import Budget
+from privfs.extents import SINGLE
 from privfs.operation import (
     COMPATIBLE,
     KINDS,
@@ -67,6 +69,13 @@ class Look(enum.Enum):
     PARK = "park"
 
 
+class HostView(enum.Enum):
+    """What the host sees of a file that it may map."""
+
+    NOTHING = "every touch is SIGBUS"
+    PAGES = "the pages that guests have"
+
+
 class MemFile:
     """One private file.
 
@@ -76,14 +85,15 @@ class MemFile:
     """
 
     __slots__ = ("_active", "_admitting", "_budget", "_next_instance", "_waiting", "dead",
-                 "instances", "pages", "personality", "purpose", "quota", "seals",
-                 "size")  # fmt: skip
+                 "host", "instances", "pages", "personality", "purpose", "quota",
+                 "seals", "size")  # fmt: skip
 
     def __init__(self, personality: Personality, budget: Budget, quota: int = 0) -> None:
         self.personality = personality
         self.quota = quota
         self.seals = seals.Seal(personality.seals or 0)
         self.purpose: seals.Purpose | None = None
+        self.host: HostView | None = None
         self.size = 0
         self.pages = BitMap()
         self.instances: dict[int, int] = {}
@@ -225,6 +235,45 @@ class MemFile:
             held = "|".join(seals.names(self.purpose))
             raise Refused(errno.EINVAL, f"{what}: the file is bound to {held}")
 
+    # --- the host -----------------------------------------------------------------------------
+
+    def may_be_mapped(self) -> None:
+        """Raise what :meth:`map_by_host` is refused with now: EOPNOTSUPP, EINVAL or EBUSY."""
+        what = f"map a file of {self.size} bytes by the host"
+        if not self.personality.mappable:
+            raise Refused(errno.EOPNOTSUPP, f"{what}: not on files of {self.personality.name}")
+        if not self.size:
+            raise Refused(errno.EINVAL, f"{what}: give it its size first")
+        if self.host is not None or self.instances or not self.idle:
+            raise Refused(errno.EBUSY, f"{what}: it is in use, or may be mapped already")
+
+    def map_by_host(self, *, shared: bool) -> None:
+        """Let the host map the file from now on, with its pages or without any; Refused.
+
+        With them it lies in one extent, which lives as long as the file: there an offset of the
+        one is the same offset of the other.
+        """
+        self.may_be_mapped()
+        self.host = HostView.PAGES if shared else HostView.NOTHING
+        if shared:
+            self.personality = replace(self.personality, layout=SINGLE)
+            self.instances[0] = self._next_instance
+            self._next_instance += 1
+
+    @property
+    def shared(self) -> bool:
+        """Whether the host may touch pages, and so allocate them without asking."""
+        return self.host is HostView.PAGES
+
+    def adopt(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Count pages that the host has touched; there is no budget that could refuse them."""
+        if self.dead:
+            return
+        before = len(self.pages)
+        for start, end in runs:
+            self.pages.add_range(start, min(end, self.size // PAGE_SIZE))
+        self._budget.used += len(self.pages) - before
+
     # --- views --------------------------------------------------------------------------------
 
     @property
@@ -284,7 +333,7 @@ class MemFile:
         return (
             self.size, tuple(self.pages), tuple(sorted(self.instances.items())), self.dead,
             tuple([a.key() for a in self._active]), tuple(self._waiting),
-            self.seals, self.purpose,
+            self.seals, self.purpose, self.host,
         )  # fmt: skip
 
     def copy(self, budget: Budget) -> MemFile:
@@ -296,6 +345,7 @@ class MemFile:
         twin.instances = self.instances.copy()
         twin.dead = self.dead
         twin.quota, twin.seals, twin.purpose = self.quota, self.seals, self.purpose
+        twin.host = self.host
         twin._budget = budget
         twin._next_instance = self._next_instance
         twin._active = [a.copy() for a in self._active]
@@ -422,8 +472,8 @@ class MemFile:
 
     def _needless(self, active: Operation, step: Step) -> bool:
         """A page that is not allocated is mapped by nobody: nothing to invalidate or free."""
-        if active.kind is Kind.DESTROY:
-            return False  # users must learn that the file is gone
+        if active.kind is Kind.DESTROY or self.shared:
+            return False  # users must learn that it is gone; the host allocates and frees unseen
         held = self.pages.range_cardinality(active.start, active.end)
         if step is Step.ALLOCATE:
             return held == active.end - active.start

@@ -108,6 +108,7 @@ class Personality:
     layout: Layout = GROWING
     #: Whether a user can be kept from storing: its descriptors of memory can be read-only.
     read_only_users: bool = True
+    mappable: bool = False  #: whether a file can be made that the host may map
 
 
 _KEEP = FALLOC_FL_KEEP_SIZE
@@ -197,6 +198,7 @@ GUEST_MEMFD: Final = Personality(
     pinned_by_users=False,
     seals=None,
     source="KVM_CREATE_GUEST_MEMFD, Linux 6.18; the size is given by the first truncate",
+    mappable=True,  # GUEST_MEMFD_FLAG_MMAP
 )
 
 PERSONALITIES: Final = {p.name: p for p in (RESIZABLE, SHIM, V7, GUEST_MEMFD)}

@@ -25,6 +25,7 @@ from privfs.backing import Backing, BackingError, Extent
 from privfs.backing.shmem import Shmem
 from privfs.backing.undo import undo
 from privfs.events import Events
+from privfs.hostmapped import HostMapped
 from privfs.incidents import Incidents
 from privfs.ladder import Ladder, Latencies
 from privfs.machine import Machine
@@ -91,6 +92,7 @@ class Service:
         self.incidents = Incidents()
         self.events = Events(self.owner)
         self.strays = Strays(self.owner, self.backing)
+        self.host_mapped = HostMapped(self.owner, self.backing)
         self._on_expire = on_expire
         self._ops = count(1)
         self._calls: dict[OpId, Call] = {}
@@ -130,6 +132,7 @@ class Service:
         """
         call = Call(next(self._ops), request, tid, ino)
         self._calls[call.op] = call
+        self.host_mapped.adopt(ino)
         caller = thread_group(tid) if tid and self.owner.condemning else 0
         self._apply(self.owner.request(ino, call.op, request, caller))
         return call
@@ -249,7 +252,7 @@ class Service:
 
     def look_over(self, ino: int) -> None:
         """Look for touches of freed memory of a file, tell of them and do what must be done."""
-        if self.backing.extents(ino):
+        if not self.host_mapped.adopt(ino) and self.backing.extents(ino):
             self._apply(list(self.strays.sweep(ino)))
 
     async def _sweep(self) -> None:
@@ -294,6 +297,7 @@ class Service:
                 case core.Expire(ino):
                     self.backing.destroy(ino)
                     self.strays.forget(ino)
+                    self.host_mapped.forget(ino)
                     self._on_expire(ino)
                 case core.Stray(ino, start, end, what, holders):
                     self.incidents.add(

@@ -56,6 +56,8 @@ class Strays:
     def before(self, work: Work) -> tuple[bool, list[Effect]]:
         """Look before an ALLOCATE; return whether it must fail, and what follows from it."""
         ino, perform = work
+        if self._owner.files[ino].shared:
+            return False, []
         refused = False
         effects: list[Effect] = []
         for index, start, end in self._backing.store.layout.split(perform.start, perform.end):
@@ -67,7 +69,9 @@ class Strays:
         return refused, effects
 
     def sweep(self, ino: int) -> Iterator[Effect]:
-        """Look at all extents of a file."""
+        """Look at all extents of a file, unless its pages are the host's to touch."""
+        if self._owner.files[ino].shared:
+            return
         for index in list(self._owner.files[ino].instances):
             extra = self._extra(ino, index)
             if extra:

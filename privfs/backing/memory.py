@@ -28,7 +28,7 @@ from collections.abc import Callable, Hashable, Iterator
 from privfs.backing.shmem import Shmem
 from privfs.backing.store import Store
 from privfs.backing.values import BackingError, Extent, Finding, Statistics
-from privfs.extents import PAGE_SIZE, chunks
+from privfs.extents import PAGE_SIZE, SINGLE, Layout, chunks
 
 BLOCK_SIZE = 512  # the unit of st_blocks, stat(2)
 FD_HEADROOM = 256  # descriptors left to sockets, pidfds, worker threads and the mount
@@ -54,12 +54,29 @@ class Backing:
         self.store: Store = store if store is not None else Shmem()
         self._extent_limit = extent_limit
         self._files: dict[int, dict[int, Extent]] = {}
+        self._whole: set[int] = set()
         self._alive = 0
         self._created = 0
         self._claims: dict[Hashable, frozenset[tuple[int, int]]] = {}
-        self._lock = threading.Lock()  # guards the five above; no file work is done under it
+        self._lock = threading.Lock()  # guards the six above; no file work is done under it
+
+    def layout(self, ino: int) -> Layout:
+        """How the pages of a file are cut into extents."""
+        return SINGLE if ino in self._whole else self.store.layout
 
     # ---- memory comes
+
+    def create_whole(self, ino: int, pages: int) -> int:
+        """Create the one extent of a file of ``pages`` pages that is mapped by offset.
+
+        Return its memfd, which ends where the file does and stays ours to close.  OSError.
+        """
+        self._whole.add(ino)
+        try:
+            return self._create(ino, 0, pages).fd
+        except BaseException:
+            self._whole.discard(ino)
+            raise
 
     def claim(self, name: Hashable, ino: int, start: int, end: int) -> None:
         """Set descriptors aside for the extents that an allocation of [start, end) will create.
@@ -69,7 +86,7 @@ class Backing:
         """
         with self._lock:
             alive = self._files.get(ino, {})
-            indexes = (i for i, _, _ in self.store.layout.split(start, end))
+            indexes = (i for i, _, _ in self.layout(ino).split(start, end))
             wanted = frozenset((ino, i) for i in indexes if i not in alive)
             if not wanted:
                 return
@@ -101,7 +118,7 @@ class Backing:
         """
         self._require_whole("allocate", ino, start, end)
         advice = {**_ADVICE, **self.store.advice}
-        for index, low, high in self.store.layout.split(start, end):
+        for index, low, high in self.layout(ino).split(start, end):
             first = low
             try:
                 extent = self._files.get(ino, {}).get(index) or self._create(ino, index)
@@ -129,18 +146,21 @@ class Backing:
                 f"have {self.store.page_size} bytes"
             )
 
-    def _create(self, ino: int, index: int) -> Extent:
-        """Create extent *index* of a file. Raises OSError; EMFILE at the limit of this Backing."""
+    def _create(self, ino: int, index: int, pages: int = 0) -> Extent:
+        """Create extent *index* of a file, with a memfd of ``pages`` if that is less than it has.
+
+        Raises OSError; EMFILE at the limit of this Backing.
+        """
         with self._lock:
             if self._alive >= self._extent_limit:
                 raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
             self._alive += 1
             self._created += 1
             generation = self._created
-        start, end = self.store.layout.extent_range(index)
+        start, end = self.layout(ino).extent_range(index)
         try:
             name = f"privfs:{ino}:{index}:{generation}"
-            fd = self.store.create(name, (end - start) * PAGE_SIZE)
+            fd = self.store.create(name, (pages or end - start) * PAGE_SIZE)
         except BaseException:
             with self._lock:
                 self._alive -= 1
@@ -162,7 +182,7 @@ class Backing:
         """
         self._require_whole("punch", ino, start, end)
         for extent in self._overlapping(ino, start, end):
-            if self.store.layout.whole:
+            if self.layout(ino).whole:
                 self.kill(ino, extent.index)
                 continue
             first, last = max(start, extent.start), min(end, extent.end)
@@ -171,7 +191,7 @@ class Backing:
 
     def _overlapping(self, ino: int, start: int, end: int) -> list[Extent]:
         """Return the extents of a file that are alive and have pages of [start, end)."""
-        layout = self.store.layout
+        layout = self.layout(ino)
         with self._lock:
             alive = self._files.get(ino, {})
             if start == end or not alive:
@@ -189,6 +209,7 @@ class Backing:
                 return
             if not extents:
                 del self._files[ino]
+                self._whole.discard(ino)
         try:
             self.store.end(extent.fd)
         finally:
@@ -221,7 +242,7 @@ class Backing:
                 errno.ENOENT,
                 "extent",
                 ino,
-                self.store.layout.extent_range(index),
+                self.layout(ino).extent_range(index),
                 0,
                 f"extent {index} is not alive; allocate a page of it first",
             )

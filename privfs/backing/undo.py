@@ -24,7 +24,7 @@ def undo(backing: Backing, file: MemFile, ino: int, perform: Perform, upto: int)
         return upto
     for first, last in file.holes(start, upto):
         backing.punch(ino, first, last)
-    layout = backing.store.layout
+    layout = backing.layout(ino)
     for index, _, _ in layout.split(start, end):
         if index not in file.instances and not _shared(file, op, *layout.extent_range(index)):
             backing.kill(ino, index)

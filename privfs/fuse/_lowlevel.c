@@ -149,6 +149,7 @@ typedef struct Request {
 	unsigned int opcode, uid, gid, pid;
 	char interrupted;
 	char is_private;
+	int private_backing;		/* 0: that of all private files */
 	unsigned long long private_fh;
 	PyObject *args;			/* of fallocate and lseek, else None */
 	PyObject *scopes;		/* to cancel on INTERRUPT, else None */
@@ -172,13 +173,15 @@ static void request_dealloc(Request *self)
 	Py_DECREF(type);
 }
 
-static PyObject *request_mark_private(Request *self, PyObject *fh)
+static PyObject *request_mark_private(Request *self, PyObject *args)
 {
-	unsigned long long value = PyLong_AsUnsignedLongLong(fh);
+	unsigned long long fh;
+	int backing_id = 0;
 
-	if (value == (unsigned long long)-1 && PyErr_Occurred())
+	if (!PyArg_ParseTuple(args, "K|i:mark_private", &fh, &backing_id))
 		return NULL;
-	self->private_fh = value;
+	self->private_fh = fh;
+	self->private_backing = backing_id;
 	self->is_private = 1;
 	Py_RETURN_NONE;
 }
@@ -201,8 +204,9 @@ static PyMemberDef request_members[] = {
 };
 
 static PyMethodDef request_methods[] = {
-	{"mark_private", (PyCFunction)request_mark_private, METH_O,
-	 "mark_private(fh): the open or create under way yields a private file"},
+	{"mark_private", (PyCFunction)request_mark_private, METH_VARARGS,
+	 "mark_private(fh, backing=0): the open or create under way yields a private file; mmap is "
+	 "that of the file of backing_open(), if one is given"},
 	{0},
 };
 
@@ -327,30 +331,35 @@ static void answer(uint64_t unique, int error, const void *body, size_t size)
 		;
 }
 
+static int backing_register(int fd)
+{
+	struct backing_map map = { .fd = fd };
+	int id = ioctl(tap.fd, DEV_IOC_BACKING_OPEN, &map);
+
+	return id < 0 ? -errno : id;
+}
+
 /*
  * One POSIX message queue, unlinked at once, backs every private file: its
  * file_operations have no mmap, read_iter or write_iter, so fs/backing-file.c
  * answers ENODEV to mmap and EINVAL to read and write without waking us.
  */
-static int backing_open(void)
+static int queue_open(void)
 {
 	struct mq_attr attr = { .mq_maxmsg = 1, .mq_msgsize = 1 };
-	struct backing_map map = { 0 };
 	struct timespec now;
 	char name[64];
-	int id;
+	int fd, id;
 
 	clock_gettime(CLOCK_MONOTONIC, &now);
 	snprintf(name, sizeof(name), "privfs-%d-%lld-%ld", (int)getpid(),
 		 (long long)now.tv_sec, now.tv_nsec);
-	map.fd = syscall(SYS_mq_open, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600, &attr);
-	if (map.fd < 0)
+	fd = syscall(SYS_mq_open, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600, &attr);
+	if (fd < 0)
 		return -errno;
 	syscall(SYS_mq_unlink, name);
-	id = ioctl(tap.fd, DEV_IOC_BACKING_OPEN, &map);
-	if (id < 0)
-		id = -errno;
-	close(map.fd);			/* the connection holds its own reference */
+	id = backing_register(fd);
+	close(fd);			/* the connection holds its own reference */
 	return id;
 }
 
@@ -411,7 +420,7 @@ static int init_process(struct fuse_session *se, const struct fuse_buf *buf)
 		return -errno;
 	if (!tap.want_passthrough)
 		return 0;
-	id = n == sizeof(out) && offered ? backing_open() : -EOPNOTSUPP;
+	id = n == sizeof(out) && offered ? queue_open() : -EOPNOTSUPP;
 	tap.passthrough_errno = id < 0 ? -id : 0;
 	if (id >= 0) {
 		tap.backing_id = id;
@@ -591,6 +600,12 @@ EXPORT void fuse_session_process_buf(struct fuse_session *se, const struct fuse_
 
 static struct open_out private_open(const Request *self)
 {
+	if (self->private_backing > 0)	/* reads and writes still come to us: only mmap is its */
+		return (struct open_out){
+			.fh = self->private_fh,
+			.open_flags = OPEN_PASSTHROUGH | OPEN_DIRECT_IO | OPEN_NOFLUSH,
+			.backing_id = self->private_backing,
+		};
 	return (struct open_out){
 		.fh = self->private_fh,
 		.open_flags = tap.open_flags,
@@ -712,6 +727,35 @@ static PyObject *disarm(PyObject *module, PyObject *unused)
 	tap.session = NULL;
 	tap.fd = -1;
 	tap.backing_id = 0;
+	Py_RETURN_NONE;
+}
+
+static PyObject *backing_open(PyObject *module, PyObject *fd)
+{
+	long number = PyLong_AsLong(fd);
+	int id;
+
+	(void)module;
+	if (number == -1 && PyErr_Occurred())
+		return NULL;
+	id = tap.session && tap.backing_id > 0 ? backing_register((int)number) : -EOPNOTSUPP;
+	if (id < 0) {
+		errno = -id;
+		return PyErr_SetFromErrno(PyExc_OSError);
+	}
+	return PyLong_FromLong(id);
+}
+
+static PyObject *backing_close(PyObject *module, PyObject *backing)
+{
+	long number = PyLong_AsLong(backing);
+	uint32_t id = (uint32_t)number;
+
+	(void)module;
+	if (number == -1 && PyErr_Occurred())
+		return NULL;
+	if (tap.session)		/* else the connection is gone, and with it all of them */
+		ioctl(tap.fd, DEV_IOC_BACKING_CLOSE, &id);
 	Py_RETURN_NONE;
 }
 
@@ -850,6 +894,10 @@ static PyMethodDef methods[] = {
 	 "bind_libfuse(path) -> version: find the libfuse behind pyfuse3's object file."},
 	{"arm", arm, METH_VARARGS,
 	 "arm(passthrough, direct_io, seekable): the next session that pyfuse3 opens is ours."},
+	{"backing_open", backing_open, METH_O,
+	 "backing_open(fd) -> backing id, for mark_private(); OSError"},
+	{"backing_close", backing_close, METH_O,
+	 "backing_close(id): no open uses it any more from now on; what is open keeps it"},
 	{"attached", attached, METH_NOARGS, "Whether a session went through this module."},
 	{"serve_init", serve_init, METH_VARARGS,
 	 "serve_init(timeout_ms) -> (passthrough errno, protocol, kernel's protocol)"},

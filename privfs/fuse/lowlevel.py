@@ -192,16 +192,32 @@ def caller_killed(pid: int) -> bool:
     return bool(pending & _SIGKILL_BIT) or fields[b"State"].strip()[:1] in b"ZX"
 
 
-def private_file(fh: int) -> pyfuse3.FileInfo:
+def private_file(fh: int, backing: int = 0) -> pyfuse3.FileInfo:
     """Return what ``open`` or ``create`` of a private memory file must return.
 
     It marks the current request, so its reply carries the mode that the mount got. All opens of one
     inode must be alike (the kernel answers EIO to a mixture); other files return an ordinary
     pyfuse3.FileInfo. Private files send no FLUSH (FOPEN_NOFLUSH). The handler refuses O_DIRECT with
     EINVAL before (passthrough would answer EIO) and treats O_TRUNC itself: no setattr follows.
+
+    With ``backing``, an id of :func:`back`, mmap is that of the file behind it, and READ and WRITE
+    reach the handlers.
     """
-    current_request().mark_private(fh)
+    current_request().mark_private(fh, backing)
     return pyfuse3.FileInfo(fh=fh, direct_io=True, keep_cache=False)
+
+
+def back(fd: int) -> int:
+    """Let an open file be what is mapped of private files; return the id of that.
+
+    Raises OSError: EOPNOTSUPP where the mount has no passthrough. The descriptor may be closed.
+    """
+    return _lowlevel.backing_open(fd)
+
+
+def unback(backing: int) -> None:
+    """Let no open use an id of :func:`back` any more; what is open or mapped stays."""
+    _lowlevel.backing_close(backing)
 
 
 class ReadThrottle:

@@ -30,6 +30,7 @@ from privfs.fuse.ground import MountError
 from privfs.fuse.live import LiveFiles
 from privfs.fuse.lowlevel import pyfuse3
 from privfs.fuse.operations import Files
+from privfs.hostmapped import Passthrough
 from privfs.ladder import Ladder
 from privfs.machine import Machine
 from privfs.namespace import Namespace
@@ -138,6 +139,8 @@ def serve(
         )
     except RuntimeError as error:
         raise MountError(errno.EIO, str(error)) from error
+    if status.mode == "passthrough":
+        service.host_mapped.allow(Passthrough(lowlevel.back, lowlevel.unback, names.open_count))
     info = control.MountInfo(
         mountpoint, os.getpid(), status.mode, status.passthrough_errno, versions(status)
     )

@@ -178,6 +178,7 @@ class Files(lowlevel.Operations):
 
     @_translated
     async def getattr(self, ino: int, ctx: RequestContext) -> EntryAttributes:
+        self._service.host_mapped.adopt(ino)
         return self._attributes(self._names.attributes(ino))
 
     @_translated
@@ -237,7 +238,7 @@ class Files(lowlevel.Operations):
         if flags & os.O_TRUNC and file.size:
             await self._call(ino, Resize(0))  # no SETATTR follows (FUSE_ATOMIC_O_TRUNC)
         self._names.open(ino)
-        return lowlevel.private_file(ino)
+        return lowlevel.private_file(ino, self._service.host_mapped.backing_id(ino))
 
     @_translated
     async def release(self, fh: int) -> None:

@@ -620,3 +620,74 @@ def test_a_copy_goes_its_own_way() -> None:
     assert (bench.file.key(), bench.budget.used) == (before, 2)
     assert twin.idle
     assert not bench.file.idle
+
+
+# --- what the host may map -----------------------------------------------------------------------
+
+
+def mapped(*, shared: bool) -> Bench:
+    bench = Bench(GUEST_MEMFD)
+    bench.finish(bench.file.submit("size", resize(8)))
+    bench.file.map_by_host(shared=shared)
+    return bench
+
+
+def test_host_mapped_files_lie_in_one_extent_from_the_start() -> None:
+    bench = mapped(shared=True)
+    assert bench.file.instances == {0: 1}
+    assert bench.file.personality.layout.count == 1
+    assert mapped(shared=False).file.instances == {}
+    assert bench.file.key() != mapped(shared=False).file.key()
+    assert bench.file.copy(bench.budget).key() == bench.file.key()
+
+
+def test_what_the_host_touches_is_the_files_and_counts() -> None:
+    bench = mapped(shared=True)
+    bench.file.adopt([(1, 3), (6, 99)])
+    assert list(bench.file.pages) == [1, 2, 6, 7]
+    assert bench.budget.used == 4
+    assert bench.file.look(1) is Look.PRESENT
+    assert bench.file.look(0) is Look.HOLE
+    bench.finish(bench.file.submit("punch", punch(0, 8)))
+    assert (bench.file.allocated, bench.budget.used) == (0, 0)
+
+
+def test_a_punch_of_a_host_mapped_file_is_never_needless() -> None:
+    bench = mapped(shared=True)
+    steps = [e.step for e in bench.finish(bench.file.submit("punch", punch(2, 4)))
+             if isinstance(e, Perform)]  # fmt: skip
+    assert steps == [Step.INVALIDATE, Step.FREE]
+    assert [type(e) for e in mapped(shared=False).file.submit("punch", punch(2, 4))] == [
+        Done, Settled,
+    ]  # fmt: skip
+
+
+def test_the_end_of_a_host_mapped_file_takes_its_extent() -> None:
+    bench = mapped(shared=True)
+    performed = [e for e in bench.finish(bench.file.submit("end", Destroy()))
+                 if isinstance(e, Perform)]  # fmt: skip
+    assert performed[-1].step is Step.FREE
+    assert performed[-1].dead == ((0, 1),)
+    bench.file.adopt([(0, 1)])
+    assert bench.budget.used == 0
+
+
+@pytest.mark.parametrize(
+    ("personality", "before", "code"),
+    [
+        (RESIZABLE, [resize(4)], errno.EOPNOTSUPP),
+        (GUEST_MEMFD, [], errno.EINVAL),
+        (GUEST_MEMFD, [resize(4), allocate(0, 1)], errno.EBUSY),
+    ],
+)
+def test_who_cannot_be_mapped_by_the_host(
+    personality: Personality, before: list[Request], code: int
+) -> None:
+    bench = Bench(personality)
+    for number, request in enumerate(before):
+        bench.finish(bench.file.submit(number, request))
+    state = bench.file.key()
+    with pytest.raises(Refused) as refused:
+        bench.file.map_by_host(shared=True)
+    assert refused.value.errno == code
+    assert bench.file.key() == state
