@@ -19,13 +19,14 @@ from typing import Any, Final, Generic, TypeVar
 
 from kvmsim import uapi
 from kvmsim.device.caller import Caller, Efault
-from kvmsim.device.results import Begun, Failure, NewFd, Result, Value
+from kvmsim.device.results import Failure, Result, Value
 from kvmsim.uapi import KvmError, requests
 from kvmsim.uapi.encoding import KVMIO
 
 log = logging.getLogger(__name__)
 
 _NUMBER: Final = 0xFFFF_FFFF
+_DONE: Final = Value(0)
 
 
 class Level(Enum):
@@ -136,6 +137,6 @@ def dispatch(
     except OSError as error:  # of the world, not of the caller
         log.warning("%s: %s", name, error)
         return Failure(error.errno or errno.EIO, f"{name}: {error}")
-    if isinstance(answer, Value | Failure | NewFd | Begun):
-        return answer
-    return Value(answer or 0)
+    if answer is None:
+        return _DONE
+    return Value(answer) if isinstance(answer, int) else answer

@@ -6,11 +6,12 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from dataclasses import dataclass
 from struct import Struct
-from typing import Final
+from typing import Final, NamedTuple
 
-_NOTIF: Final = Struct("<QIIiIQ6Q")  # id, pid, flags, nr, arch, instruction pointer, arguments
+# id, pid; flags, nr, arch, instruction pointer; three arguments of six
+_NOTIF: Final = Struct("<QI20xIxxxxIxxxxQ24x")
+_EMPTY: Final = bytes(_NOTIF.size)  # what the kernel wants to find there
 _RESPONSE: Final = Struct("<QqiI")  # id, value, error, flags
 _ADDFD: Final = Struct("<QIIII")  # id, flags, source, new number, flags of the new one
 _RECEIVE: Final = 0xC0502100  # SECCOMP_IOCTL_NOTIF_*
@@ -23,8 +24,7 @@ _CONTINUE: Final = 1
 _ADD_AND_SEND: Final = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Notification:
+class Notification(NamedTuple):
     """An ioctl that waits: ``tid`` called ioctl(``fd``, ``request``, ``argument``)."""
 
     id: int
@@ -51,10 +51,9 @@ class Listener:
 
     def receive(self) -> Notification:
         """Take the next call, waiting for it; Gone if its caller died meanwhile."""
-        buffer = bytearray(_NOTIF.size)
+        buffer = bytearray(_EMPTY)
         self._ioctl(_RECEIVE, buffer)
-        id, tid, _, _, _, _, fd, request, argument, *_ = _NOTIF.unpack(buffer)
-        return Notification(id, tid, fd & 0xFFFFFFFF, request & 0xFFFFFFFF, argument)
+        return Notification._make(_NOTIF.unpack(buffer))
 
     def valid(self, id: int) -> bool:
         """Whether the caller still waits: until then its pid is its own."""

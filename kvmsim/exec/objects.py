@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import select
 import socket
 import struct
 from dataclasses import dataclass
@@ -42,11 +43,16 @@ class Made:
 
 
 class Objects:
-    """What the device has given out. ``known`` is by identity."""
+    """What the device has given out. ``known`` is by identity.
 
-    def __init__(self) -> None:
+    What tells that something was closed is in ``epoll``; :meth:`happened` sees to it.
+    """
+
+    def __init__(self, epoll: select.epoll) -> None:
         self.known: dict[Identity, DeviceObject] = {}
-        self.inotify = check(libc.inotify_init1(_IN_CLOEXEC | _IN_NONBLOCK), "inotify_init1")
+        self._epoll = epoll
+        self._inotify = check(libc.inotify_init1(_IN_CLOEXEC | _IN_NONBLOCK), "inotify_init1")
+        epoll.register(self._inotify, select.EPOLLIN)
         self._vcpus: dict[int, _Held] = {}  #: by inotify watch
         self._vms: dict[int, tuple[socket.socket, _Held]] = {}  #: by the number of our end
 
@@ -67,6 +73,7 @@ class Objects:
         fd = theirs.detach()
         held = _Held(_identity(fd), new.object)
         self._vms[ours.fileno()] = ours, held
+        self._epoll.register(ours, select.EPOLLIN)
         self.known[held.identity] = new.object
         return Made(fd, new.cloexec, ours.fileno())
 
@@ -79,7 +86,7 @@ class Objects:
         path = f"/proc/self/fd/{fd}"
         given = os.open(path, os.O_RDWR | os.O_CLOEXEC)  # an open file of its own: it is watched
         watch = check(
-            libc.inotify_add_watch(self.inotify, path.encode(), ctypes.c_uint32(_IN_CLOSE)),
+            libc.inotify_add_watch(self._inotify, path.encode(), ctypes.c_uint32(_IN_CLOSE)),
             "inotify_add_watch",
         )
         held = _Held(_identity(fd), device, memory, fd)
@@ -87,21 +94,24 @@ class Objects:
         self.known[held.identity] = device
         return Made(given, new.cloexec, None)
 
-    @property
-    def ends(self) -> list[int]:
-        """Our ends of VMs' sockets: readable when the last descriptor of a VM is gone."""
-        return list(self._vms)
+    def happened(self, fd: int) -> None:
+        """A descriptor in ``epoll`` is readable; those of others are let be."""
+        if fd == self._inotify:
+            self._closed()
+        elif fd in self._vms:
+            self._hung_up(fd)
 
-    def hung_up(self, end: int) -> None:
+    def _hung_up(self, end: int) -> None:
         """The last descriptor of a VM is gone."""
         sock, held = self._vms.pop(end)
+        self._epoll.unregister(sock)
         sock.close()
         self._release(held)
 
-    def closed(self) -> None:
+    def _closed(self) -> None:
         """Something was closed: release the vCPUs that nobody has."""
         try:
-            data = os.read(self.inotify, 1 << 16)
+            data = os.read(self._inotify, 1 << 16)
         except BlockingIOError:
             return
         at = 0
@@ -109,16 +119,16 @@ class Objects:
             watch, mask, _, length = _EVENT.unpack_from(data, at)
             at += _EVENT.size + length
             if mask & _IN_CLOSE and watch in self._vcpus:
-                libc.inotify_rm_watch(self.inotify, watch)
+                libc.inotify_rm_watch(self._inotify, watch)
                 self._release(self._vcpus.pop(watch))
 
     def close(self) -> None:
         """Release everything, vCPUs first."""
         for watch in list(self._vcpus):
             self._release(self._vcpus.pop(watch))
-        for end in self.ends:
-            self.hung_up(end)
-        os.close(self.inotify)
+        for end in list(self._vms):
+            self._hung_up(end)
+        os.close(self._inotify)
 
     def _release(self, held: _Held) -> None:
         self.known.pop(held.identity, None)

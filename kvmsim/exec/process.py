@@ -38,7 +38,8 @@ class Process:
         self.pid = pid
         self.plan: list[Replacement] | None = None
         self._objects = objects
-        self._pidfd = os.pidfd_open(pid)
+        self.pidfd = os.pidfd_open(pid)
+        self._open_files = f"/proc/{pid}/fd/"
         self._lent: defaultdict[int, list[int]] = defaultdict(list)  #: by thread of ours
         self._ours: list[Replacement] = []
 
@@ -63,7 +64,7 @@ class Process:
         if identity in self._objects:
             return self._objects[identity]
         try:
-            fd = pidfd_getfd(self._pidfd, number)
+            fd = pidfd_getfd(self.pidfd, number)
         except OSError:
             return NotOurs.CLOSED
         self._lent[get_ident()].append(fd)
@@ -72,11 +73,7 @@ class Process:
 
     def identify(self, number: int) -> Identity | None:
         """What a descriptor names, None if it is closed."""
-        try:
-            status = os.stat(f"/proc/{self.pid}/fd/{number}")
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino
+        return _identify(f"{self._open_files}{number}")
 
     def returned(self) -> None:
         """The ioctl is over: what this thread of ours was lent is closed."""
@@ -140,7 +137,7 @@ class Process:
             with contextlib.suppress(OSError):
                 status = os.stat(f"/proc/{self.pid}/fd/{number}")
                 if status.st_ino == mapping.ino and _device(status.st_dev) == mapping.dev:
-                    return pidfd_getfd(self._pidfd, int(number))
+                    return pidfd_getfd(self.pidfd, int(number))
         return None
 
     def adopted(self, plan: Sequence[Replacement]) -> None:
@@ -152,39 +149,43 @@ class Process:
         for lent in self._lent.values():
             for fd in lent:
                 os.close(fd)
-        os.close(self._pidfd)
+        os.close(self.pidfd)
         for old in self._ours:
             os.close(old.fd)
         self._ours.clear()
 
 
 class Thread:
-    """A thread of a :class:`Process` as the caller of one ioctl."""
+    """A thread of a :class:`Process` as the caller of ioctls.
+
+    ``mm`` is the process: threads share their memory, children do not.
+    """
 
     def __init__(self, process: Process, tid: int) -> None:
-        self._process = process
+        self.process = process
+        self.mm: Hashable = process
         self._tid = tid
+        self._open_files = f"/proc/{process.pid}/task/{tid}/fd/"
 
-    @property
-    def mm(self) -> Hashable:
-        """The process: threads share their memory, children do not."""
-        return self._process
+    def identify(self, number: int) -> Identity | None:
+        """What a descriptor names; None if it is closed, or if no such thread is there (now)."""
+        return _identify(f"{self._open_files}{number}")
 
     def read(self, address: int, length: int) -> bytes:
         """See :class:`~kvmsim.device.caller.Caller`."""
-        return self._process.read(address, length)
+        return self.process.read(address, length)
 
     def write(self, address: int, data: bytes) -> None:
         """See :class:`~kvmsim.device.caller.Caller`."""
-        self._process.write(address, data)
+        self.process.write(address, data)
 
     def fd(self, number: int) -> Fd:
         """See :class:`~kvmsim.device.caller.Caller`."""
-        return self._process.fd(number)
+        return self.process.fd(number)
 
     def host_range(self, start: int, size: int) -> Sequence[HostPiece]:
         """See :class:`~kvmsim.device.caller.Caller`."""
-        return self._process.host_range(start, size)
+        return self.process.host_range(start, size)
 
     def signal_pending(self, mask: int | None) -> bool:
         """Whether a signal waits that the thread neither blocks nor ignores."""
@@ -201,6 +202,14 @@ def pending_signals(tid: int, mask: int | None = None) -> int:
     pending = int(fields["SigPnd"], 16) | int(fields["ShdPnd"], 16)
     blocked = int(fields["SigBlk"], 16) if mask is None else mask
     return pending & ~blocked & ~int(fields["SigIgn"], 16)
+
+
+def _identify(link: str) -> Identity | None:
+    try:
+        status = os.stat(link)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _device(dev: int) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from kvmsim.device.results import Begun, Failure, NewFd, Pending, Result, Value
+from kvmsim.device.results import Failure, NewFd, Pending, Result, Value
 from kvmsim.device.system import KvmDevice
 from kvmsim.exec.notification import Gone, Listener, Notification
 from kvmsim.exec.objects import Objects
@@ -43,9 +43,13 @@ class Supervisor:
     def __init__(self, device: KvmDevice, listener: Listener, node: Identity) -> None:
         self._device = device
         self._listener = listener
-        self._objects = Objects()
+        self._epoll = select.epoll()
+        self._epoll.register(listener.fd, select.EPOLLIN)
+        self._objects = Objects(self._epoll)
         self._objects.known[node] = device
-        self._processes: dict[int, tuple[Process, int]] = {}  #: and its pidfd here
+        self._processes: dict[int, Process] = {}
+        self._gone: dict[int, int] = {}  #: pids by their pidfd
+        self._threads: dict[int, Thread] = {}  #: by tid, as they were when they last called
         self._lock = threading.Lock()
         self._waiting: dict[int, _Waiting] = {}
         self._remapping = False
@@ -70,54 +74,55 @@ class Supervisor:
                 one.pending.cancel()
                 one.pending.wait()
             self._objects.close()
-            for process, pidfd in self._processes.values():
-                process.close()
-                os.close(pidfd)
+            for pidfd in list(self._gone):
+                self._forget(pidfd)
+            self._epoll.close()
 
     def _turn(self) -> bool:
-        poll = select.poll()
-        poll.register(self._listener.fd, select.POLLIN)
-        poll.register(self._objects.inotify, select.POLLIN)
-        for end in self._objects.ends:
-            poll.register(end, select.POLLIN)
-        gone = {pidfd: pid for pid, (_, pidfd) in self._processes.items()}
-        for pidfd in gone:
-            poll.register(pidfd, select.POLLIN)
-        for fd, events in poll.poll():
+        for fd, events in self._epoll.poll():
             if fd == self._listener.fd:
-                if not events & select.POLLIN:
-                    return False  # POLLHUP: no task has the filter any more
+                if not events & select.EPOLLIN:
+                    return False  # EPOLLHUP: no task has the filter any more
                 self._receive()
-            elif fd == self._objects.inotify:
-                self._objects.closed()
-            elif fd in gone:
-                process, pidfd = self._processes.pop(gone[fd])
-                process.close()
-                os.close(pidfd)
+            elif fd in self._gone:
+                self._forget(fd)
             else:
-                self._objects.hung_up(fd)
+                self._objects.happened(fd)
         return True
+
+    def _forget(self, pidfd: int) -> None:
+        """A process is gone."""
+        process = self._processes.pop(self._gone.pop(pidfd))
+        self._threads = {
+            tid: thread for tid, thread in self._threads.items() if thread.process is not process
+        }
+        self._epoll.unregister(pidfd)
+        process.close()
 
     # --- calls --------------------------------------------------------------------------------
 
     def _receive(self) -> None:
         try:
             call = self._listener.receive()
-            process = self._process(call.tid)
+            thread = self._threads.get(call.tid)
+            identity = None if thread is None else thread.identify(call.fd)
+            if thread is None or identity is None:  # nothing is open there, or it was another's tid
+                thread = self._thread(call.tid)
+                identity = thread.identify(call.fd)
+                if not self._listener.valid(call.id):
+                    return  # the thread died, and what was looked at may be another's
         except (Gone, OSError) as error:
             log.debug("a call whose caller is gone: %s", error)
             return
-        identity = process.identify(call.fd)
-        if not self._listener.valid(call.id):
-            return  # the thread died, and what was looked at may be another's
         device = self._objects.known.get(identity) if identity is not None else None
         try:
             if device is None:
                 self._listener.let_go(call.id)
                 return
+            process = thread.process
             process.plan = []
             try:
-                result = device.ioctl(call.request, call.argument, Thread(process, call.tid))
+                result = device.ioctl(call.request, call.argument, thread)
             finally:
                 plan, process.plan = process.plan, None
                 process.returned()
@@ -125,12 +130,16 @@ class Supervisor:
         except Gone:
             log.debug("thread %d left before its answer", call.tid)
 
-    def _process(self, tid: int) -> Process:
+    def _thread(self, tid: int) -> Thread:
+        """Find out whose thread it is; OSError."""
         pid = thread_group(tid)
-        if pid not in self._processes:
-            process = Process(pid, self._objects.known)
-            self._processes[pid] = process, os.pidfd_open(pid)
-        return self._processes[pid][0]
+        process = self._processes.get(pid)
+        if process is None:
+            process = self._processes[pid] = Process(pid, self._objects.known)
+            self._gone[process.pidfd] = pid
+            self._epoll.register(process.pidfd, select.EPOLLIN)
+        thread = self._threads[tid] = Thread(process, tid)
+        return thread
 
     def _deliver(
         self, call: Notification, process: Process, plan: list[Replacement], result: Result
@@ -140,19 +149,18 @@ class Supervisor:
             return
         for replacement in plan:  # the ioctl failed
             os.close(replacement.fd)
-        match result:
-            case Value(value):
-                self._listener.answer(call.id, value)
-            case Failure(code, reason):
-                log.debug("ioctl %#x of thread %d: %s", call.request, call.tid, reason)
-                self._listener.answer(call.id, -code)
-            case NewFd():
-                self._give(call, result)
-            case Begun(pending, mask):
-                with self._lock:
-                    self._waiting[call.id] = _Waiting(call, pending, mask)
-                self._some.set()
-                pending.on_done(partial(self._done, call.id))
+        if isinstance(result, Value):
+            self._listener.answer(call.id, result.value)
+        elif isinstance(result, Failure):
+            log.debug("ioctl %#x of thread %d: %s", call.request, call.tid, result.reason)
+            self._listener.answer(call.id, -result.errno)
+        elif isinstance(result, NewFd):
+            self._give(call, result)
+        else:
+            with self._lock:
+                self._waiting[call.id] = _Waiting(call, result.pending, result.signal_mask)
+            self._some.set()
+            result.pending.on_done(partial(self._done, call.id))
 
     def _done(self, id: int, outcome: Value | Failure) -> None:
         value = outcome.value if isinstance(outcome, Value) else -outcome.errno
