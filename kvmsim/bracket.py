@@ -20,8 +20,6 @@ from kvmsim.region import SharedSide
 from kvmsim.statistics import Counters
 from kvmsim.uapi import Abi
 
-_PRIVATE = (0,)
-
 
 class Brackets:
     """Begins and ends invalidations of one VM; see :mod:`kvmsim.vm` for the rules."""
@@ -51,7 +49,7 @@ class Brackets:
         found = list(self.mmu.slots.find_file(file, start, end))
         gfns = [(first, last) for _, first, last in found]
         whole = any(slot.whole for slot, _, _ in found)
-        return self._begin(gfns, halves=self.kind.halves if whole else _PRIVATE)
+        return self._begin(gfns, halves=self.kind.halves if whole else self.kind.halves[:1])
 
     def invalidate_file(self, file: int, start: int, end: int) -> Zapped:
         """The same with its end: what the acknowledging thread calls."""

@@ -14,17 +14,12 @@ from kvmsim.memslot import Memslot
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What the guest did. ``data`` is what a write stores; only an MMIO exit needs it.
-
-    ``private`` is what the processor said beside the address (PFERR_PRIVATE_ACCESS); it counts
-    for kinds of VMs with ``PrivateRule.ACCESS`` alone.
-    """
+    """What the guest did. ``data`` is what a write stores; only an MMIO exit needs it."""
 
     write: bool = False
     fetch: bool = False
     length: int = 1
     data: bytes = b""
-    private: bool = False
 
 
 @dataclass(frozen=True, slots=True)

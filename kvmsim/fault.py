@@ -112,9 +112,9 @@ _WRONG_TYPE: Final = "the access is of the other type than the gfn's attribute: 
 
 @dataclass(slots=True)
 class Fault:
-    """A fault of vCPU ``vcpu`` at ``gpa`` (bytes, with the shared bit as the guest set it).
+    """A fault of vCPU ``vcpu`` at ``gpa`` (bytes, with the bit of its side as the guest set it).
 
-    :meth:`snapshot` fills in ``gfn``, without the shared bit, and whether the access is
+    :meth:`snapshot` fills in ``gfn``, without that bit, and whether the access is
     ``private``.
     """
 
@@ -136,9 +136,9 @@ class Fault:
         self._require("snapshot")
         self.snap = mmu.invalidate.seq
         kind = mmu.kind
-        self.gfn = (self.gpa & ~kind.shared_bit) >> PAGE_SHIFT
-        if kind.shared_bit:
-            self.private = not self.gpa & kind.shared_bit
+        self.gfn = (self.gpa & ~kind.side_bit) >> PAGE_SHIFT
+        if kind.side_bit:
+            self.private = self.gpa & kind.side_bit == kind.c_bit
         else:
             self.private = _PRIVATE[kind.rule](self, mmu)
         self.state = State.SNAPPED
@@ -251,7 +251,7 @@ class Fault:
 
     def _install(self, mmu: Mmu, first: int, last: int, hpa: int, *, writable: bool) -> Effect:
         """Store the leaves of gfns [first, last), in the half that was accessed."""
-        half = self.gpa & mmu.kind.shared_bit
+        half = self.gpa & mmu.kind.side_bit
         slot = self.slot
         # Writes are logged by the page (kvm_slot_dirty_track_enabled()).
         top = 1 if slot is not None and slot.flags & KVM_MEM_LOG_DIRTY_PAGES else mmu.max_level
@@ -318,7 +318,6 @@ class Fault:
 
 _PRIVATE: Final[Mapping[PrivateRule, Callable[[Fault, Mmu], bool]]] = {
     PrivateRule.ATTRIBUTE: lambda fault, mmu: mmu.is_private(fault.gfn, mmu.slots.find(fault.gfn)),
-    PrivateRule.ACCESS: lambda fault, mmu: fault.access.private,
     PrivateRule.NEVER: lambda fault, mmu: False,
 }
 

@@ -75,17 +75,19 @@ class Populate:
 
     def filled(self, gpa: int, size: int) -> bool:
         """Whether a page there was populated; a punch, or a conversion, took its leaf away."""
-        mapped = self.running.stage2.mapped
+        mapped, half = self.running.stage2.mapped, self.running.vm.kind.half(private=True)
         runs = self._done.runs(gpa >> PAGE_SHIFT, (gpa + size) >> PAGE_SHIFT)
         return any(
-            run.value and any(mapped(run.start << PAGE_SHIFT, run.end - run.start)) for run in runs
+            run.value and any(mapped(run.start << PAGE_SHIFT | half, run.end - run.start))
+            for run in runs
         )
 
     # --- one fault ----------------------------------------------------------------------------
 
     def _fill(self, gpa: int, source: memoryview) -> int:
         """Map the page at ``gpa`` and copy to it and what was mapped behind it; bytes copied."""
-        fault = Fault(0, gpa, Access(write=True, length=PAGE_SIZE, private=True))
+        half = self.running.vm.kind.half(private=True)
+        fault = Fault(0, gpa | half, Access(write=True, length=PAGE_SIZE))
         again = False
         while True:
             with self._answered:

@@ -69,8 +69,8 @@ _CHECKS: Final[tuple[_Check, ...]] = (
     ),
     (
         errno.EINVAL,
-        "gpa has the shared bit",
-        lambda p, vm: bool(p.gpa & vm.kind.shared_bit),
+        "gpa has the bit of a side",
+        lambda p, vm: bool(p.gpa & vm.kind.side_bit),
     ),
 )
 
@@ -99,8 +99,8 @@ class PreFault:
             if gfn >= kind.max_gfn:  # no slot can be there
                 return self._finish(errno.ENOENT)
             private = kind.private_memory and vm.mmu.is_private(gfn, vm.mmu.slots.find(gfn))
-            gpa = self.gpa | (0 if private else kind.shared_bit)
-            self.fault = Fault(self.vcpu, gpa, Access(length=PAGE_SIZE, private=private))
+            gpa = self.gpa | kind.half(private=private)
+            self.fault = Fault(self.vcpu, gpa, Access(length=PAGE_SIZE))
         return self._after(vm, vm.begin_fault(self.fault))
 
     def page_arrived(self, vm: Vm, grant: PageGrant) -> Step:
@@ -133,7 +133,7 @@ class PreFault:
                 self.fault = None
                 return effect
             case Installed(gpa, npages):
-                end = (gpa & ~vm.kind.shared_bit) + npages * PAGE_SIZE
+                end = (gpa & ~vm.kind.side_bit) + npages * PAGE_SIZE
                 done = min(self.size, end - self.gpa)
                 self.gpa, self.size = self.gpa + done, self.size - done
                 self.progressed, self.fault = True, None

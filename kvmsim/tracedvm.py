@@ -18,6 +18,7 @@ from kvmsim.change import Invalidation, PoisonPage, ReleaseFile, StoreAttributes
 from kvmsim.effect import Effect, NeedPage, PageGrant, Retry
 from kvmsim.fault import Fault
 from kvmsim.inplace import ConvertFile
+from kvmsim.kind import VmKind
 from kvmsim.memslot import SlotChange
 from kvmsim.mmu import SecondStage, Zapped
 from kvmsim.region import SharedSide
@@ -78,9 +79,9 @@ _Tell = Callable[..., None]
 class _Stage2:
     """A second stage that tells what is stored and zapped."""
 
-    def __init__(self, inner: SecondStage, shared_bit: int, tell: _Tell) -> None:
+    def __init__(self, inner: SecondStage, kind: VmKind, tell: _Tell) -> None:
         self._inner = inner
-        self._shared_bit = shared_bit
+        self._kind = kind
         self._tell = tell
 
     def map(
@@ -104,9 +105,14 @@ class _Stage2:
     def zap(self, gpa: int, npages: int) -> int:
         """Clear leaves."""
         leaves = self._inner.zap(gpa, npages)
-        side = "shared" if gpa & self._shared_bit else "private" if self._shared_bit else "both"
+        kind = self._kind
+        side = (
+            "both"
+            if not kind.side_bit
+            else ("private" if gpa & kind.side_bit == kind.c_bit else "shared")
+        )
         self._tell(
-            "kvmsim_zap", gfn=(gpa & ~self._shared_bit) >> PAGE_SHIFT, side=side, pages=npages,
+            "kvmsim_zap", gfn=(gpa & ~kind.side_bit) >> PAGE_SHIFT, side=side, pages=npages,
             leaves=leaves,
         )  # fmt: skip
         return leaves
@@ -120,7 +126,7 @@ class _Core(Vm):
     def watch(self, tell: _Tell) -> None:
         """Begin to tell."""
         self._tell = tell
-        self.mmu.stage2 = _Stage2(self.mmu.stage2, self.kind.shared_bit, tell)
+        self.mmu.stage2 = _Stage2(self.mmu.stage2, self.kind, tell)
 
     def begin_invalidate_file(self, file: int, start: int, end: int) -> Invalidation:
         """Zap the private side."""
@@ -194,7 +200,8 @@ class TracedVm(RunningVm):
     def _on_fault(self, vcpu: Vcpu, gpa: int, access: cpu_api.Access) -> bool:
         rip = vcpu.cpu.get_regs().rip
         code = _error_code(access)
-        if self.vm.kind.shared_bit and not gpa & self.vm.kind.shared_bit:
+        kind = self.vm.kind
+        if kind.side_bit and gpa & kind.side_bit == kind.c_bit:
             code |= _PFERR_PRIVATE
         self._tell("kvm_exit", vcpu.index, reason="npf", rip=rip, info1=code, info2=gpa)
         self._tell("kvm_page_fault", vcpu.index, rip=rip, address=gpa, error_code=code)

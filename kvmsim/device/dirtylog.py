@@ -83,7 +83,7 @@ class DirtyLog:
 class LoggingStage2:
     """A second stage in which slots that log have read-only leaves until they are written.
 
-    ``store()`` gives the gpa of the write fault at work, without the shared bit, None if there is
+    ``store()`` gives the gpa of the write fault at work, without ``side_bit``, None if there is
     none.
     """
 
@@ -91,19 +91,19 @@ class LoggingStage2:
         self,
         inner: SecondStage,
         log: DirtyLog,
-        shared_bit: int,
+        side_bit: int,
         store: Callable[[], int | None],
     ) -> None:
         self._inner = inner
         self._log = log
-        self._shared_bit = shared_bit
+        self._side_bit = side_bit
         self._store = store
 
     def map(
         self, gpa: int, hpa: int, npages: int, *, writable: bool, executable: bool, level: int = 1
     ) -> None:
         """Store leaves; in a slot that logs only the page that is written is writable."""
-        gfn = (gpa & ~self._shared_bit) >> PAGE_SHIFT
+        gfn = (gpa & ~self._side_bit) >> PAGE_SHIFT
         logs = writable and self._log.logs(gfn)
         self._inner.map(
             gpa, hpa, npages, writable=writable and not logs, executable=executable, level=level

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hwemu.stage2 import Stage2, WalkError
 from kvmsim.effect import RetryReason
 from kvmsim.exits import MemoryFaultExit
-from kvmsim.fault import Access, Effect, Fault, Installed, LeaveGuest, NeedPage, PageGrant, Retry
+from kvmsim.fault import Effect, Fault, Installed, LeaveGuest, NeedPage, PageGrant, Retry
 from kvmsim.hostaccess import HostAccess, HostEffect, HostRefused, Opened, Place
 from kvmsim.inplace import Attributes2, ConversionError, ConvertFile, Fill, InPlaceFile
 from kvmsim.kind import KINDS
@@ -74,8 +74,7 @@ class World:
         return begun.then.fill
 
     def touch(self, page: int, *, private: bool = False, npages: int = 1) -> Effect:
-        bit = 0 if private else self.vm.kind.shared_bit
-        fault = Fault(0, (BASE + page) * P | bit, Access(private=private))
+        fault = Fault(0, (BASE + page) * P | self.vm.kind.half(private=private))
         effect = self.vm.begin_fault(fault)
         if isinstance(effect, NeedPage):
             start, end = max(effect.start, page), min(effect.end, page + npages)

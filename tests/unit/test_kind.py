@@ -9,7 +9,7 @@ import pytest
 
 from hwemu.stage2 import Stage2, WalkError
 from kvmsim.exits import BadHvaExit, MemoryFaultExit, MmioExit
-from kvmsim.fault import Access, Effect, Fault, Installed, LeaveGuest, NeedPage, PageGrant, Retry
+from kvmsim.fault import Effect, Fault, Installed, LeaveGuest, NeedPage, PageGrant, Retry
 from kvmsim.kind import KINDS, MAX_GFN, SHARED_BIT, PrivateRule, VmKind, shared_bit_kind
 from kvmsim.region import PrivateFile, Region
 from kvmsim.uapi import (
@@ -60,8 +60,7 @@ class World:
 
     def touch(self, *, private: bool = False, gfn: int = GFN) -> Effect:
         kind = self.vm.kind
-        bit = 0 if private else kind.shared_bit
-        fault = Fault(0, gfn * P | bit, Access(private=private))
+        fault = Fault(0, gfn * P | kind.half(private=private))
         effect = self.vm.begin_fault(fault)
         if isinstance(effect, NeedPage):
             grant = PageGrant(effect.file, effect.page, effect.page + 1, 0, 1)
@@ -129,7 +128,7 @@ def test_grid(kind: str, slot: str, attribute: str, access: str, expected: str |
             continue
         assert isinstance(effect, Installed)
         assert world.walk(effect.gpa) == expected + (GFN - BASE) * P
-        assert effect.gpa & ~world.vm.kind.shared_bit == GFN * P
+        assert effect.gpa & ~world.vm.kind.side_bit == GFN * P
 
 
 def test_default_vm_has_no_private_attribute() -> None:
@@ -164,7 +163,7 @@ def test_read_only_slots_need_an_emulator(kind: str, legal: bool) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "limit"),
-    [("shared-bit", MAX_GFN), ("sw-protected", 1 << 28), ("default", 1 << 28), ("snp", 1 << 28)],
+    [("shared-bit", MAX_GFN), ("sw-protected", 1 << 28), ("default", 1 << 28), ("snp", MAX_GFN)],
 )
 def test_last_gfn_of_each_kind(kind: str, limit: int) -> None:
     world = World(KINDS[kind], "none")
@@ -187,7 +186,7 @@ def test_the_shared_bit_may_be_elsewhere(bit: int) -> None:
 
 @pytest.mark.parametrize("bit", [11, 12, 40, 51])
 def test_where_no_shared_bit_can_be(bit: int) -> None:
-    with pytest.raises(ValueError, match="shared bit"):
+    with pytest.raises(ValueError, match="bits 13 to 39"):
         shared_bit_kind(bit)
 
 
@@ -196,11 +195,13 @@ def test_where_no_shared_bit_can_be(bit: int) -> None:
     [
         (PrivateRule.NEVER, SHARED_BIT),
         (PrivateRule.SHARED_BIT, 0),
+        (PrivateRule.C_BIT, 0),
+        (PrivateRule.ATTRIBUTE, SHARED_BIT),
         (PrivateRule.SHARED_BIT, 3 << 38),
     ],
 )
 def test_a_kind_that_contradicts_itself_is_refused(rule: PrivateRule, bit: int) -> None:
-    with pytest.raises(ValueError, match="shared bit"):
+    with pytest.raises(ValueError, match="with rule"):
         VmKind("odd", 0, rule, bit)
 
 
