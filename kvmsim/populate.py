@@ -112,9 +112,10 @@ class Populate:
                 raise KvmError(errno.EIO, _OPERATION, self.running.stop_reason, start=gpa)
 
     def _copy(self, gpa: int, source: memoryview, installed: Installed) -> int:
-        npages = installed.npages - (gpa - installed.gpa >> PAGE_SHIFT)
-        at, hpa, npages = next(self.running.stage2.mapped(gpa, npages))
-        assert at == gpa, "the first leaf is the one that was just stored"
+        where = gpa | self.running.vm.kind.half(private=True)
+        npages = installed.npages - (where - installed.gpa >> PAGE_SHIFT)
+        at, hpa, npages = next(self.running.stage2.mapped(where, npages))
+        assert at == where, "the first leaf is the one that was just stored"
         count = min(npages * PAGE_SIZE, len(source))
         self.running.host.write(hpa, bytes(source[:count]))
         self._done.set(gpa >> PAGE_SHIFT, (gpa + count) >> PAGE_SHIFT, 1)
