@@ -40,6 +40,10 @@ SANS_IO = {
     "kvmsim.vmm.convert", "kvmsim.vmm.bootparams", "kvmsim.vmm.elf", "kvmsim.vmm.loader",
     "kvmsim.qemuoptions", "hwemu.stage2",
     "hwemu.leafruns", "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
+    "hwemu.tdx.checks", "hwemu.tdx.entry", "hwemu.tdx.fields", "hwemu.tdx.guest", "hwemu.tdx.host",
+    "hwemu.tdx.leaves", "hwemu.tdx.lifeleaves", "hwemu.tdx.locks", "hwemu.tdx.machine",
+    "hwemu.tdx.measure", "hwemu.tdx.memleaves", "hwemu.tdx.module", "hwemu.tdx.pamt",
+    "hwemu.tdx.result", "hwemu.tdx.sept", "hwemu.tdx.states", "hwemu.tdx.status", "hwemu.tdx.td",
 }  # fmt: skip
 IMPURE = {"os", "socket", "time", "threading", "random", "trio", "pyfuse3"}
 
@@ -48,7 +52,7 @@ KEEPERS = {
     "pyfuse3": ("privfs.fuse",),
     "trio": (
         "privfs.notifier.link", "privfs.service", "privfs.timers", "privfs.events",
-        "privfs.control", "privfs.fuse", "privfs.cli",
+        "privfs.control", "privfs.compaction", "privfs.fuse", "privfs.cli",
     ),
     "unicorn": ("hwemu.cpu",),
     "click": ("privfs.cli", "kvmsim.cli"),
