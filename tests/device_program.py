@@ -65,8 +65,9 @@ class Program:
         type: int = 0,
         abi: Abi = "upstream",
         host: HostMemory | None = None,
+        in_place: bool = False,
     ) -> None:
-        self.device = KvmDevice(memory, abi=abi, host=host)
+        self.device = KvmDevice(memory, abi=abi, host=host, in_place=in_place)
         self.abi: Abi = abi
         self.process = LocalProcess(self.device)
         self.kvm = self.process.open()

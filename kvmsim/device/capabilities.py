@@ -17,9 +17,11 @@ from kvmsim.device.hypercall import FORWARDABLE
 from kvmsim.kind import KINDS, VmKind
 from kvmsim.uapi import (
     ABIS,
+    GUEST_MEMFD_FLAG_INIT_SHARED,
     KVM_CAP_EXIT_HYPERCALL,
     KVM_CAP_GUEST_MEMFD,
     KVM_CAP_GUEST_MEMFD_FLAGS,
+    KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES,
     KVM_CAP_MEMORY_ATTRIBUTES,
     KVM_CAP_MEMORY_FAULT_INFO,
     KVM_CAP_NR_MEMSLOTS,
@@ -67,6 +69,8 @@ class Asked:
     kind: VmKind | None
     gmem_flags: int | None
     """GUEST_MEMFD_FLAG_* of the mount, None: there is none."""
+    in_place: bool = False
+    """Whether files convert in place, and keep the types (gmem_in_place_conversion)."""
 
     @property
     def upstream(self) -> bool:
@@ -79,6 +83,18 @@ def _attributes(asked: Asked) -> int:
     if not asked.upstream or (asked.kind is not None and not asked.kind.private_memory):
         return 0
     return ABIS[asked.abi].attribute_private
+
+
+def gmem_flags(asked: Asked) -> int:
+    """kvm_gmem_get_supported_flags(): what KVM_CREATE_GUEST_MEMFD takes.
+
+    A VM with private memory has none that begins as shared (kvm_arch_supports_gmem_init_shared()),
+    but where files convert.
+    """
+    flags = asked.gmem_flags or 0
+    if asked.kind is not None and asked.kind.private_memory and not asked.in_place:
+        flags &= ~GUEST_MEMFD_FLAG_INIT_SHARED
+    return flags
 
 
 def _types(asked: Asked) -> int:
@@ -118,9 +134,12 @@ _VALUES: Final[Mapping[int, Callable[[Asked], int]]] = MappingProxyType(
         KVM_CAP_VM_TYPES: _types,
         KVM_CAP_USER_MEMORY2: lambda asked: int(asked.upstream),
         KVM_CAP_MEMORY_FAULT_INFO: lambda asked: int(asked.upstream),
-        KVM_CAP_MEMORY_ATTRIBUTES: _attributes,
+        KVM_CAP_MEMORY_ATTRIBUTES: lambda asked: 0 if asked.in_place else _attributes(asked),
+        KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES: lambda asked: (
+            _attributes(asked) if asked.in_place else 0
+        ),
         KVM_CAP_GUEST_MEMFD: lambda asked: int(asked.upstream and asked.gmem_flags is not None),
-        KVM_CAP_GUEST_MEMFD_FLAGS: lambda asked: asked.gmem_flags or 0 if asked.upstream else 0,
+        KVM_CAP_GUEST_MEMFD_FLAGS: lambda asked: gmem_flags(asked) if asked.upstream else 0,
         KVM_CAP_PRE_FAULT_MEMORY: lambda asked: int(asked.upstream),
         KVM_CAP_EXIT_HYPERCALL: lambda asked: FORWARDABLE,
         cap.KVM_CAP_READONLY_MEM: lambda asked: int(

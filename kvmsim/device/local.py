@@ -17,7 +17,7 @@ import threading
 from bisect import bisect_right, insort
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from kvmsim.device.caller import Fd, HostPiece, NotOurs, PrivateFd
 from kvmsim.device.copying import fetch, store
@@ -32,6 +32,10 @@ from kvmsim.device.results import (
     Value,
 )
 from kvmsim.uapi import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from kvmsim.device.gmemfile import GmemFile
+    from kvmsim.device.system import KvmDevice
 
 _FUSE_SUPER_MAGIC: Final = 0x65735546
 
@@ -172,7 +176,7 @@ class LocalProcess:
     can be mapped; only :meth:`close` releases the object behind it.
     """
 
-    def __init__(self, device: DeviceObject, ranges: HostRanges | None = None) -> None:
+    def __init__(self, device: KvmDevice, ranges: HostRanges | None = None) -> None:
         self.device = device
         self.ranges = HostRanges() if ranges is None else ranges
         self.caller = LocalCaller(self.ranges)
@@ -189,7 +193,7 @@ class LocalProcess:
         A buffer stands for its address.
         """
         address = argument if isinstance(argument, int) else ctypes.addressof(argument)
-        device = self.caller.objects.get(fd)
+        device = self.caller.objects.get(fd) or self.private_file(fd)
         if device is None:
             raise OSError(errno.EBADF, f"descriptor {fd} is none of the device")
         result = device.ioctl(request, address, self.caller)
@@ -211,6 +215,11 @@ class LocalProcess:
             return self._receive(result)
         assert isinstance(result, Value)
         return result.value
+
+    def private_file(self, fd: int) -> GmemFile | None:
+        """What answers for a guest_memfd of the device; None: it is none."""
+        found = self.caller.fd(fd)
+        return self.device.private_file(found.fd) if isinstance(found, PrivateFd) else None
 
     def interrupt(self, fd: int) -> None:
         """From another thread: a signal for everyone who waits in an ioctl on ``fd``."""

@@ -16,11 +16,13 @@ from kvmsim.device import cpuid, msrs
 from kvmsim.device.caller import Caller
 from kvmsim.device.capabilities import VM_TYPES, Asked, check_extension
 from kvmsim.device.gmem import GuestMemfds
+from kvmsim.device.gmemfile import IN_PLACE_FLAGS, GmemFile
 from kvmsim.device.results import FdKind, NewFd, Result
 from kvmsim.device.table import Call, Level, Row, dispatch, table
 from kvmsim.device.vcpustate import MCE_CAP_SUPPORTED
 from kvmsim.device.vm import VmDevice
 from kvmsim.hostmem import HostMemory
+from kvmsim.kind import VmKind
 from kvmsim.running import RunningVm
 from kvmsim.uapi import (
     KVM_API_VERSION,
@@ -42,8 +44,9 @@ class KvmDevice:
 
     ``memory``: a directory on a privfs mount, for KVM_CREATE_GUEST_MEMFD. ``abi``: today's
     interface, or that of the 2022 series. ``host``: the arena to use; of the process, if it has
-    one. ``running``: the class that runs the VMs. Any number of descriptors may stand for one
-    device.
+    one. ``running``: the class that runs the VMs. ``in_place``: guest_memfds convert in place and
+    keep the types (kvm.gmem_in_place_conversion of the series that is not merged), for all VMs.
+    Any number of descriptors may stand for one device.
     """
 
     def __init__(
@@ -53,7 +56,11 @@ class KvmDevice:
         abi: Abi = "upstream",
         host: HostMemory | None = None,
         running: type[RunningVm] = RunningVm,
+        in_place: bool = False,
     ) -> None:
+        if in_place and abi == "v7":
+            raise ValueError("v7 has no conversion in place")
+        self.in_place = in_place
         self.abi: Abi = abi
         self.running = running
         self._owns_host = host is None
@@ -66,6 +73,12 @@ class KvmDevice:
     def ioctl(self, request: int, argument: int, caller: Caller) -> Result:
         """One ioctl on a descriptor of /dev/kvm."""
         return dispatch(self, Level.SYSTEM, TABLE, request, argument, caller)
+
+    def private_file(self, fd: int) -> GmemFile | None:
+        """What answers for an open descriptor of this process, if it is a file of a VM of ours."""
+        status = os.fstat(fd)
+        vm = self.owners.get((status.st_dev, status.st_ino))
+        return GmemFile(vm, fd) if isinstance(vm, VmDevice) else None
 
     def release(self) -> None:
         """A descriptor is gone: nothing goes with it."""
@@ -107,8 +120,14 @@ class KvmDevice:
 
     def check_extension(self, call: Call) -> int:
         """KVM_CHECK_EXTENSION."""
-        asked = Asked(self.abi, None, None if self.gmem is None else self.gmem.flags)
-        return check_extension(call.argument, asked)
+        return check_extension(call.argument, self.asked(None))
+
+    def asked(self, kind: VmKind | None) -> Asked:
+        """What KVM_CHECK_EXTENSION's answers depend on; ``kind`` of a VM."""
+        flags = None
+        if self.gmem is not None:
+            flags = IN_PLACE_FLAGS if self.in_place else self.gmem.flags
+        return Asked(self.abi, kind, flags, self.in_place)
 
     def get_vcpu_mmap_size(self, call: Call) -> int:
         """KVM_GET_VCPU_MMAP_SIZE."""

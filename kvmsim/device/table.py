@@ -35,12 +35,18 @@ class Level(Enum):
     SYSTEM = "system"
     VM = "VM"
     VCPU = "vCPU"
+    FILE = "guest_memfd"
 
 
 # How the switch of each level ends: kvm_arch_dev_ioctl(), kvm_arch_vm_ioctl(),
-# kvm_arch_vcpu_ioctl() of arch/x86/kvm/x86.c.
+# kvm_arch_vcpu_ioctl() of arch/x86/kvm/x86.c; kvm_gmem_ioctl() of the in-place series.
 UNKNOWN: Final[Mapping[Level, int]] = MappingProxyType(
-    {Level.SYSTEM: errno.EINVAL, Level.VM: errno.ENOTTY, Level.VCPU: errno.EINVAL}
+    {
+        Level.SYSTEM: errno.EINVAL,
+        Level.VM: errno.ENOTTY,
+        Level.VCPU: errno.EINVAL,
+        Level.FILE: errno.ENOTTY,
+    }
 )
 
 NAMES: Final[Mapping[int, str]] = MappingProxyType(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 from hwemu.cpu.api import MsrExit
 from kvmsim import exits
 from kvmsim.device.caller import Caller
-from kvmsim.device.capabilities import CLOCK_FLAGS, MAX_VCPUS, Asked, check_extension
+from kvmsim.device.capabilities import CLOCK_FLAGS, MAX_VCPUS, check_extension
 from kvmsim.device.clock import Clock
 from kvmsim.device.hypercall import FORWARDABLE
 from kvmsim.device.memory import VmMemory
@@ -65,8 +65,9 @@ class VmDevice:
         self._released = False
         self._started = False
         self.running = system.running(
-            self.host, 0, f"kvm{next(_numbers)}", abi=self.abi, kind=kind, supervisor=self
-        )
+            self.host, 0, f"kvm{next(_numbers)}", abi=self.abi, kind=kind, supervisor=self,
+            in_place=system.in_place,
+        )  # fmt: skip
         self.memory = VmMemory(self, system.owners)
 
     # --- the descriptor -----------------------------------------------------------------------
@@ -163,9 +164,7 @@ class VmDevice:
 
     def check_extension(self, call: Call) -> int:
         """KVM_CHECK_EXTENSION of this VM."""
-        gmem = self.system.gmem
-        asked = Asked(self.abi, self.kind, None if gmem is None else gmem.flags)
-        return check_extension(call.argument, asked)
+        return check_extension(call.argument, self.system.asked(self.kind))
 
     def enable_cap(self, call: Call) -> None:
         """KVM_ENABLE_CAP."""
