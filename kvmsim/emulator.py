@@ -305,7 +305,7 @@ class Emulator:
         match action:
             case Resume(data, wake):
                 if data is not None:
-                    self.running.vcpus[index].cpu.complete(data)
+                    self.running.complete(index, data)
                 for other in wake:
                     self.running.make_runnable(other)
             case Wait():

@@ -37,7 +37,7 @@ from kvmsim.exits import BadHvaExit, Exit, InternalErrorExit, MemoryFaultExit, M
 from kvmsim.kind import PrivateRule
 from kvmsim.level import mapping_levels, pages_per_leaf
 from kvmsim.memslot import Memslot
-from kvmsim.mmu import Mmu
+from kvmsim.mmu import Gate, GuardRefusal, Mmu
 from kvmsim.uapi import (
     ABIS,
     EHWPOISON,
@@ -251,7 +251,41 @@ class Fault:
 
     def _install(self, mmu: Mmu, first: int, last: int, hpa: int, *, writable: bool) -> Effect:
         """Store the leaves of gfns [first, last), in the half that was accessed."""
+        if mmu.gate is not None:
+            return self._admitted(mmu, mmu.gate, first, last, hpa, writable=writable)
         half = self.gpa & mmu.kind.side_bit
+        try:
+            self._store(mmu, half, first, last, hpa, writable=writable)
+        except MemoryError:
+            return self._no_table()
+        return self._after(Installed(first << PAGE_SHIFT | half, last - first))
+
+    def _admitted(
+        self, mmu: Mmu, gate: Gate, first: int, last: int, hpa: int, *, writable: bool
+    ) -> Effect:
+        """Store what the confidential processor lets in; what it keeps back faults again."""
+        half = self.gpa & mmu.kind.side_bit
+        try:
+            for leaf in gate.admit(
+                self.gfn, first, last, hpa, private=self.private, writable=writable
+            ):
+                end = leaf.gfn + leaf.npages
+                self._store(mmu, half, leaf.gfn, end, leaf.hpa, writable=writable)
+        except GuardRefusal as refusal:
+            leave = self._memory_fault(refusal.errno, refusal.reason)
+            return self._after(LeaveGuest(leave))
+        except MemoryError:
+            return self._no_table()
+        return self._after(Installed(self.gfn << PAGE_SHIFT | half, 1))
+
+    def _no_table(self) -> Effect:
+        leave = self._memory_fault(errno.ENOMEM, "no memory for a second-stage table")
+        return self._after(LeaveGuest(leave))
+
+    def _store(
+        self, mmu: Mmu, half: int, first: int, last: int, hpa: int, *, writable: bool
+    ) -> None:
+        """Store leaves of gfns [first, last), as large as they may be."""
         slot = self.slot
         # Writes are logged by the page (kvm_slot_dirty_track_enabled()).
         top = 1 if slot is not None and slot.flags & KVM_MEM_LOG_DIRTY_PAGES else mmu.max_level
@@ -259,15 +293,10 @@ class Fault:
         store = mmu.stage2.map
         if last - first < _LARGE:
             top = 1
-        try:
-            for gfn, npages, level in mapping_levels(first, last - first, first + offset, top):
-                gpa, target = gfn << PAGE_SHIFT | half, (gfn + offset) << PAGE_SHIFT
-                make = store if level == 1 else partial(store, level=level)
-                make(gpa, target, npages, writable=writable, executable=True)
-        except MemoryError:
-            leave = self._memory_fault(errno.ENOMEM, "no memory for a second-stage table")
-            return self._after(LeaveGuest(leave))
-        return self._after(Installed(first << PAGE_SHIFT | half, last - first))
+        for gfn, npages, level in mapping_levels(first, last - first, first + offset, top):
+            gpa, target = gfn << PAGE_SHIFT | half, (gfn + offset) << PAGE_SHIFT
+            make = store if level == 1 else partial(store, level=level)
+            make(gpa, target, npages, writable=writable, executable=True)
 
     def _require(self, step: str) -> None:
         if self.state is not _FROM[step]:

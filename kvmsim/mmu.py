@@ -45,6 +45,36 @@ class Cache(Protocol):
         """Forget gfns [start, end)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """Leaves to store: ``npages`` gfns from ``gfn`` at ``hpa``, each as large as it may be."""
+
+    gfn: int
+    npages: int
+    hpa: int
+
+
+class GuardRefusal(Exception):
+    """The hardware does not take a page; ``errno`` is what KVM makes of it. Nothing changed."""
+
+    def __init__(self, errno: int, reason: str) -> None:
+        super().__init__(reason)
+        self.errno = errno
+        self.reason = reason
+
+
+class Gate(Protocol):
+    """What of a confidential processor the table itself must ask (:mod:`kvmsim.guard`)."""
+
+    def admit(
+        self, gfn: int, first: int, last: int, hpa: int, *, private: bool, writable: bool
+    ) -> tuple[Leaf, ...]:
+        """Take pages for gfns around ``gfn``; the leaves to store now. Raises GuardRefusal."""
+
+    def zapped(self, gfn: int, npages: int, *, private: bool) -> None:
+        """Leaves were cleared."""
+
+
 class Backing(Protocol):
     """The user's half of the contract with the owner of private files."""
 
@@ -92,6 +122,8 @@ class Mmu:
     poison: Poison = field(default_factory=Poison)
     caches: list[Cache] = field(default_factory=list)
     """What is told of every gfn that is taken away (:mod:`kvmsim.gpc`)."""
+    gate: Gate | None = None
+    """The confidential processor of this VM; None: an ordinary one."""
     files: dict[int, InPlaceFile] | None = None
     """The files that keep their indices' types; None: the VM keeps its gfns' types."""
 
@@ -141,8 +173,11 @@ class Mmu:
                 continue
             for half in halves:
                 gone = (start << PAGE_SHIFT | half, npages)
-                if self.max_level > 1:
+                if self.max_level > 1 and self.gate is None:
                     gone = self.stage2.whole_leaves(*gone)
                 leaves += self.stage2.zap(*gone)
                 ranges.append(gone)
+                if self.gate is not None:  # exactly these: what is lost there loses its content
+                    private = not self.kind.side_bit or half == self.kind.half(private=True)
+                    self.gate.zapped(start, npages, private=private)
         return Zapped(tuple(ranges), leaves)

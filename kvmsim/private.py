@@ -43,6 +43,9 @@ class Guest(Protocol):
     def drain(self, epoch: int) -> None:
         """Wait until no vCPU can use a translation from before ``epoch`` (no lock held)."""
 
+    def released(self, hpa: int, size: int) -> None:
+        """Bytes of the arena go back to their owner: no vCPU can reach them (no lock held)."""
+
     def page_granted(self, session: Session, granted: Granted) -> None:
         """Go on with the fault that asked (lock held)."""
 
@@ -144,6 +147,7 @@ class Session:
         self._guest.drain(max(ticket.epoch for ticket in held))
         for ticket in held:
             for hpa, length in ticket.shut:
+                self._guest.released(hpa, length)
                 self._host.shut(hpa, length)
             for extent in ticket.dead:
                 self._release(extent)
@@ -188,7 +192,9 @@ class Session:
 
     def _release(self, extent: _Extent) -> None:
         for piece in extent.pieces:
-            self._host.retire(piece.hpa, (piece.end - piece.start) * PAGE_SIZE)
+            size = (piece.end - piece.start) * PAGE_SIZE
+            self._guest.released(piece.hpa, size)
+            self._host.retire(piece.hpa, size)
         os.close(extent.fd)
 
     def forget(self, ino: int) -> None:

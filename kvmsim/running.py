@@ -37,6 +37,7 @@ from kvmsim.fault import (
     RetryReason,
 )
 from kvmsim.fence import FencedStage2
+from kvmsim.guard import Again, Answer, Guard, Inject, Leave, Resolve, Verdict
 from kvmsim.hostmem import HostMemory
 from kvmsim.kind import SHARED_BIT_KIND, VmKind
 from kvmsim.level import MAX_LEVEL
@@ -106,6 +107,7 @@ class RunningVm:
         self._runner: threading.Thread | None = None
         self._ticker: threading.Thread | None = None
         self._ended = threading.Event()
+        self.guard: Guard | None = None
         for _ in range(vcpus):
             self.add_vcpu()
 
@@ -124,7 +126,15 @@ class RunningVm:
         with self.lock, self._gate:
             self.shootdown.add()
             self.vcpus.append(vcpu)
+        if self.guard is not None:
+            engine.protect(self.guard.instructions)
         return vcpu
+
+    def protect(self, guard: Guard) -> None:
+        """Let a confidential processor's tables decide; before any vCPU runs or slot is made."""
+        self.guard = self.vm.mmu.gate = guard
+        for vcpu in self.vcpus:
+            vcpu.cpu.protect(guard.instructions)
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -167,6 +177,9 @@ class RunningVm:
                 thread.join()
         for vcpu in self.vcpus:
             vcpu.cpu.close()
+        if self.guard is not None:
+            with self.lock:
+                self.guard.close()
         self.private.close()
 
     def post(self, work: Callable[[], None]) -> None:
@@ -239,6 +252,15 @@ class RunningVm:
 
     def drain(self, epoch: int) -> None:
         """Wait until no vCPU runs with a translation from before ``epoch`` (no lock held)."""
+        self._drain(epoch)
+        while self.guard is not None:
+            with self.lock:
+                if not self.guard.drained():
+                    return
+                epoch = self.shootdown.request()
+            self._drain(epoch)
+
+    def _drain(self, epoch: int) -> None:
         with self._gate:
             while not self.shootdown.drained(epoch):
                 for index in self.shootdown.stragglers(epoch):
@@ -250,6 +272,12 @@ class RunningVm:
         with self.lock:
             epoch = self._request_flush(zapped)
         self.drain(epoch)
+
+    def released(self, hpa: int, size: int) -> None:
+        """Tell the confidential processor that these bytes are no guest's (no lock held)."""
+        if self.guard is not None:
+            with self.lock:
+                self.guard.released(hpa, size)
 
     # --- grants -------------------------------------------------------------------------------
 
@@ -367,6 +395,9 @@ class RunningVm:
         """Run guest code; the flush that was asked for comes first."""
         self._current = vcpu
         self.statistics.slices += 1
+        if self.guard is not None:
+            with self.lock:
+                self.guard.enter(vcpu.index)
         with self._gate:
             must_flush = self.shootdown.enter(vcpu.index)
         try:
@@ -376,6 +407,9 @@ class RunningVm:
             return run()
         finally:
             self._current = None
+            if self.guard is not None:
+                with self.lock:
+                    self.guard.leave(vcpu.index)
             with self._gate:
                 self.shootdown.leave(vcpu.index)
                 self._gate.notify_all()
@@ -396,15 +430,23 @@ class RunningVm:
         match left:
             case cpu_api.KickExit():
                 return
+            case cpu_api.Stage2Fault() if vcpu.verdict is not None:
+                verdict, vcpu.verdict = vcpu.verdict, None
+                self._decided(vcpu, verdict)
             case cpu_api.Stage2Fault():
                 assert vcpu.stopped_at is not None
                 fault, effect = vcpu.stopped_at
                 vcpu.stopped_at = None
                 self._faulted(vcpu, fault, effect)
+            case cpu_api.InterceptExit():
+                assert self.guard is not None
+                with self.lock:
+                    verdict = self.guard.instruction(vcpu.index, left, vcpu.cpu.get_regs())
+                self._decided(vcpu, verdict)
             case cpu_api.IoExit(port, size, is_write, data):
                 self._deliver(vcpu, exits.IoExit(port, size, is_write, data))
             case cpu_api.MmioExit(gpa, size, is_write, data):
-                gpa &= ~self.vm.kind.shared_bit
+                gpa &= ~self.vm.kind.side_bit
                 self._deliver(vcpu, exits.MmioExit(gpa, size, is_write, data))
             case cpu_api.HltExit():
                 self._deliver(vcpu, exits.HltExit())
@@ -432,16 +474,74 @@ class RunningVm:
         if not self._handler(vcpu.index, left):
             self.stop(self.stop_reason or "ended by its VMM")
 
+    # --- what a confidential processor decides -------------------------------------------------
+
+    def complete(self, index: int, data: bytes | int | None) -> None:
+        """Answer the last exit of a vCPU; runner thread, or one that stands in for it."""
+        vcpu = self.vcpus[index]
+        if not vcpu.left_by_guard:
+            vcpu.cpu.complete(data)
+            return
+        assert self.guard is not None
+        vcpu.left_by_guard = False
+        with self.lock:
+            verdict = self.guard.complete(index, data, vcpu.cpu.get_regs())
+        if isinstance(verdict, Leave):
+            vcpu.left_by_guard, vcpu.exit = True, verdict.exit
+        else:
+            self._decided(vcpu, verdict)
+
+    def _decided(self, vcpu: Vcpu, verdict: Verdict) -> None:
+        """Do what the guard says; no vCPU is in guest code."""
+        match verdict:
+            case Inject(vector, error_code):
+                try:
+                    vcpu.cpu.inject(vector, error_code)
+                except cpu_api.CpuStateError:  # a fault of the delivery of another: #DF at best
+                    self._deliver(vcpu, exits.ShutdownExit())
+            case Answer(regs, zapped):
+                vcpu.cpu.set_regs(regs)
+                self._forget(zapped)
+            case Again(zapped):
+                vcpu.cpu.repeat()
+                self._forget(zapped)
+            case Leave(left_with):
+                vcpu.left_by_guard = True
+                self._deliver(vcpu, left_with)
+            case Resolve(gpa, access):
+                vcpu.cpu.repeat()
+                if not self._resolve(vcpu, gpa, access):
+                    assert vcpu.stopped_at is not None
+                    fault, effect = vcpu.stopped_at
+                    vcpu.stopped_at = None
+                    self._faulted(vcpu, fault, effect)
+
+    def _forget(self, zapped: Zapped) -> None:
+        if zapped.ranges:
+            with self.lock:
+                self._request_flush(zapped)
+
     # --- faults -------------------------------------------------------------------------------
 
     def _on_fault(self, vcpu: Vcpu, gpa: int, access: cpu_api.Access) -> bool:
         """Resolve a fault inside the engine if nothing has to be waited for."""
+        if self.guard is not None:
+            with self.lock:
+                vcpu.verdict = self.guard.fault(vcpu.index, gpa, access)
+            if vcpu.verdict is not None:
+                if vcpu.verdict != Again():
+                    return False
+                vcpu.verdict = None
+                return True
+        return self._resolve(vcpu, gpa, access)
+
+    def _resolve(self, vcpu: Vcpu, gpa: int, access: cpu_api.Access) -> bool:
         wanted = Access(
             write=bool(access & cpu_api.Access.WRITE), fetch=bool(access & cpu_api.Access.EXEC)
         )
         fault = Fault(vcpu.index, gpa, wanted)
         with self.lock:
-            self.storing = gpa & ~self.vm.kind.shared_bit if wanted.write else None
+            self.storing = gpa & ~self.vm.kind.side_bit if wanted.write else None
             effect = self.vm.begin_fault(fault)
             self.storing = None
         if isinstance(effect, Installed):
@@ -461,6 +561,8 @@ class RunningVm:
                     vcpu.awaited = fault
                     vcpu.state = State.WAITS
                 send()
+            case LeaveGuest(exits.MmioExit()) if (said := self._mmio(vcpu, fault)) is not None:
+                self._decided(vcpu, said)
             case LeaveGuest(exits.MmioExit()):
                 left = self._in_guest(vcpu, lambda: vcpu.cpu.run_mmio(fault.gpa))
                 self._left(vcpu, left)
@@ -468,6 +570,14 @@ class RunningVm:
                 self._deliver(vcpu, left_with)
             case Retry() | Installed():
                 return
+
+    def _mmio(self, vcpu: Vcpu, fault: Fault) -> Verdict | None:
+        """What the processor says to an access where no memory is; None: it is emulated."""
+        if self.guard is None:
+            return None
+        wanted = cpu_api.Access.WRITE if fault.access.write else cpu_api.Access.READ
+        with self.lock:
+            return self.guard.mmio(vcpu.index, fault.gpa, wanted)
 
     # --- time ---------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from hwemu.cpu import api as cpu_api
 from kvmsim import exits
 from kvmsim.effect import Effect
 from kvmsim.fault import Fault
+from kvmsim.guard import Verdict
 
 
 class State(enum.Enum):
@@ -49,6 +50,8 @@ class Vcpu:
     state: State = State.IDLE
     exit: exits.Exit | None = None  #: decided while it waited; handled when it is taken
     stopped_at: tuple[Fault, Effect] | None = None
+    verdict: Verdict | None = None  #: what the processor said to the fault that it stopped at
+    left_by_guard: bool = False  #: its last exit is completed by the guard
     again: bool = False  #: the next request asks for the extent's memfd too
     awaited: Fault | None = None  #: the fault whose page makes it runnable again
     interrupted: bool = False  #: leaves at its next turn, whatever it waits for

@@ -381,6 +381,10 @@ class Cpu(Protocol):
         """
         ...
 
+    def repeat(self) -> None:
+        """The instruction of the last `InterceptExit` is to be met again by the next `run`."""
+        ...
+
     def complete(self, data: bytes | int | None = None) -> None:
         """Answer the last exit: the data read, or the result of a hypercall (RAX)."""
         ...

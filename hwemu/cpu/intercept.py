@@ -280,7 +280,7 @@ class Intercepts:
         self._answered = True
 
     def cancel(self) -> None:
-        """`waiting` is replaced by an exception at its instruction."""
+        """`waiting` is no more: its instruction faults, or is met again."""
         self.waiting = None
 
     def finish_instruction(self) -> None:

@@ -357,6 +357,10 @@ class SvmCpu:
             self._intercepts.cancel()
         self._intercepts.event = Event(vector, error_code, None, external=external)
 
+    def repeat(self) -> None:
+        """Meet the instruction of the last `InterceptExit` again (see `Cpu.repeat`)."""
+        self._intercepts.cancel()
+
     def complete(self, data: bytes | int | None = None) -> None:
         """Answer the last exit (see `Cpu.complete`)."""
         device = self._bay.device

@@ -200,12 +200,15 @@ class VcpuDevice:
         completion, self.completion = self.completion, Completion.NOTHING
         match completion:
             case Completion.PORT:
-                self.cpu.complete(buffer.port_data(self._asked))
+                self._answer(buffer.port_data(self._asked))
             case Completion.MMIO:
-                self.cpu.complete(buffer.mmio_data(self._asked))
+                self._answer(buffer.mmio_data(self._asked))
             case Completion.HYPERCALL:
                 result = buffer.hypercall_result()
-                self.cpu.complete(result if self._long_mode() else result & 0xFFFF_FFFF)
+                self._answer(result if self._long_mode() else result & 0xFFFF_FFFF)
+
+    def _answer(self, data: bytes | int) -> None:
+        self.vm.running.complete(self.engine.index, data)
 
     # --- in the runner thread -----------------------------------------------------------------
 
@@ -271,7 +274,7 @@ class VcpuDevice:
             forwarded=self.vm.forwarded_hypercalls,
         )
         if isinstance(answer, Answer):
-            self.cpu.complete(answer.value)
+            self._answer(answer.value)
             return None
         return answer
 
