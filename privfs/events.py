@@ -82,6 +82,11 @@ class Events:
                     "event": perform.step.value, "inode": ino, "operation": perform.kind.value,
                     **_bytes(perform.start, perform.end),
                 })  # fmt: skip
+            case core.Migrated(ino, moved):
+                self._tell({
+                    "event": "move", "inode": ino, "extent": moved.extent, "from": moved.old,
+                    "to": moved.new, "pages": moved.pages, **_bytes(moved.start, moved.end),
+                })  # fmt: skip
             case core.Answer(op, code, why):
                 self._tell({"event": "answer", "call": str(op), "errno": code, "why": why})
             case core.Drop(sid, why):

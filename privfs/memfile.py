@@ -42,6 +42,8 @@ from privfs.operation import (
     Fallocate,
     FaultIn,
     Kind,
+    Migrate,
+    Moved,
     Operation,
     OpId,
     Perform,
@@ -81,18 +83,20 @@ class MemFile:
 
     ``size`` is in bytes, ``pages`` the bitmap of allocated pages, ``instances`` maps the index of
     a living extent to its instance number, which is never used again.  ``quota`` bounds the pages
-    of this file, 0 is no bound of its own.  ``purpose`` is what its first user asked for.
+    of this file, 0 is no bound of its own.  ``purpose`` is what its first user asked for,
+    ``users`` counts those that it is promised to now.
     """
 
     __slots__ = ("_active", "_admitting", "_budget", "_next_instance", "_waiting", "dead",
                  "host", "instances", "pages", "personality", "purpose", "quota",
-                 "seals", "size")  # fmt: skip
+                 "seals", "size", "users")  # fmt: skip
 
     def __init__(self, personality: Personality, budget: Budget, quota: int = 0) -> None:
         self.personality = personality
         self.quota = quota
         self.seals = seals.Seal(personality.seals or 0)
         self.purpose: seals.Purpose | None = None
+        self.users = 0
         self.host: HostView | None = None
         self.size = 0
         self.pages = BitMap()
@@ -131,6 +135,8 @@ class MemFile:
             self._allocated(active, active.end if upto is None and not failed else upto)
         elif step is Step.FREE and not failed:
             self._freed(active)
+        elif step is Step.COPY and not failed:
+            return self._copied(active)
         if step is Step.INVALIDATE and active.answered:
             return self._leave(active, None)
         if failed:
@@ -151,7 +157,8 @@ class MemFile:
         """Answer the caller at once, if that is still safe.
 
         A queued operation is dropped; one that is invalidating goes on as *zap-only* and frees
-        nothing; one that has begun to free or allocate ends by itself.  An unknown op has ended.
+        nothing; one that has begun to free, allocate or copy ends by itself.  An unknown op has
+        ended.
         """
         for i, (queued, _) in enumerate(self._waiting):
             if queued == op:
@@ -333,7 +340,7 @@ class MemFile:
         return (
             self.size, tuple(self.pages), tuple(sorted(self.instances.items())), self.dead,
             tuple([a.key() for a in self._active]), tuple(self._waiting),
-            self.seals, self.purpose, self.host,
+            self.seals, self.purpose, self.users, self.host,
         )  # fmt: skip
 
     def copy(self, budget: Budget) -> MemFile:
@@ -345,6 +352,7 @@ class MemFile:
         twin.instances = self.instances.copy()
         twin.dead = self.dead
         twin.quota, twin.seals, twin.purpose = self.quota, self.seals, self.purpose
+        twin.users = self.users
         twin.host = self.host
         twin._budget = budget
         twin._next_instance = self._next_instance
@@ -383,6 +391,25 @@ class MemFile:
                 return Claim(Kind.FAULT, page, page + unit)
             case Destroy():
                 return Claim(Kind.DESTROY, 0, MAX_PAGES)
+            case Migrate(extent):
+                self._require_movable(request)
+                return Claim(Kind.MIGRATE, *self.personality.layout.extent_range(extent))
+
+    def _require_movable(self, request: Migrate) -> None:
+        """What is promised to stay where it is stays (``migrate_page`` of v7's shmem: EOPNOTSUPP).
+
+        The promise is to users: a file that has none may be moved, whatever its last one asked for.
+        """
+        if self.shared:
+            raise Refused(
+                errno.EOPNOTSUPP, f"{request}: the host may have mapped its pages where they are"
+            )
+        if self.users and (self.purpose or 0) & seals.Purpose.UNMOVABLE:
+            raise Refused(
+                errno.EOPNOTSUPP,
+                f"{request}: its users were promised that its pages stay where they are "
+                "(MEMFILE_F_UNMOVABLE)",
+            )
 
     def _must_wait(self, claim: Claim, ahead: list[tuple[OpId, Request]]) -> bool:
         if not self._active and not ahead:
@@ -431,6 +458,8 @@ class MemFile:
                 held = self.pages.range_cardinality(claim.start, claim.end)
                 self._reserve(reserved - held)  # what it frees it may use again
                 reserved -= held
+            elif claim.kind is Kind.MIGRATE:
+                reserved = self._reserve_copy(claim)
         except Refused as refused:
             return [Done(op, refused.errno, str(refused))]
         active = Operation(
@@ -441,7 +470,8 @@ class MemFile:
 
     def _reserve(self, pages: int) -> None:
         """Reserve pages of the file's quota and of the mount's budget, or change nothing."""
-        held = len(self.pages) + sum(active.reserved for active in self._active)
+        growing = (a.reserved for a in self._active if a.kind is not Kind.MIGRATE)
+        held = len(self.pages) + sum(growing)
         if self.quota and pages and held + pages > self.quota:
             raise Refused(
                 errno.ENOSPC,
@@ -449,6 +479,20 @@ class MemFile:
                 "punch holes in it, or mount with a larger -o quota=",
             )
         self._budget.reserve(pages)
+
+    def _reserve_copy(self, claim: Claim) -> int:
+        """Reserve room for a second copy of what an extent holds; no quota is asked.
+
+        The file holds no more for it in the end, but for a while the mount does.
+        """
+        held = self.pages.range_cardinality(claim.start, claim.end)
+        try:
+            self._budget.reserve(held)
+        except Refused as refused:
+            raise Refused(
+                refused.errno, f"{refused}; while an extent moves, the mount holds it twice"
+            ) from None
+        return held
 
     def _new_size(self, request: Request) -> int | None:
         match request:
@@ -475,6 +519,8 @@ class MemFile:
         if active.kind is Kind.DESTROY or self.shared:
             return False  # users must learn that it is gone; the host allocates and frees unseen
         held = self.pages.range_cardinality(active.start, active.end)
+        if active.kind is Kind.MIGRATE:  # users let go of an empty extent too
+            return not self._doomed(active) or (step is Step.COPY and not held)
         if step is Step.ALLOCATE:
             return held == active.end - active.start
         return not held and not self._doomed(active)
@@ -482,6 +528,10 @@ class MemFile:
     def _doomed(self, active: Operation) -> tuple[tuple[int, int], ...]:
         """Extents that lie wholly in a range that leaves the file, or in any that is freed."""
         layout = self.personality.layout
+        if active.kind is Kind.MIGRATE:
+            index = layout.extent_of(active.start)
+            old = active.old or self.instances.get(index, 0)
+            return ((index, old),) if old else ()
         if not layout.whole and active.kind not in (Kind.RESIZE, Kind.DESTROY):
             return ()
         gone = layout.within(active.start, active.end)
@@ -518,7 +568,22 @@ class MemFile:
         active.start, active.end = active.undo.popleft()
         return self._advance(active)
 
+    def _copied(self, active: Operation) -> list[Effect]:
+        """Let the new extent be the one that users get, before the old one is freed."""
+        ((index, old),) = self._doomed(active)
+        active.old, new = old, self._next_instance
+        self.instances[index] = new
+        self._next_instance += 1
+        pages = self.pages.range_cardinality(active.start, active.end)
+        active.left = active.left[1:]
+        moved = Moved(active.op, index, active.start, active.end, old, new, pages)
+        return [moved, *self._advance(active)]
+
     def _freed(self, active: Operation) -> None:
+        if active.kind is Kind.MIGRATE:
+            if not active.old:  # nothing was in it
+                del self.instances[self.personality.layout.extent_of(active.start)]
+            return
         gone = self.pages.range_cardinality(active.start, active.end)
         self.pages.remove_range(active.start, active.end)
         for index, _ in self._doomed(active):

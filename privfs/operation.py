@@ -27,6 +27,7 @@ class Step(enum.Enum):
     INVALIDATE = "invalidate"  #: every user proves that it cannot reach the range
     FREE = "free"
     ALLOCATE = "allocate"
+    COPY = "copy"  #: what an extent holds, into a new one
 
 
 class Kind(enum.Enum):
@@ -38,6 +39,7 @@ class Kind(enum.Enum):
     ZERO = "zero"
     RESIZE = "resize"
     DESTROY = "destroy"
+    MIGRATE = "migrate"
 
 
 STEPS: Final[dict[Kind, tuple[Step, ...]]] = {
@@ -47,6 +49,8 @@ STEPS: Final[dict[Kind, tuple[Step, ...]]] = {
     Kind.ZERO: (Step.INVALIDATE, Step.FREE, Step.ALLOCATE),
     Kind.RESIZE: (Step.INVALIDATE, Step.FREE),
     Kind.DESTROY: (Step.INVALIDATE, Step.FREE),
+    # migrate_pages(): unmap, copy, let the new page be found, free the old one.
+    Kind.MIGRATE: (Step.INVALIDATE, Step.COPY, Step.FREE),
 }
 
 #: Kinds that may overlap each other in time; every other overlapping pair queues, and so do
@@ -84,7 +88,13 @@ class Destroy(NamedTuple):
     """The file goes: invalidate and free everything."""
 
 
-Request = Fallocate | Resize | FaultIn | Destroy
+class Migrate(NamedTuple):
+    """Move what extent number ``extent`` holds into a new memfd; one that is empty ends."""
+
+    extent: int
+
+
+Request = Fallocate | Resize | FaultIn | Destroy | Migrate
 
 
 class Perform(NamedTuple):
@@ -109,11 +119,23 @@ class Done(NamedTuple):
     why: str = ""
 
 
+class Moved(NamedTuple):
+    """Effect: ``extent`` is instance ``new`` from now on; instance ``old`` is still to be freed."""
+
+    op: OpId
+    extent: int
+    start: int
+    end: int
+    old: int
+    new: int
+    pages: int
+
+
 class Settled(NamedTuple):
     """Effect: an operation has left; parked faults of this file may run again."""
 
 
-Effect = Perform | Done | Settled
+Effect = Perform | Done | Moved | Settled
 
 
 @dataclass(slots=True)
@@ -130,12 +152,14 @@ class Operation:
     answered: bool = False  #: the caller is gone: acks are collected, nothing is freed
     failed: int = 0  #: errno of an allocation that is being undone
     undo: deque[tuple[int, int]] = field(default_factory=deque)  #: ranges still to be undone
+    old: int = 0  #: the instance that was moved away from
 
     def copy(self) -> Operation:
         """Return an independent copy."""
         return Operation(
             self.op, self.kind, self.start, self.end,
             self.size, self.left, self.reserved, self.answered, self.failed, self.undo.copy(),
+            self.old,
         )  # fmt: skip
 
     def key(self) -> Hashable:
@@ -143,6 +167,7 @@ class Operation:
         return (
             self.op, self.kind.value, self.start, self.end,
             self.size, len(self.left), self.answered, self.failed, tuple(self.undo),
+            self.old,
         )  # fmt: skip
 
 

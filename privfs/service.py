@@ -22,6 +22,7 @@ import trio
 
 from privfs import extents
 from privfs.backing import Backing, BackingError, Extent
+from privfs.backing.moving import copy_extent
 from privfs.backing.shmem import Shmem
 from privfs.backing.undo import undo
 from privfs.events import Events
@@ -36,7 +37,7 @@ from privfs.notifier.fds import Peer, check_private_file, identify, thread_group
 from privfs.notifier.link import Hub
 from privfs.notifier.owner import Owner
 from privfs.notifier.wire import Op, Record
-from privfs.operation import Kind, OpId, Request, Step
+from privfs.operation import Kind, Moved, OpId, Perform, Request, Step
 from privfs.personality import Personality, Refused
 from privfs.strays import Strays
 from privfs.timers import Timers
@@ -58,6 +59,9 @@ class Call:
     event: trio.Event | None = None
     outcome: core.Answer | None = None
     interrupted: bool = False
+    copied: int = 0  #: pages, of an extent that moves
+    moved: Moved | None = None
+    trouble: str = ""  #: what kept it from moving
 
 
 class Service:
@@ -86,7 +90,7 @@ class Service:
             self.owner.budget.room = self.machine.room
         self.hub = Hub(self, self._memfd)
         self.dev = 0
-        self.kills = self.failures = 0
+        self.kills = self.failures = self.moves = 0
         self.asking = 0  #: connections to the control socket
         self.latencies = Latencies()
         self.incidents = Incidents()
@@ -280,6 +284,8 @@ class Service:
                     touched.add(sid)
                 case core.Work():
                     todo.extend(self._work(effect))
+                case core.Migrated(ino, moved):
+                    self._migrated(ino, moved)
                 case core.Answer(op):
                     self._answer(op, effect)
                 case core.Arm(ino, op, rung):
@@ -315,6 +321,14 @@ class Service:
         if self._idle is not None and not any(self.owner.users.values()):
             self._idle.set()
 
+    def _migrated(self, ino: int, moved: Moved) -> None:
+        self.moves += 1
+        self.strays.buried(ino, moved.old)
+        call = self._calls.get(moved.op)
+        if call is not None:
+            call.moved = moved
+        log.info("inode %d: extent %d has moved, %d pages", ino, moved.extent, moved.pages)
+
     def _answer(self, op: OpId, answer: core.Answer) -> None:
         call = self._calls.pop(op, None)
         if answer.errno == errno.EIO:
@@ -335,7 +349,7 @@ class Service:
         return f"EIO to {who}: {call.request} on inode {call.ino}: {why}"
 
     def _work(self, work: core.Work) -> list[core.Effect]:
-        """Perform FREE or ALLOCATE now, or in a thread when it is long; return what follows now."""
+        """Perform a step now, or in a thread when it is long; return what follows now."""
         perform = work.perform
         told: list[core.Effect] = []
         if perform.step is Step.ALLOCATE:
@@ -343,17 +357,18 @@ class Service:
             if refused:
                 return [*told, *self.owner.performed(work.ino, perform.op, errno.EIO)]
         began = self._began.pop((work.ino, perform.op), None)
-        if began is not None and perform.step is Step.FREE:
+        if began is not None and perform.step is not Step.ALLOCATE:
             self.latencies.add(time.monotonic() - began)
         file = self.owner.files[work.ino]
         held = file.pages.range_cardinality(perform.start, perform.end)
         pages = perform.end - perform.start - held if perform.step is Step.ALLOCATE else held
         prompt = pages * extents.PAGE_SIZE <= self.backing.store.prompt
         if not prompt and self._nursery is not None:
-            self._coming[perform.op] = pages if perform.step is Step.ALLOCATE else 0
+            self._coming[perform.op] = 0 if perform.step is Step.FREE else pages
             self._nursery.start_soon(self._work_in_thread, work)
             return told
-        return [*told, *self._performed(work, *self._perform(work, None))]
+        call = self._calls.get(perform.op) if perform.kind is Kind.MIGRATE else None
+        return [*told, *self._performed(work, *self._perform(work, call))]
 
     async def _work_in_thread(self, work: core.Work) -> None:
         op = work.perform.op
@@ -374,6 +389,8 @@ class Service:
     def _perform(self, work: core.Work, call: Call | None) -> tuple[int, int | None]:
         ino, (op, step, kind, start, end, dead) = work
         try:
+            if kind is Kind.MIGRATE:
+                return self._move(ino, work.perform, call)
             if step is Step.FREE:
                 for index, _ in dead:
                     self.backing.kill(ino, index)
@@ -387,6 +404,32 @@ class Service:
         except OSError as error:
             log.error("inode %d, pages [%#x, %#x): %s failed: %s", ino, start, end, step, error)
             return errno.EIO, None
+
+    def _move(self, ino: int, perform: Perform, call: Call | None) -> tuple[int, int | None]:
+        """Copy an extent, or let its copy be found and end it."""
+        file = self.owner.files[ino]
+        index = file.personality.layout.extent_of(perform.start)
+        if perform.step is Step.FREE:
+            self.backing.swap(ino, index)
+            return 0, None
+
+        def go_on(pages: int) -> bool:
+            if perform.op in self._coming:
+                self._coming[perform.op] -= pages
+            if call is None:
+                return True
+            call.copied += pages
+            return not call.interrupted
+
+        try:
+            copy_extent(self.backing, ino, index, file.pages, go_on)
+        except BackingError as error:
+            if call is not None:
+                call.trouble = str(error)
+            if error.errno == errno.EINTR:
+                return errno.EINTR, None
+            raise
+        return 0, None
 
     def _allocate(
         self, ino: int, op: OpId, start: int, end: int, call: Call | None

@@ -129,6 +129,10 @@ class Strays:
             first, last = extent.start + low // PAGE_SIZE, extent.start + high // PAGE_SIZE
             yield from file.holes(first, last)
 
+    def buried(self, ino: int, instance: int) -> None:
+        """An extent has moved: what was touched in the old one is given back."""
+        self._known.pop((ino, instance), None)
+
     def forget(self, ino: int) -> None:
         """A file is gone."""
         for key in [key for key in self._known if key[0] == ino]:

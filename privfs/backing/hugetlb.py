@@ -10,6 +10,7 @@ only how many (st_blocks).
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -43,6 +44,17 @@ class Hugetlb(MemfdStore):
     def touched(self, fd: int) -> Iterator[tuple[int, int]]:
         """Yield nothing: hugetlbfs does not say."""
         return iter(())
+
+    def copy(self, source: int, target: int, offset: int, length: int) -> None:
+        """Copy a range; hugetlbfs has no write(2), so the new one is mapped.  OSError."""
+        with mmap.mmap(target, length, offset=offset) as memory, memoryview(memory) as view:
+            done = 0
+            while done < length:
+                with view[done:] as rest:
+                    copied = os.preadv(source, [rest], offset + done)
+                if not copied:
+                    raise OSError(errno.EIO, "a user has cut the extent short")
+                done += copied
 
     def require_pool(self) -> None:
         """Raise StoreError unless a huge page can be had now.  Tried, then given back."""

@@ -33,7 +33,7 @@ from privfs.extents import PAGE_SIZE, SINGLE, Layout, chunks
 BLOCK_SIZE = 512  # the unit of st_blocks, stat(2)
 FD_HEADROOM = 256  # descriptors left to sockets, pidfds, worker threads and the mount
 
-_ADVICE = {
+ADVICE = {
     errno.EMFILE: "raise the limit on open files (ulimit -n, LimitNOFILE=)",
     errno.ENFILE: "raise the system's limit on open files (fs.file-max)",
 }
@@ -58,6 +58,7 @@ class Backing:
         self._alive = 0
         self._created = 0
         self._claims: dict[Hashable, frozenset[tuple[int, int]]] = {}
+        self._copies: dict[tuple[int, int], Extent] = {}  # not found by anybody yet
         self._lock = threading.Lock()  # guards the six above; no file work is done under it
 
     def layout(self, ino: int) -> Layout:
@@ -100,7 +101,7 @@ class Backing:
                 raise BackingError(
                     errno.ENOSPC, "allocate", ino, (start, end), start,
                     f"{len(wanted)} descriptors wanted, {self._alive} of {self._extent_limit} "
-                    f"are in use: delete or truncate files, or {_ADVICE[errno.EMFILE]}",
+                    f"are in use: delete or truncate files, or {ADVICE[errno.EMFILE]}",
                 )  # fmt: skip
             self._claims[name] = wanted
 
@@ -117,7 +118,7 @@ class Backing:
         what was allocated before.
         """
         self._require_whole("allocate", ino, start, end)
-        advice = {**_ADVICE, **self.store.advice}
+        advice = {**ADVICE, **self.store.advice}
         for index, low, high in self.layout(ino).split(start, end):
             first = low
             try:
@@ -170,6 +171,57 @@ class Backing:
             self._files.setdefault(ino, {})[index] = extent
         return extent
 
+    # ---- memory moves
+
+    def begin_copy(self, ino: int, index: int) -> tuple[Extent, Extent]:
+        """Return an extent and an empty new one in the same place, which nobody else finds yet.
+
+        :meth:`swap` or :meth:`drop_copy` ends it.  Raises OSError: EMFILE where all descriptors are
+        in use or set aside.
+        """
+        old = self.extent(ino, index)
+        with self._lock:
+            claimed = sum(
+                index not in self._files.get(one, {})
+                for claim in self._claims.values()
+                for one, index in claim
+            )
+            if self._alive + claimed >= self._extent_limit:
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            self._alive += 1
+            self._created += 1
+            generation = self._created
+        try:
+            size = (old.end - old.start) * PAGE_SIZE
+            fd = self.store.create(f"privfs:{ino}:{index}:{generation}", size)
+        except BaseException:
+            with self._lock:
+                self._alive -= 1
+            raise
+        new = Extent(ino, index, old.start, old.end, fd, generation)
+        self._copies[ino, index] = new
+        return old, new
+
+    def drop_copy(self, ino: int, index: int) -> None:
+        """End what :meth:`begin_copy` made; the old extent stays as it is.  None: nothing to do."""
+        copy = self._copies.pop((ino, index), None)
+        if copy is not None:
+            self._end(copy)
+
+    def swap(self, ino: int, index: int) -> None:
+        """Let the copy of an extent be found in its place, and end the old one.
+
+        One that was not copied only ends.
+        """
+        copy = self._copies.pop((ino, index), None)
+        if copy is None:
+            self.kill(ino, index)
+            return
+        with self._lock:
+            old = self._files[ino][index]
+            self._files[ino][index] = copy
+        self._end(old)
+
     # ---- memory goes
 
     def punch(self, ino: int, start: int, end: int) -> None:
@@ -210,6 +262,9 @@ class Backing:
             if not extents:
                 del self._files[ino]
                 self._whole.discard(ino)
+        self._end(extent)
+
+    def _end(self, extent: Extent) -> None:
         try:
             self.store.end(extent.fd)
         finally:
@@ -224,6 +279,8 @@ class Backing:
 
     def close(self) -> None:
         """End all extents of all files."""
+        for ino, index in list(self._copies):
+            self.drop_copy(ino, index)
         for ino in list(self._files):
             self.destroy(ino)
 

@@ -57,6 +57,8 @@ class Secretmem:
     prompt: int = 64 << 10  # 5 to 15 us a page: each leaves the direct map of every CPU
     locates: bool = True
     advice: Mapping[int, str] = REMEDIES
+    #: secretmem_migrate_folio answers EBUSY; a copy of ours would pass through mapped memory.
+    fixed: str = "the kernel never moves secret memory, and neither do we"
 
     def __init__(self, page_size: int = SMALLEST) -> None:
         if not SMALLEST <= page_size <= LARGEST or page_size & (page_size - 1):
@@ -94,6 +96,10 @@ class Secretmem:
 
     def punch(self, fd: int, offset: int, length: int) -> None:
         """Refuse: secretmem has no fallocate(2)."""
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    def copy(self, source: int, target: int, offset: int, length: int) -> None:
+        """Refuse: it is ``fixed``."""
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
     def end(self, fd: int) -> None:

@@ -50,6 +50,7 @@ class Store(Protocol):
     pooled: bool  #: whether the memory was set aside, so that the machine needs not be asked
     prompt: int  #: bytes that take no more than about 1 ms to come or go
     undoes: int  #: bytes: an allocation that fails within such a piece leaves nothing of it
+    fixed: str  #: why what a memfd holds cannot be moved into another, empty if it can
     locates: bool  #: whether :meth:`touched` knows; where not, an audit can only count
     advice: Mapping[int, str]  #: errno of an allocation that ran out → what to do
 
@@ -63,6 +64,13 @@ class Store(Protocol):
         """Give the memory of a range back; every mapping loses it.  OSError.
 
         Never asked for where extents go whole.
+        """
+
+    def copy(self, source: int, target: int, offset: int, length: int) -> None:
+        """Copy a range that both memfds have memory for; nobody else has ``target`` yet.  OSError.
+
+        Where users have spoiled ``source`` it must fail, or copy what there is: it never maps it.
+        Never asked for where memory is ``fixed``.
         """
 
     def end(self, fd: int) -> None:
@@ -86,6 +94,7 @@ class MemfdStore:
     read_only: bool = True
     pooled: bool = False
     prompt: int = 4 << 20
+    fixed: str = ""
     _flags = 0
 
     def create(self, name: str, size: int) -> int:
@@ -112,6 +121,16 @@ class MemfdStore:
     def punch(self, fd: int, offset: int, length: int) -> None:
         """Give the memory of a range back; every mapping loses it.  OSError."""
         _call_fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, length)
+
+    def copy(self, source: int, target: int, offset: int, length: int) -> None:
+        """Copy a range; what it holds never enters our own memory.  OSError."""
+        os.lseek(target, offset, os.SEEK_SET)
+        end = offset + length
+        while offset < end:
+            copied = os.sendfile(target, source, offset, end - offset)
+            if not copied:
+                raise OSError(errno.EIO, "a user has cut the extent short")
+            offset += copied
 
     def end(self, fd: int) -> None:
         """Give all memory back, for good.  OSError."""

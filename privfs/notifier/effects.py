@@ -7,7 +7,7 @@ import enum
 from typing import NamedTuple
 
 from privfs.notifier.wire import Record
-from privfs.operation import OpId, Perform
+from privfs.operation import Moved, OpId, Perform
 
 
 class Rung(enum.Enum):
@@ -54,10 +54,17 @@ class Arm(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Perform FREE or ALLOCATE on the extents, then call :meth:`Owner.performed`."""
+    """Perform FREE, ALLOCATE or COPY on the extents, then call :meth:`Owner.performed`."""
 
     ino: int
     perform: Perform
+
+
+class Migrated(NamedTuple):
+    """An extent has another memfd: whoever asks for its pages gets that one."""
+
+    ino: int
+    moved: Moved
 
 
 class Answer(NamedTuple):
@@ -91,4 +98,4 @@ class Stray(NamedTuple):
     holders: tuple[str, ...]
 
 
-Effect = Send | Drop | Kill | Forget | Arm | Work | Answer | Expire | Note | Stray
+Effect = Send | Drop | Kill | Forget | Arm | Work | Migrated | Answer | Expire | Note | Stray

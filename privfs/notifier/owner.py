@@ -246,6 +246,7 @@ class Owner(OwnerState):
                 session.files[ino] = writable
                 session.granted[ino] = BitMap()
                 self.users[ino].add(session.sid)
+                file.users = len(self.users[ino])
                 # A seq of its own: between an UNREGISTER and this, pages may have gone without
                 # an invalidation to this session, so no grant from before may be installed.
                 session.next_seq += 1

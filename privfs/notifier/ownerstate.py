@@ -22,6 +22,7 @@ from privfs.notifier.effects import (
     Expire,
     Forget,
     Kill,
+    Migrated,
     Note,
     Rung,
     Send,
@@ -35,6 +36,7 @@ from privfs.operation import (
     Done,
     FaultIn,
     Kind,
+    Moved,
     OpId,
     Perform,
     Settled,
@@ -50,6 +52,7 @@ _REASONS: Final = {
     Kind.ZERO: Reason.PUNCH,
     Kind.RESIZE: Reason.TRUNCATE,
     Kind.DESTROY: Reason.REVOKE,
+    Kind.MIGRATE: Reason.MOVE,
 }
 
 
@@ -207,6 +210,8 @@ class OwnerState:
                 out += self._unpark(ino)
             elif isinstance(effect, Done):
                 out += self._done(ino, effect)
+            elif isinstance(effect, Moved):
+                out.append(Migrated(ino, effect))
             elif effect.step is not Step.INVALIDATE:
                 for _, instance in effect.dead:
                     self._bury(ino, instance)
@@ -222,7 +227,8 @@ class OwnerState:
         wait = Wait(self.users[ino].copy(), perform.start, perform.end, self._patience)
         self._waits[ino, perform.op] = wait
         out: list[Effect] = []
-        flags = Flag.EXTENT if self.personality.layout.whole else Flag.NONE
+        dies = self.personality.layout.whole or perform.kind is Kind.MIGRATE
+        flags = Flag.EXTENT if dies else Flag.NONE
         for sid in sorted(wait.sids):
             session = self.sessions[sid]
             if session.talks:
@@ -337,6 +343,7 @@ class OwnerState:
         del session.files[ino]
         del session.granted[ino]
         self.users[ino].discard(session.sid)
+        self.files[ino].users = len(self.users[ino])
         known = {pair for pair in session.known if pair[0] != ino}
         self._given_up(session, len(session.known) - len(known))
         session.known = known
