@@ -22,7 +22,7 @@ from typing import Any, Final
 import trio
 from pyroaring import BitMap
 
-from privfs import views
+from privfs import compaction, views
 from privfs.backing.store import Promise
 from privfs.notifier.lane import LinkError, connect, find_socket
 from privfs.personality import Refused
@@ -98,6 +98,7 @@ def _status(service: Service, info: MountInfo, ask: dict[str, Any]) -> dict[str,
         },
         "kills": service.kills,
         "failures": service.failures,
+        "moves": service.moves,
         "strays": service.strays.view(),
         "incidents": service.incidents.view(),
         "asking": service.asking,
@@ -203,6 +204,9 @@ async def serve(service: Service, info: MountInfo, listener: socket.socket) -> N
                     if faults is not None:
                         await _stream_events(service, stream, faults=faults)
                         return
+                    if _wants(line, "compact"):
+                        await compaction.serve(service, stream, line)
+                        return
                     await stream.send_all(answer(service, info, line))
                 if len(buffer) > _MAX_LINE:
                     return
@@ -217,13 +221,16 @@ async def serve(service: Service, info: MountInfo, listener: socket.socket) -> N
 
 def _wants_events(line: bytes) -> bool | None:
     """Return whether a question for events asks for faults too, None if it is another one."""
+    return bool(json.loads(line).get("faults")) if _wants(line, "events") else None
+
+
+def _wants(line: bytes, question: str) -> bool:
+    """Return whether a line is a question that is answered by many lines."""
     try:
         ask = json.loads(line)
     except (ValueError, RecursionError):  # brackets in brackets, a thousand deep
-        return None
-    if isinstance(ask, dict) and ask.get("ask") == "events":
-        return bool(ask.get("faults"))
-    return None
+        return False
+    return isinstance(ask, dict) and ask.get("ask") == question
 
 
 async def _stream_events(service: Service, stream: trio.SocketStream, *, faults: bool) -> None:
@@ -292,6 +299,41 @@ def events(path: str | os.PathLike[str], *, faults: bool = False) -> Iterator[di
     except OSError as error:
         why = error.strerror or str(error)
         raise ControlError(error.errno or errno.EIO, f"{path}: {why}") from error
+
+
+def compact(
+    path: str | os.PathLike[str], start: int, end: int, told: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Move the memory of file pages ``[start, end)``; ``told`` how far it is; ControlError.
+
+    Whatever ends the wait early leaves the extent that is under way where it is.
+    """
+    ino = Path(path).stat().st_ino
+    question = {"ask": "compact", "ino": ino, "start": start, "end": end}
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(_TIMEOUT)  # progress comes more often
+            connect(sock, find_socket(path, SOCKET))
+            sock.sendall(json.dumps(question).encode() + b"\n")
+            with sock.makefile("rb") as stream:
+                for line in stream:
+                    reply = json.loads(line)
+                    if "progress" not in reply:
+                        break
+                    told(reply["progress"])
+                else:
+                    raise ControlError(
+                        errno.ECONNRESET, f"{path}: the mount ended while it was asked"
+                    )
+    except ControlError:
+        raise
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ControlError(error.errno or errno.ETIMEDOUT, f"{path}: {why}") from error
+    if "ok" not in reply:
+        raise ControlError(reply["errno"], f"{path}: {reply['error']}")
+    found: dict[str, Any] = reply["ok"]
+    return found
 
 
 def ask_file(path: str | os.PathLike[str], question: str, **arguments: Any) -> dict[str, Any]:

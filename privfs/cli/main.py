@@ -13,6 +13,7 @@ from typing import Final, NoReturn
 
 import click
 
+from privfs.cli.compact import compact
 from privfs.cli.doctor import doctor
 from privfs.cli.events import events
 from privfs.cli.exitcodes import Exit
@@ -44,7 +45,7 @@ def cli() -> None:
     """Guest-private memory that you can mount."""
 
 
-for _command in (mount, run, umount, map_, stat, status, events, seal, doctor):
+for _command in (mount, run, umount, map_, stat, status, events, seal, compact, doctor):
     cli.add_command(_command)
 
 
