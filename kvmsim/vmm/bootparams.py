@@ -15,14 +15,19 @@ from types import MappingProxyType
 from typing import Final
 
 BOOT_MAGIC: Final = int.from_bytes(b"KVMSIMBP", "little")
-BOOT_VERSION: Final = 1
+BOOT_VERSION: Final = 2
 MAX_RAM_RANGES: Final = 16
 MAX_VCPUS: Final = 16
+MAX_MEASURED: Final = 8
 RAM_PRIVATE_CAPABLE: Final = 0x1
 
 PAGE_SIZE: Final = 4096
 GPA_LIMIT: Final = 1 << 39
-"""Guest-physical addresses lie below the shared bit."""
+"""Guest-physical addresses lie below the bit that says which side of a gfn is meant."""
+SIDE_BIT: Final = 39
+"""That bit: shared where it is set (TDX, shared-bit), private where it is set (SNP's C-bit)."""
+UNIT_SIZE: Final = 2 << 20
+"""Memory is accepted by units of this size, as in UEFI's table of unaccepted memory."""
 
 
 class BootFlag(IntFlag):
@@ -33,6 +38,8 @@ class BootFlag(IntFlag):
     """Run the memory self-test before the first prompt."""
     ECHO = 0x2
     """Echo console input, for a terminal in raw mode."""
+    EAGER = 0x4
+    """Accept all private memory before the first prompt; else on first use, by 2 MiB."""
 
 
 class Hypercall(IntEnum):
@@ -40,6 +47,46 @@ class Hypercall(IntEnum):
 
     VMMCALL = 1
     VMCALL = 2
+
+
+class Technology(IntEnum):
+    """boot_params.technology: what makes memory private, and how the guest calls its host."""
+
+    SHARED_BIT = 0
+    SW_PROTECTED = 1
+    TDX = 2
+    SNP = 3
+    PKVM = 4
+
+    @property
+    def kind(self) -> str:
+        """The kind's name in :data:`kvmsim.kind.KINDS`."""
+        return self.name.lower().replace("_", "-")
+
+    @property
+    def confidential(self) -> bool:
+        """Whether a guest starts in private memory that is loaded before it runs."""
+        return self in (Technology.TDX, Technology.SNP, Technology.PKVM)
+
+    @property
+    def accepts(self) -> bool:
+        """Whether the guest accepts private memory before it uses it."""
+        return self in (Technology.TDX, Technology.SNP)
+
+    @property
+    def shared_bit(self) -> int:
+        """The page-table bit of the shared side, 0 if none."""
+        return SIDE_BIT if self in (Technology.SHARED_BIT, Technology.TDX) else 0
+
+    @property
+    def private_bit(self) -> int:
+        """The page-table bit of encrypted pages, 0 if none."""
+        return SIDE_BIT if self is Technology.SNP else 0
+
+    @property
+    def hypercall(self) -> Hypercall:
+        """The instruction of KVM's hypercalls (TDX and SNP have their own ways)."""
+        return Hypercall.VMCALL if self is Technology.PKVM else Hypercall.VMMCALL
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +127,26 @@ FIELDS: Final[Mapping[str, str]] = MappingProxyType(
         "log_gpa": "Q",
         "log_size": "Q",
         "ram_count": "I",
-        "reserved": "I",
+        "technology": "I",
+        "private_bit": "I",
+        "bounce_port": "H",
+        "reserved": "H",
+        "ghcb_gpa": "Q",
+        "bounce_gpa": "Q",
+        "bounce_size": "Q",
+        "secrets_gpa": "Q",
+        "cpuid_gpa": "Q",
+        "measured_count": "I",
+        "reserved2": "I",
     }
 )
-"""struct boot_params without its array, in order: name and struct code, no padding."""
+"""struct boot_params without its arrays, in order: name and struct code, no padding."""
 
 _HEAD: Final = struct.Struct("<" + "".join(FIELDS.values()))
 _RANGE: Final = struct.Struct("<QQII")
-RAM_OFFSET: Final = _HEAD.size
+_MEASURED: Final = struct.Struct("<QQ")
+MEASURED_OFFSET: Final = _HEAD.size
+RAM_OFFSET: Final = MEASURED_OFFSET + MAX_MEASURED * _MEASURED.size
 BOOT_PARAMS_SIZE: Final = RAM_OFFSET + MAX_RAM_RANGES * _RANGE.size
 
 
@@ -114,7 +173,17 @@ class BootParams:
     hypercall: Hypercall = Hypercall.VMMCALL
     console_port: int = 0x3F8
     exit_port: int = 0xF4
-    shared_bit: int = 39
+    shared_bit: int = SIDE_BIT
+    technology: Technology = Technology.SHARED_BIT
+    private_bit: int = 0
+    bounce_port: int = 0x520
+    ghcb_gpa: int = 0
+    bounce_gpa: int = 0
+    bounce_size: int = 0
+    secrets_gpa: int = 0
+    cpuid_gpa: int = 0
+    measured: tuple[tuple[int, int], ...] = ()
+    """(gpa, size) above low memory that is loaded before the guest runs, and so accepted."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.vcpus <= MAX_VCPUS:
@@ -124,6 +193,14 @@ class BootParams:
         for lower, upper in zip(self.ram, self.ram[1:], strict=False):
             if upper.gpa < lower.end:
                 raise ValueError(f"RAM ranges {lower} and {upper} overlap or are out of order")
+        if len(self.measured) > MAX_MEASURED:
+            raise ValueError(f"{len(self.measured)} measured ranges: {MAX_MEASURED} have room")
+        for r in self.ram:
+            if self.technology.accepts and r.private and (r.gpa % UNIT_SIZE or r.size % UNIT_SIZE):
+                raise ValueError(
+                    f"RAM range {r.gpa:#x}+{r.size:#x}: a {self.technology.kind} guest accepts "
+                    "memory by 2 MiB, so private ranges must begin and end there"
+                )
 
     def pack(self) -> bytes:
         """The bytes of struct boot_params."""
@@ -141,9 +218,20 @@ class BootParams:
             self.log_gpa,
             self.log_size,
             len(self.ram),
+            self.technology,
+            self.private_bit,
+            self.bounce_port,
+            0,
+            self.ghcb_gpa,
+            self.bounce_gpa,
+            self.bounce_size,
+            self.secrets_gpa,
+            self.cpuid_gpa,
+            len(self.measured),
             0,
         )
+        measured = b"".join(_MEASURED.pack(gpa, size) for gpa, size in self.measured)
         ranges = b"".join(
             _RANGE.pack(r.gpa, r.size, RAM_PRIVATE_CAPABLE if r.private else 0, 0) for r in self.ram
         )
-        return (head + ranges).ljust(BOOT_PARAMS_SIZE, b"\0")
+        return ((head + measured).ljust(RAM_OFFSET, b"\0") + ranges).ljust(BOOT_PARAMS_SIZE, b"\0")

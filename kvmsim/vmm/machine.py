@@ -8,11 +8,12 @@ action says. All methods belong to one thread at a time.
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Final
 
+from kvmsim.attributes import Attributes
 from kvmsim.exits import (
     BadHvaExit,
     Exit,
@@ -25,12 +26,15 @@ from kvmsim.exits import (
     MmioExit,
     ShutdownExit,
 )
-from kvmsim.uapi import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED
-from kvmsim.vmm.bootparams import PAGE_SIZE, BootFlag, BootParams, RamRange
+from kvmsim.uapi import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED, PAGE_SHIFT
+from kvmsim.vmm.bootparams import PAGE_SIZE, BootFlag, BootParams, RamRange, Technology
+from kvmsim.vmm.bounce import DOORBELL, RESULT, BounceDevice, Disk
 from kvmsim.vmm.convert import Converted, Discard, GuestMemory, Refused, convert_memory
 from kvmsim.vmm.elf import parse_elf
-from kvmsim.vmm.loader import LOG_GPA, LOG_SIZE, LOW_SIZE, EntryState, plan
+from kvmsim.vmm.launch import LaunchPage
+from kvmsim.vmm.loader import LoadPlan, boot_params, plan
 from kvmsim.vmm.serial import REGISTERS, Serial16550
+from kvmsim.vmm.vmsa import EntryState
 
 KVM_HC_KICK_CPU: Final = 5  # include/uapi/linux/kvm_para.h
 KVM_ENOSYS: Final = 1000
@@ -45,6 +49,7 @@ class StopReason(Enum):
     """Why a machine ended."""
 
     GUEST_EXIT = "the guest wrote its exit port"
+    GUEST_FATAL = "the guest gave up"
     SHUTDOWN = "triple fault"
     ALL_HALTED = "every vCPU is halted and nothing can wake one"
     MEMORY = "a memory access that cannot be resolved"
@@ -89,18 +94,16 @@ class MachineConfig:
     discard: Discard = Discard.BOTH
     console_port: int = 0x3F8
     exit_port: int = 0xF4
+    bounce_port: int = 0x520
+    technology: Technology = Technology.SHARED_BIT
 
     def boot_params(self) -> BootParams:
         """The boot-parameter page for this machine; ValueError if it cannot be one."""
-        return BootParams(
-            ram=self.ram,
-            vcpus=self.vcpus,
-            low_size=LOW_SIZE,
-            log_gpa=LOG_GPA,
-            log_size=LOG_SIZE,
-            flags=self.flags,
+        return replace(
+            boot_params(self.technology, self.ram, self.vcpus, self.flags),
             console_port=self.console_port,
             exit_port=self.exit_port,
+            bounce_port=self.bounce_port,
         )
 
 
@@ -131,36 +134,74 @@ class _Vcpu:
 
 @dataclass(slots=True)
 class Machine:
-    """Devices and policy of one VM over the memory that ``memory`` reaches."""
+    """Devices and policy of one VM over the memory that ``memory`` reaches.
+
+    ``disk``: what the bounce-buffer device moves to and from; without it there is no such device.
+    """
 
     config: MachineConfig
     memory: GuestMemory
+    disk: Disk | None = None
     statistics: MachineStatistics = field(default_factory=MachineStatistics)
     serial: Serial16550 = field(default_factory=Serial16550)
     _output: bytearray = field(default_factory=bytearray)
     _vcpus: list[_Vcpu] = field(default_factory=list)
+    _types: Attributes = field(default_factory=Attributes)  # 1: private
+    bounce: BounceDevice | None = None
 
     def __post_init__(self) -> None:
         self.config.boot_params()  # refuse an impossible machine now
         self._vcpus = [_Vcpu() for _ in range(self.config.vcpus)]
+        if self.disk is not None:
+            self.bounce = BounceDevice(self.disk, self)
 
     # --- from outside --------------------------------------------------------------------
 
     def boot(
         self, image: bytes, payload: Sequence[tuple[int, bytes]] = ()
     ) -> tuple[EntryState, ...]:
-        """Load a guest (an ELF file) into shared memory; how each vCPU starts.
+        """Load a guest (an ELF file) that starts in shared memory; how each vCPU starts.
 
         ``payload`` (gpa, bytes) goes into private memory.  ImageError for what does not fit;
         KvmError or OSError from the memory.
         """
-        load = plan(parse_elf(image), self.config.boot_params(), payload)
+        load = self.load_plan(image, payload)
+        if load.pages:
+            raise ValueError(
+                f"boot: a {self.config.technology.kind} guest starts in private memory: launch it"
+            )
         for gpa, data in load.writes:
             self.memory.write_shared(gpa, data)
         for gpa, data in load.payload:
-            self.memory.set_memory_attributes(gpa, len(data), True)
+            self._set_type(gpa, len(data), private=True)
             self.memory.populate(gpa, data)
         return load.entries
+
+    def load_plan(self, image: bytes, payload: Sequence[tuple[int, bytes]] = ()) -> LoadPlan:
+        """What :meth:`boot` writes, or :meth:`launch` adds; ImageError for what does not fit."""
+        return plan(parse_elf(image), self.config.boot_params(), payload)
+
+    def launch(
+        self, load: LoadPlan, add: Callable[[LaunchPage], None] | None = None
+    ) -> tuple[EntryState, ...]:
+        """Load a confidential guest: all private-capable RAM becomes private, pages are added.
+
+        ``add`` loads one page, in the order of the plan, and may raise what it likes; without it
+        they are populated, which is all that there is to it where nothing is measured (pKVM).
+        """
+        for r in self.config.ram:
+            if r.private:
+                self._set_type(r.gpa, r.size, private=True)
+        for page in load.pages:
+            if add is not None:
+                add(page)
+            else:
+                self.memory.populate(page.gpa, page.data)
+        return load.entries
+
+    def _set_type(self, gpa: int, size: int, *, private: bool) -> None:
+        self.memory.set_memory_attributes(gpa, size, private)
+        self._types.set(gpa >> PAGE_SHIFT, (gpa + size) >> PAGE_SHIFT, int(private))
 
     def feed(self, data: bytes) -> tuple[int, ...]:
         """Console input; the vCPUs that it wakes (the line goes to the boot vCPU)."""
@@ -210,9 +251,40 @@ class Machine:
                     StopReason.ENGINE, 1, f"vcpu {vcpu}: internal error {suberror} {words}".rstrip()
                 )
 
+    def guest_fatal(self, vcpu: int, text: str) -> Stop:
+        """The guest gave up by other means than its exit port: TDX's ReportFatalError, SNP's
+        termination request (GHCB MSR protocol).
+        """
+        return Stop(StopReason.GUEST_FATAL, 1, f"vcpu {vcpu}: the guest gave up: {text}")
+
+    # --- memory as a device sees it ------------------------------------------------------
+
+    def is_shared(self, gpa: int, size: int) -> bool:
+        """Whether all of [gpa, gpa + size) lies in one range of RAM and is shared now."""
+        if size <= 0 or not any(r.gpa <= gpa and gpa + size <= r.end for r in self.config.ram):
+            return False
+        first, end = gpa >> PAGE_SHIFT, -(-(gpa + size) >> PAGE_SHIFT)
+        return self._types.uniform(first, end) and not self._types.get(first)
+
+    def read_shared(self, gpa: int, length: int) -> bytes:
+        """Bytes of the shared side."""
+        return self.memory.read_shared(gpa, length)
+
+    def write_shared(self, gpa: int, data: bytes) -> None:
+        """Write to the shared side."""
+        self.memory.write_shared(gpa, data)
+
     # --- devices -------------------------------------------------------------------------
 
     def _port(self, exit: IoExit) -> Action:
+        if self.bounce is not None and exit.size == 4:
+            register = exit.port - self.config.bounce_port
+            if exit.write and register == DOORBELL:
+                for first in range(0, len(exit.data), 4):
+                    self.bounce.ring(int.from_bytes(exit.data[first : first + 4], "little"))
+                return Resume()
+            if not exit.write and register == RESULT:
+                return Resume(int(self.bounce.result).to_bytes(4, "little") * exit.count)
         if not exit.write:
             values = bytearray()
             for _ in range(exit.count):
@@ -287,13 +359,17 @@ class Machine:
         if attributes & ~(_MAP_GPA_RANGE_PAGE_SIZE | KVM_MAP_GPA_RANGE_ENCRYPTED):
             self.statistics.conversions_refused += 1
             return -errno.EINVAL
-        result = self._convert(gpa, npages * PAGE_SIZE, private)
+        return self.convert(gpa, npages * PAGE_SIZE, private=private)
+
+    # --- conversions ---------------------------------------------------------------------
+
+    def convert(self, gpa: int, size: int, *, private: bool) -> int:
+        """A conversion that the guest asked for, by whatever call; 0 or a negative errno."""
+        result = self._convert(gpa, size, private)
         if isinstance(result, Refused):
             return -result.errno
         self.statistics.conversions_explicit += 1
         return 0
-
-    # --- conversions ---------------------------------------------------------------------
 
     def _convert(self, gpa: int, size: int, private: bool) -> Converted | Refused:
         result = convert_memory(
@@ -301,11 +377,18 @@ class Machine:
         )
         if isinstance(result, Refused):
             self.statistics.conversions_refused += 1
+            if result.attributes_set:
+                self._doubt(gpa, size)
             return result
         if isinstance(result, Converted):
+            self._types.set(gpa >> PAGE_SHIFT, (gpa + size) >> PAGE_SHIFT, int(private))
             self.statistics.discarded_bytes += result.discarded
             return result
         return Converted(gpa, size, private, changed=False, discarded=0)
+
+    def _doubt(self, gpa: int, size: int) -> None:
+        """Half a conversion: what part of it was done is not known, so no device goes there."""
+        self._types.set(gpa >> PAGE_SHIFT, (gpa + size) >> PAGE_SHIFT, 1)
 
     def _memory_fault(self, vcpu: int, exit: MemoryFaultExit) -> Action:
         """An implicit conversion, unless the fault is about something else.

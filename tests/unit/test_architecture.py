@@ -38,6 +38,7 @@ SANS_IO = {
     "kvmsim.gpc", "kvmsim.rangeindex", "kvmsim.bracket",
     "kvmsim.script", "kvmsim.scriptvalues", "kvmsim.report", "kvmsim.trace", "kvmsim.vmm.prealloc",
     "kvmsim.vmm.convert", "kvmsim.vmm.bootparams", "kvmsim.vmm.elf", "kvmsim.vmm.loader",
+    "kvmsim.vmm.launch", "kvmsim.vmm.vmsa", "kvmsim.vmm.bounce",
     "kvmsim.qemuoptions", "hwemu.stage2",
     "hwemu.leafruns", "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
     "hwemu.tdx.checks", "hwemu.tdx.entry", "hwemu.tdx.fields", "hwemu.tdx.guest", "hwemu.tdx.host",

@@ -10,7 +10,15 @@
 
 NORETURN void boot_panic(const char *what, u64 value);
 
-/* Copy the kernel to private memory at handoff->kernel_gpa and build its page tables there. */
+/* memory.c: make RAM private, or take what is private already; fills in where the kernel goes
+ * and opens the window to it. */
+void prepare_memory(const struct boot_params *params, struct handoff *handoff);
+
+/* windows.c: PRIVATE_VA and SHARED_VA show low memory, PRIVATE_VA also 2 GiB from gpa's on. */
+void open_low_windows(void);
+void open_private_window(u64 gpa);
+
+/* build.c: copy the kernel to private memory at handoff->kernel_gpa, build its page tables. */
 void build_kernel(const struct boot_params *params, struct handoff *handoff);
 
 #endif

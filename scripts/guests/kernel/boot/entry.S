@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Entry of every vCPU: 64-bit mode, identity page tables in shared memory, interrupts off,
+ * Entry of every vCPU: 64-bit mode, identity page tables, interrupts off,
  * rdi = vCPU index, rsi = gpa of the boot-parameter page, rsp = top of a stack of its own.
  */
 	.section .text.start, "ax"

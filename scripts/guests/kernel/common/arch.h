@@ -11,6 +11,7 @@
 #define PTE_DIRTY 0x40UL
 #define PTE_LARGE 0x80UL
 #define PTE_NX (1UL << 63)
+#define PTE_ADDRESS 0x000ffffffffff000UL
 #define PTE_TABLE (PTE_PRESENT | PTE_WRITE | PTE_ACCESSED)
 #define PTE_RW (PTE_PRESENT | PTE_WRITE | PTE_ACCESSED | PTE_DIRTY | PTE_NX)
 #define PTE_RO (PTE_PRESENT | PTE_ACCESSED | PTE_NX)
@@ -44,6 +45,8 @@ struct trap_frame {
 };
 
 #define TRAP_VECTORS 32
+#define TRAP_VE 20 /* Intel: virtualization exception */
+#define TRAP_VC 29 /* AMD: VMM communication exception */
 extern const u64 trap_entries[TRAP_VECTORS]; /* vectors.S */
 void trap(struct trap_frame *frame);
 
@@ -58,22 +61,28 @@ static inline void gate_set(struct gate *g, u64 handler, u8 ist)
 	g->reserved = 0;
 }
 
-static inline u8 in8(u16 port)
+/* The instructions themselves; a driver asks the platform (platform.h). */
+static inline u32 raw_in(u16 port, u32 size)
 {
-	u8 v;
+	u32 v = 0;
 
-	asm volatile("inb %1, %0" : "=a"(v) : "Nd"(port));
+	if (size == 1)
+		asm volatile("inb %1, %b0" : "+a"(v) : "d"(port));
+	else if (size == 2)
+		asm volatile("inw %1, %w0" : "+a"(v) : "d"(port));
+	else
+		asm volatile("inl %1, %0" : "=a"(v) : "d"(port));
 	return v;
 }
 
-static inline void out8(u16 port, u8 v)
+static inline void raw_out(u16 port, u32 size, u32 v)
 {
-	asm volatile("outb %0, %1" : : "a"(v), "Nd"(port));
-}
-
-static inline void out32(u16 port, u32 v)
-{
-	asm volatile("outl %0, %1" : : "a"(v), "Nd"(port));
+	if (size == 1)
+		asm volatile("outb %b0, %1" : : "a"(v), "d"(port));
+	else if (size == 2)
+		asm volatile("outw %w0, %1" : : "a"(v), "d"(port));
+	else
+		asm volatile("outl %0, %1" : : "a"(v), "d"(port));
 }
 
 static inline u64 read_cr2(void)
@@ -107,6 +116,36 @@ static inline void lidt(const void *base, u16 limit)
 	struct table_register r = { limit, (u64)base };
 
 	asm volatile("lidt %0" : : "m"(r));
+}
+
+static inline u64 rdmsr(u32 index)
+{
+	u32 low, high;
+
+	asm volatile("rdmsr" : "=a"(low), "=d"(high) : "c"(index) : "memory");
+	return (u64)high << 32 | low;
+}
+
+static inline void wrmsr(u32 index, u64 v)
+{
+	asm volatile("wrmsr" : : "c"(index), "a"((u32)v), "d"((u32)(v >> 32)) : "memory");
+}
+
+static inline void cpuid(u32 leaf, u32 subleaf, u32 out[4])
+{
+	asm volatile("cpuid"
+		     : "=a"(out[0]), "=b"(out[1]), "=c"(out[2]), "=d"(out[3])
+		     : "a"(leaf), "c"(subleaf));
+}
+
+static inline void zero_words(void *at, u64 words)
+{
+	asm volatile("rep stosq" : "+D"(at), "+c"(words) : "a"(0UL) : "memory");
+}
+
+static inline void copy_words(void *to, const void *from, u64 words)
+{
+	asm volatile("rep movsq" : "+D"(to), "+S"(from), "+c"(words) : : "memory");
 }
 
 static inline void pause(void)

@@ -17,13 +17,15 @@ struct payload_header {
 	u32 end; /* [data, end) is written; [file_end, end) starts as zeroes */
 };
 
-/* Handed from the boot stage to kernel_main through shared memory. */
+/* Handed from the boot stage to kernel_main through low memory. */
 struct handoff {
 	u64 cr3;
 	u64 entry;
 	u64 kernel_gpa; /* private */
 	u64 free_gpa;	/* first private byte behind kernel and page tables */
 	u64 mapped_end; /* the direct maps cover [0, mapped_end) */
+	u64 accepted;	/* [accepted, accepted_end) has been accepted already, empty if none */
+	u64 accepted_end;
 	volatile u32 ready;
 };
 #endif

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 #include "serial.h"
 #include "arch.h"
+#include "platform.h"
 
 #define RBR 0 /* receive buffer; THR on write */
 #define IER 1
@@ -16,28 +17,28 @@ static u16 port;
 void serial_init(u16 console_port)
 {
 	port = console_port;
-	out8(port + LCR, 0x03); /* 8n1, divisor latch closed */
-	out8(port + FCR, 0x01); /* FIFOs on */
-	out8(port + MCR, 0x0b); /* DTR, RTS, OUT2 */
-	out8(port + IER, 0x01); /* received data asserts the line that ends our HLT */
+	platform->out(port + LCR, 1, 0x03); /* 8n1, divisor latch closed */
+	platform->out(port + FCR, 1, 0x01); /* FIFOs on */
+	platform->out(port + MCR, 1, 0x0b); /* DTR, RTS, OUT2 */
+	platform->out(port + IER, 1, 0x01); /* received data asserts the line that ends our HLT */
 }
 
 bool_t serial_ready(void)
 {
-	return in8(port + LSR) & LSR_DATA_READY;
+	return platform->in(port + LSR, 1) & LSR_DATA_READY;
 }
 
 u8 serial_read(void)
 {
-	return in8(port + RBR);
+	return (u8)platform->in(port + RBR, 1);
 }
 
 void serial_write(const char *text, u64 length)
 {
 	for (u64 i = 0; i < length; i++) {
-		while (!(in8(port + LSR) & LSR_THR_EMPTY))
+		while (!(platform->in(port + LSR, 1) & LSR_THR_EMPTY))
 			pause();
-		out8(port, text[i]);
+		platform->out(port, 1, (u8)text[i]);
 	}
 }
 
@@ -115,7 +116,7 @@ void print(const char *format, ...)
 	__builtin_va_end(args);
 }
 
-/* APM vol. 2, table 8-1. */
+/* APM vol. 2, table 8-1; #VE: SDM vol. 3, table 6-1. */
 static const char *const names[TRAP_VECTORS] = {
 	[0] = "#DE divide error",
 	[1] = "#DB debug",
@@ -135,6 +136,7 @@ static const char *const names[TRAP_VECTORS] = {
 	[17] = "#AC alignment check",
 	[18] = "#MC machine check",
 	[19] = "#XF SIMD floating point",
+	[20] = "#VE virtualization",
 	[21] = "#CP control protection",
 	[28] = "#HV hypervisor injection",
 	[29] = "#VC VMM communication",

@@ -1,23 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /* The commands: a line of words in, one line `ok …` or `error …` out. */
-#include "kernel.h"
-#include "words.h"
+#include "commands.h"
 #include "serial.h"
 #include "string.h"
 
-#define WATCH_POLL 65536 /* reads between two looks at the console */
-
-static void trapped(const struct words *w, u64 gpa, enum side side)
-{
-	struct guard *g = &cpus[0].guard;
-
-	say("error %s: gpa %x (%s): %s, error %x, address %x, rip %x", w->at[0], gpa,
-	    side_name(side), trap_name(g->vector), g->error, g->cr2, g->rip);
-}
-
 static void do_info(struct words *w)
 {
-	u64 private = 0, shared = 0;
+	u64 private = 0, shared = 0, accepted, unaccepted;
 
 	(void)w;
 	for (u32 i = 0; i < params.ram_count; i++)
@@ -25,11 +14,12 @@ static void do_info(struct words *w)
 			private += params.ram[i].size;
 		else
 			shared += params.ram[i].size;
+	accept_counts(&accepted, &unaccepted);
 	say("ok info vcpus=%u private_capable=%u shared_only=%u low_size=%x kernel=%x free=%x "
-	    "shared_bit=%u log=%x window=%x window_pages=%u",
+	    "shared_bit=%u log=%x window=%x window_pages=%u accepted=%u unaccepted=%u",
 	    (u64)params.vcpus, private, shared, params.low_size, layout.kernel_gpa, layout.free_gpa,
 	    (u64)params.shared_bit, params.log_gpa, stamp_head()->window_gfn << PAGE_SHIFT,
-	    stamp_head()->window_pages);
+	    stamp_head()->window_pages, accepted, unaccepted);
 }
 
 static void begin_work(const struct words *w, u64 vcpu, enum mode mode)
@@ -216,34 +206,17 @@ static void do_convert(struct words *w)
 		return;
 	}
 	ret = memory_convert(gpa, npages, side);
-	if (ret)
+	if (ret == CONVERT_ALREADY)
+		say("error convert: range %x, %u pages to %s: already accepted", gpa, npages,
+		    side_name(side));
+	else if (ret == CONVERT_FAILED)
+		say("error convert: range %x, %u pages to %s: the processor answered %x", gpa,
+		    npages, side_name(side), platform_status);
+	else if (ret)
 		say("error convert: range %x, %u pages to %s: the VMM answered %d", gpa, npages,
 		    side_name(side), ret);
 	else
 		say("ok convert gpa=%x pages=%u side=%s", gpa, npages, side_name(side));
-}
-
-static void do_watch(struct words *w)
-{
-	u64 gpa, before, now, reads = 0;
-	enum side side;
-
-	if (!word_arguments(w, &gpa) || !side_argument(w, 2, gpa, &side))
-		return;
-	if (!memory_peek(gpa, side, &before)) {
-		trapped(w, gpa, side);
-		return;
-	}
-	say("watching gpa=%x side=%s value=%x", gpa, side_name(side), before);
-	do {
-		now = *(volatile u64 *)gpa_address(gpa, side);
-		if (++reads % WATCH_POLL == 0 && serial_ready()) {
-			say("error watch: ended by input after %u reads, value still %x", reads,
-			    before);
-			return;
-		}
-	} while (now == before);
-	say("ok watch gpa=%x before=%x after=%x reads=%u", gpa, before, now, reads);
 }
 
 static void do_test(struct words *w)
@@ -253,21 +226,6 @@ static void do_test(struct words *w)
 	if (w->count > 1 && !range_arguments(w, 1, &gpa, &npages, 1))
 		return;
 	selftest(gpa, npages);
-}
-
-static void do_jump(struct words *w)
-{
-	enum side side;
-	u64 gpa, result;
-
-	if (!argument(w, 1, "GPA", &gpa) || !side_argument(w, 2, gpa, &side))
-		return;
-	if (gpa >= 1UL << 39)
-		say("error jump: gpa %x must be below 2^39", gpa);
-	else if (memory_jump(gpa, side, &result))
-		say("ok jump gpa=%x returned=%x", gpa, result);
-	else
-		trapped(w, gpa, side);
 }
 
 static void do_triple(struct words *w)
@@ -308,6 +266,14 @@ static const struct command {
 	{ "convert", "GPA NPAGES private|shared", do_convert },
 	{ "watch", "GPA [private|shared]", do_watch },
 	{ "jump", "GPA [private|shared]", do_jump },
+	{ "touch", "GPA", do_touch },
+	{ "port", "PORT [VALUE]", do_port },
+	{ "cpuid", "LEAF [SUBLEAF]", do_cpuid },
+	{ "rdmsr", "INDEX", do_rdmsr },
+	{ "tech", "", do_tech },
+	{ "accept", "GPA NPAGES", do_accept },
+	{ "report", "[HEX]", do_report },
+	{ "bounce", "read|write GPA NPAGES SECTOR", do_bounce },
 	{ "triple", "", do_triple },
 	{ "halt", "[STATUS]", do_halt },
 };

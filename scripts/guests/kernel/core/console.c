@@ -87,6 +87,6 @@ void console_run(void)
 		while (worked < WORK_PER_POLL && work_step(0))
 			worked++;
 		if (!worked)
-			halt_once(); /* input asserts the serial line, which ends it or forbids it */
+			platform->halt(); /* input asserts the serial line, which ends it or forbids it */
 	}
 }

@@ -6,6 +6,7 @@
 #include "bootparams.h"
 #include "layout.h"
 #include "payload.h"
+#include "platform.h"
 #include "stamplog.h"
 
 #define EXIT_OK 0
@@ -61,6 +62,7 @@ u32 this_cpu(void);
 void traps_init(void);
 void traps_load(u32 cpu);
 NORETURN void stop_machine(u32 status);
+NORETURN void give_up(const char *what); /* the panic has been printed */
 
 /* console.c */
 void say(const char *format, ...); /* one whole line */
@@ -78,12 +80,25 @@ volatile u64 *page_word(u64 gfn); /* the first word of a private page */
 const char *side_name(enum side side);
 const char *range_error(u64 gpa, u64 npages, bool_t keep_kernel); /* 0 if fine */
 bool_t memory_peek(u64 gpa, enum side side, u64 *value);
+bool_t memory_touch(u64 gpa, enum side side, u64 *value); /* … without accepting the page */
 bool_t memory_poke(u64 gpa, enum side side, u64 value);
 bool_t memory_fill(u64 gpa, u64 npages, u64 value);
 bool_t memory_sum(u64 gpa, u64 npages, u64 *sum);
 bool_t memory_jump(u64 gpa, enum side side, u64 *result);
+/* 0, an errno of the VMM, or what the processor said of accepting the pages. */
+#define CONVERT_ALREADY 1L
+#define CONVERT_FAILED 2L
 long memory_convert(u64 gpa, u64 npages, enum side side);
+enum side side_at_boot(u64 gpa);
 void memory_unmap_low(void);
+
+/* accept.c: what is accepted, by units of 2 MiB; only the boot vCPU asks */
+void accept_init(void);
+void accept_claim(u64 gpa, u64 npages); /* before pages are used */
+void accept_everything(void);
+/* Accept pages whatever the bits say; fresh: bytes of units that were not accepted before. */
+enum acceptance accept_again(u64 gpa, u64 npages, struct accepted *done, u64 *fresh);
+void accept_counts(u64 *accepted, u64 *unaccepted); /* bytes */
 
 /* smp.c */
 void cpu_loop(u32 cpu);			       /* a secondary vCPU, for ever */

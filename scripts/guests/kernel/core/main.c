@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /* Where a vCPU enters the kernel, now in private memory. */
 #include "kernel.h"
-#include "hypercall.h"
 #include "serial.h"
 
 struct cpu cpus[MAX_VCPUS];
@@ -14,9 +13,13 @@ static void boot_vcpu(const struct boot_params *p, const struct handoff *h)
 {
 	params = *p;
 	layout = *h;
-	serial_init(params.console_port);
+	platform_choose(&params);
 	traps_init();
 	traps_load(0);
+	if (platform->start)
+		platform->start(0, 0);
+	serial_init(params.console_port);
+	accept_init();
 	if (!stamp_init()) {
 		say("panic: the stamp log at %x has no room (%x bytes)", params.log_gpa,
 		    params.log_size);
@@ -29,6 +32,8 @@ static void boot_vcpu(const struct boot_params *p, const struct handoff *h)
 	low_gone = 1;
 	say("kernel in private memory %x-%x, shared bit %u, %u vCPUs up", layout.kernel_gpa,
 	    layout.free_gpa, (u64)params.shared_bit, (u64)arrived + 1);
+	if (params.flags & BOOT_FLAG_EAGER)
+		accept_everything();
 	if (params.flags & BOOT_FLAG_SELFTEST)
 		selftest(0, 0);
 	console_run();
@@ -39,6 +44,8 @@ static void secondary_vcpu(u32 cpu)
 	while (!kernel_up)
 		pause();
 	traps_load(cpu);
+	if (platform->start)
+		platform->start(cpu, 0);
 	__atomic_fetch_add(&arrived, 1, __ATOMIC_SEQ_CST);
 	while (!low_gone)
 		pause();

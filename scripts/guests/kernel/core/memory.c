@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /* Guest-physical memory as the console sees it: both sides, with exceptions as answers. */
 #include "kernel.h"
-#include "hypercall.h"
 
 #define GPA_LIMIT (1UL << 39)
 
@@ -13,7 +12,7 @@ struct access {
 
 void *gpa_address(u64 gpa, enum side side)
 {
-	return (void *)(gpa + (side == SIDE_SHARED ? SHARED_VA : PRIVATE_VA));
+	return side == SIDE_SHARED ? shared_at(gpa) : private_at(gpa);
 }
 
 volatile u64 *page_word(u64 gfn)
@@ -91,7 +90,20 @@ static u64 do_sum(void *arg)
 	return sum;
 }
 
+/* A page of RAM is accepted before its private side is used. */
+static void claim_page(u64 gpa, enum side side)
+{
+	if (side == SIDE_PRIVATE && !range_error(ALIGN_DOWN(gpa, PAGE_SIZE), 1, 0))
+		accept_claim(ALIGN_DOWN(gpa, PAGE_SIZE), 1);
+}
+
 bool_t memory_peek(u64 gpa, enum side side, u64 *value)
+{
+	claim_page(gpa, side);
+	return memory_touch(gpa, side, value);
+}
+
+bool_t memory_touch(u64 gpa, enum side side, u64 *value)
 {
 	struct access a = { gpa_address(gpa, side), 1, 0 };
 	bool_t fine = guarded(do_read, &a);
@@ -104,6 +116,7 @@ bool_t memory_poke(u64 gpa, enum side side, u64 value)
 {
 	struct access a = { gpa_address(gpa, side), 1, value };
 
+	claim_page(gpa, side);
 	return guarded(do_write, &a);
 }
 
@@ -125,7 +138,7 @@ bool_t memory_sum(u64 gpa, u64 npages, u64 *sum)
 
 static u64 *table_at(u64 gpa)
 {
-	return gpa_address(gpa & ~(PAGE_SIZE - 1) & ~PTE_NX, SIDE_PRIVATE);
+	return private_at(gpa & PTE_ADDRESS & ~private_mask);
 }
 
 static u64 *jump_entry(void)
@@ -147,8 +160,8 @@ bool_t memory_jump(u64 gpa, enum side side, u64 *result)
 	u64 *entry = jump_entry();
 	bool_t fine;
 
-	if (side == SIDE_SHARED)
-		frame |= 1UL << params.shared_bit;
+	claim_page(gpa, side);
+	frame |= side == SIDE_SHARED ? shared_mask : private_mask;
 	*entry = frame | PTE_RX | PTE_LARGE;
 	invlpg(JUMP_VA);
 	fine = guarded(do_jump, &a);
@@ -158,9 +171,48 @@ bool_t memory_jump(u64 gpa, enum side side, u64 *result)
 	return fine;
 }
 
+enum side side_at_boot(u64 gpa)
+{
+	bool_t shared = gpa < params.low_size;
+
+	if (platform->confidential)
+		shared = gpa - params.log_gpa < params.log_size;
+	return shared ? SIDE_SHARED : SIDE_PRIVATE;
+}
+
+/* Where pages must be accepted: they are when they become private, and given up before they
+ * become shared. What is no range of RAM is left to the VMM to refuse. */
+static long convert_accepted(u64 gpa, u64 npages, enum side side)
+{
+	struct accepted done = { 0 };
+	long ret;
+
+	accept_claim(gpa, npages);
+	if (side == SIDE_SHARED) {
+		for (u64 i = 0; platform->release && i < npages; i++)
+			if (platform->release(gpa + (i << PAGE_SHIFT)) == ACCEPT_FAILED)
+				return CONVERT_FAILED;
+		return platform->set_shared(gpa, npages);
+	}
+	ret = platform->set_private(gpa, npages);
+	if (ret)
+		return ret;
+	switch (accept_range(gpa, npages, &done)) {
+	case ACCEPT_FINE:
+		return 0;
+	case ACCEPT_ALREADY:
+		return CONVERT_ALREADY;
+	default:
+		return CONVERT_FAILED;
+	}
+}
+
 long memory_convert(u64 gpa, u64 npages, enum side side)
 {
-	return map_gpa_range(params.hypercall, gpa, npages, side == SIDE_PRIVATE);
+	if (platform->accepts && !range_error(gpa, npages, 0))
+		return convert_accepted(gpa, npages, side);
+	return side == SIDE_PRIVATE ? platform->set_private(gpa, npages)
+				    : platform->set_shared(gpa, npages);
 }
 
 void memory_unmap_low(void)

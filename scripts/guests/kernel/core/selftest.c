@@ -99,6 +99,9 @@ bool_t selftest(u64 gpa, u64 npages)
 	struct test t = { .gpa = gpa, .npages = npages };
 	u64 expected = (u64)INCREMENTS * params.vcpus;
 
+	if (!npages)
+		for (u32 i = 0; i < params.ram_count; i++)
+			accept_claim(params.ram[i].gpa, params.ram[i].size >> PAGE_SHIFT);
 	if (!call_everywhere(write_phase, &t) || !call_everywhere(check_phase, &t) ||
 	    !call_everywhere(count_phase, &t)) {
 		say("error test: not every vCPU is idle and alive; stop them first");

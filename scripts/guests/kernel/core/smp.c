@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /* Work for vCPUs: the boot vCPU posts it in a mailbox and ends the other's HLT with a kick. */
 #include "kernel.h"
-#include "hypercall.h"
 
 #define PATIENCE (1UL << 30) /* polls before a vCPU counts as lost */
 
@@ -32,14 +31,14 @@ void cpu_loop(u32 cpu)
 {
 	for (;;)
 		if (!work_step(cpu))
-			halt_once(); /* a kick between the check and the HLT ends it at once */
+			platform->halt(); /* a kick between the check and the HLT ends it at once */
 }
 
 static void post(u32 cpu, enum mode mode)
 {
 	__atomic_store_n(&cpus[cpu].want, mode, __ATOMIC_SEQ_CST);
 	if (cpu != this_cpu())
-		kick_vcpu(params.hypercall, cpu);
+		kick_vcpu(cpu);
 }
 
 static bool_t wait_idle(u32 cpu)

@@ -45,6 +45,11 @@ void traps_load(u32 cpu)
 	lidt(idt, sizeof(idt) - 1);
 }
 
+u64 gpa_of(const void *own)
+{
+	return (u64)own - KERNEL_VA + layout.kernel_gpa;
+}
+
 /* The task register names the vCPU: it is the one thing that differs without using memory. */
 u32 this_cpu(void)
 {
@@ -56,30 +61,40 @@ u32 this_cpu(void)
 
 NORETURN void stop_machine(u32 status)
 {
-	out32(params.exit_port, status);
+	platform->out(params.exit_port, 4, status);
 	for (;;)
-		halt_once();
+		platform->halt();
+}
+
+NORETURN void give_up(const char *what)
+{
+	if (platform->fatal)
+		platform->fatal(what);
+	stop_machine(EXIT_PANIC);
 }
 
 void trap(struct trap_frame *f)
 {
 	u32 cpu = this_cpu();
 	struct guard *g = &cpus[cpu].guard;
+	u64 address = read_cr2();
 
+	if (platform->exception && platform->exception(f, &address))
+		return;
 	if (g->active) {
 		g->vector = f->vector;
 		g->error = f->error;
 		g->rip = f->rip;
-		g->cr2 = read_cr2();
+		g->cr2 = address;
 		f->rip = (u64)guard_resume;
 		f->rsp = g->rsp;
 		return;
 	}
 	say("panic: vcpu %u: %s, error %x, rip %x, rsp %x, cr2 %x", (u64)cpu, trap_name(f->vector),
-	    f->error, f->rip, f->rsp, read_cr2());
+	    f->error, f->rip, f->rsp, address);
 	if (cpu == 0)
 		stop_machine(EXIT_PANIC);
 	cpus[cpu].mode = MODE_DEAD;
 	for (;;)
-		halt_once();
+		platform->halt();
 }

@@ -55,7 +55,7 @@ bool_t argument(const struct words *w, u32 i, const char *name, u64 *out)
 
 bool_t side_argument(const struct words *w, u32 i, u64 gpa, enum side *side)
 {
-	*side = gpa < params.low_size ? SIDE_SHARED : SIDE_PRIVATE;
+	*side = side_at_boot(gpa);
 	if (i >= w->count)
 		return 1;
 	if (streq(w->at[i], "private") || streq(w->at[i], "shared")) {
@@ -85,6 +85,8 @@ bool_t range_arguments(const struct words *w, u32 i, u64 *gpa, u64 *npages, bool
 	why = range_error(*gpa, *npages, keep);
 	if (why)
 		say("error %s: range %x, %u pages: %s", w->at[0], *gpa, *npages, why);
+	else
+		accept_claim(*gpa, *npages);
 	return !why;
 }
 
