@@ -41,6 +41,9 @@ SANS_IO = {
     "kvmsim.vmm.launch", "kvmsim.vmm.vmsa", "kvmsim.vmm.bounce",
     "kvmsim.qemuoptions", "hwemu.stage2",
     "hwemu.leafruns", "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
+    "hwemu.encryption", "hwemu.encryptedaccess", "hwemu.pkvm.state", "hwemu.pkvm.transition",
+    "hwemu.pkvm.vmemmap", "hwemu.pkvm.guest", "hwemu.pkvm.engine", "hwemu.pkvm.hypervisor",
+    "hwemu.pkvm.hypercall", "hwemu.pkvm.access", "hwemu.pkvm.fillable",
     "hwemu.tdx.checks", "hwemu.tdx.entry", "hwemu.tdx.fields", "hwemu.tdx.guest", "hwemu.tdx.host",
     "hwemu.tdx.leaves", "hwemu.tdx.lifeleaves", "hwemu.tdx.locks", "hwemu.tdx.machine",
     "hwemu.tdx.measure", "hwemu.tdx.memleaves", "hwemu.tdx.module", "hwemu.tdx.pamt",
@@ -56,6 +59,7 @@ KEEPERS = {
         "privfs.control", "privfs.compaction", "privfs.fuse", "privfs.cli",
     ),
     "unicorn": ("hwemu.cpu",),
+    "cryptography": ("hwemu.encryption",),
     "click": ("privfs.cli", "kvmsim.cli"),
     "psutil": ("privfs.doctor", "privfs.cli"),
 }  # fmt: skip
