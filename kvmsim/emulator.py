@@ -19,18 +19,24 @@ from typing import Any, Final
 
 from hwemu.cpu.api import Cpu, DescriptorTable, Regs, Sregs
 from kvmsim import exits
+from kvmsim.confidential.base import Confidential
+from kvmsim.confidential.kinds import make_guard
+from kvmsim.confidential.platform import Platform
 from kvmsim.holdings import held
 from kvmsim.hostmem import HostMemory, SharedRam
+from kvmsim.kind import KINDS
 from kvmsim.memoryuse import Allocated
 from kvmsim.region import PrivateFile, Region
 from kvmsim.report import memory_report
 from kvmsim.running import RunningVm
 from kvmsim.uapi import KVM_MEM_GUEST_MEMFD, PAGE_SHIFT, PAGE_SIZE
-from kvmsim.vmm.bootparams import BootFlag, RamRange
+from kvmsim.vmm.bootparams import BootFlag, RamRange, Technology
+from kvmsim.vmm.bounce import Disk
 from kvmsim.vmm.convert import Discard
-from kvmsim.vmm.loader import LOW_SIZE, EntryState
+from kvmsim.vmm.loader import LOW_SIZE
 from kvmsim.vmm.machine import Machine, MachineConfig, Resume, Stop, Wait
 from kvmsim.vmm.prealloc import CHUNK_PAGES, PreallocError, Progress, preallocate
+from kvmsim.vmm.vmsa import EntryState
 from kvmsim.vmmemory import FilePart, VmMemory
 from privfs.notifier.lane import LinkError
 
@@ -57,7 +63,8 @@ class MemoryBackend:
 
 @dataclass(frozen=True, slots=True)
 class VmConfig:
-    """One virtual machine.  RAM begins above the shared low memory, file after file.
+    """One virtual machine.  RAM begins above the shared low memory, file after file; that of a
+    confidential guest at 0, since such a guest starts in private memory.
 
     ``payload`` are bytes for private memory, by gpa, that the guest starts with.
     """
@@ -68,6 +75,7 @@ class VmConfig:
     discard: Discard = Discard.BOTH
     flags: BootFlag = BootFlag.NONE
     payload: tuple[tuple[int, bytes], ...] = ()
+    technology: Technology = Technology.SHARED_BIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +90,7 @@ class Outcome:
 class _Layout:
     ram: list[RamRange] = field(default_factory=list)
     slots: list[tuple[Region, MemoryBackend | None]] = field(default_factory=list)
-    shared: int = 0
+    shared: int = 0  #: bytes of the shared side
 
 
 def prepare_process() -> None:
@@ -98,11 +106,13 @@ def prepare_process() -> None:
         log.warning("prctl(PR_SET_DUMPABLE): %s", os.strerror(ctypes.get_errno()))
 
 
-def lay_out(backends: tuple[MemoryBackend, ...]) -> _Layout:
+def lay_out(backends: tuple[MemoryBackend, ...], technology: Technology) -> _Layout:
     """Place low memory and every backend one above the other; ValueError for what cannot be."""
-    layout = _Layout([RamRange(0, LOW_SIZE, private=False)], [], LOW_SIZE)
-    layout.slots.append((Region(0, 0, 0, LOW_SIZE, 0), None))
-    gpa = LOW_SIZE
+    layout, gpa = _Layout(), 0
+    if not technology.confidential:
+        gpa = LOW_SIZE
+        layout.ram.append(RamRange(0, LOW_SIZE, private=False))
+        layout.slots.append((Region(0, 0, 0, LOW_SIZE, 0), None))
     for backend in backends:
         status = os.stat(backend.path)
         unit = max(PAGE_SIZE, status.st_blksize)  # the mount may be backed by huge pages
@@ -137,8 +147,10 @@ class Emulator:
     """One VM from configuration to outcome.
 
     ``on_output(bytes)`` receives console output in the runner thread; ``running`` is the class
-    that runs the vCPUs; ``on_prealloc`` hears how far preallocation is.  PreallocError where that
-    fails; then, as after every other error, the owner has its memory back.
+    that runs the vCPUs; ``platform`` the confidential hardware that guests of one host share;
+    ``disk`` what the bounce-buffer device moves data to and from; ``on_prealloc`` hears how far
+    preallocation is.  PreallocError where that fails; then, as after every other error, the owner
+    has its memory back.
     """
 
     def __init__(
@@ -148,15 +160,21 @@ class Emulator:
         on_output: Callable[[bytes], None],
         *,
         running: type[RunningVm] = RunningVm,
+        platform: Platform | None = None,
+        disk: Disk | None = None,
         on_prealloc: Callable[[MemoryBackend, Progress], None] = lambda backend, progress: None,
     ) -> None:
-        layout = lay_out(config.memory)
+        layout = lay_out(config.memory, config.technology)
         self.config = config
+        kind = KINDS[config.technology.kind]
         self.outcome: Outcome | None = None
         self._on_output = on_output
         self._paths: dict[int, str] = {}
-        self.running = running(host, config.vcpus, config.label)
+        self.running = running(host, config.vcpus, config.label, kind=kind)
         try:
+            self.guard = make_guard(kind, platform, self.running)
+            if self.guard is not None:
+                self.running.protect(self.guard)
             self.shared = SharedRam(host, layout.shared, config.label)
         except BaseException:
             self.running.close()
@@ -169,9 +187,10 @@ class Emulator:
                 if backend.prealloc:
                     self._preallocate(backend, partial(on_prealloc, backend))
             machine_config = MachineConfig(
-                tuple(layout.ram), config.vcpus, config.flags, config.discard
-            )
-            self.machine = Machine(machine_config, self.memory)
+                tuple(layout.ram), config.vcpus, config.flags, config.discard,
+                technology=config.technology,
+            )  # fmt: skip
+            self.machine = Machine(machine_config, self.memory, disk)
         except BaseException:
             self.running.close()
             self.shared.close()
@@ -205,11 +224,24 @@ class Emulator:
 
     def boot(self, image: bytes) -> None:
         """Load a guest kernel and start all vCPUs."""
-        entries = self.machine.boot(image, self.config.payload)
+        if self.guard is None:
+            entries = self.machine.boot(image, self.config.payload)
+        else:
+            entries = self._launch(image, self.guard)
         for vcpu, entry in zip(self.running.vcpus, entries, strict=True):
             set_entry(vcpu.cpu, entry)
             self.running.make_runnable(vcpu.index)
         self.running.start(self._handle)
+
+    def _launch(self, image: bytes, guard: Confidential) -> tuple[EntryState, ...]:
+        """Load a guest into private memory by its hardware's own launch flow."""
+        load = self.machine.load_plan(image, self.config.payload)
+        with self.running.lock:
+            guard.start(self.config.vcpus)
+        entries = self.machine.launch(load, lambda page: self.memory.load(page, guard))
+        with self.running.lock:
+            guard.finish(entries)
+        return entries
 
     def feed(self, data: bytes) -> None:
         """Give the console input, from any thread."""

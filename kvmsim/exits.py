@@ -24,6 +24,7 @@ from kvmsim.uapi import (
     KVM_EXIT_IO_OUT,
     KVM_EXIT_MMIO,
     KVM_EXIT_SHUTDOWN,
+    KVM_EXIT_SYSTEM_EVENT,
     KVM_EXIT_UNKNOWN,
     KVM_PIO_DATA_OFFSET,
     KVM_RUN_EXIT_REASON_OFFSET,
@@ -34,6 +35,7 @@ from kvmsim.uapi import (
     RUN_INTERNAL_DATA_MAX,
     RUN_IO,
     RUN_MMIO,
+    RUN_SYSTEM_EVENT,
     Abi,
 )
 
@@ -108,6 +110,18 @@ class InternalErrorExit:
 
 
 @dataclass(frozen=True, slots=True)
+class SystemEventExit:
+    """The guest gives up, or asks for something that is of the whole machine.
+
+    ``event`` is KVM_SYSTEM_EVENT_*; ``data`` up to 16 u64: of SEV_TERM the GHCB's request, of
+    TDX_FATAL the registers of TDVMCALL<ReportFatalError>.
+    """
+
+    event: int
+    data: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class InterruptedExit:
     """A signal, or immediate_exit: KVM_RUN fails with EINTR."""
 
@@ -121,6 +135,7 @@ Exit = (
     | BadHvaExit
     | ShutdownExit
     | InternalErrorExit
+    | SystemEventExit
     | InterruptedExit
 )
 
@@ -166,12 +181,13 @@ def encode(exit: Exit, run: bytearray | memoryview, abi: Abi = "upstream") -> in
             flags = numbers.memory_fault_private if private else 0
             payload = numbers.memory_fault.pack(flags, gpa, size)
             result = -(number or 0)
-        case InternalErrorExit(suberror, values):
+        case InternalErrorExit(first, values) | SystemEventExit(first, values):
             if len(values) > RUN_INTERNAL_DATA_MAX:
                 raise ValueError(f"{exit}: at most {RUN_INTERNAL_DATA_MAX} words")
-            reason = KVM_EXIT_INTERNAL_ERROR
-            payload = RUN_INTERNAL.pack(suberror, len(values))
-            payload += struct.pack(f"<{len(values)}Q", *values)
+            of_system = isinstance(exit, SystemEventExit)
+            reason = KVM_EXIT_SYSTEM_EVENT if of_system else KVM_EXIT_INTERNAL_ERROR
+            head = RUN_SYSTEM_EVENT if of_system else RUN_INTERNAL
+            payload = head.pack(first, len(values)) + struct.pack(f"<{len(values)}Q", *values)
         case _:
             reason, result = _PLAIN[type(exit)]
     RUN_EXIT_REASON.pack_into(run, KVM_RUN_EXIT_REASON_OFFSET, reason)
@@ -209,4 +225,8 @@ def decode(run: bytes | bytearray | memoryview, result: int, abi: Abi = "upstrea
         suberror, ndata = RUN_INTERNAL.unpack_from(run, at)
         values = struct.unpack_from(f"<{ndata}Q", run, at + RUN_INTERNAL.size)
         return InternalErrorExit(suberror, values)
+    if result == 0 and reason == KVM_EXIT_SYSTEM_EVENT:
+        event, ndata = RUN_SYSTEM_EVENT.unpack_from(run, at)
+        values = struct.unpack_from(f"<{ndata}Q", run, at + RUN_SYSTEM_EVENT.size)
+        return SystemEventExit(event, values)
     raise ValueError(f"exit_reason {reason} with result {result}: no such exit in {abi}")

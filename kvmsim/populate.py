@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Final
 
 from kvmsim.attributes import Attributes
+from kvmsim.confidential.base import Confidential
 from kvmsim.effect import Access, Installed, LeaveGuest, NeedPage, PageGrant, Retry
 from kvmsim.effect import RetryReason as Why
 from kvmsim.exits import MemoryFaultExit
@@ -22,6 +23,7 @@ from kvmsim.fault import Fault
 from kvmsim.memoryuse import MemoryUse, memory_use
 from kvmsim.running import RunningVm
 from kvmsim.uapi import PAGE_SHIFT, PAGE_SIZE, KvmError
+from kvmsim.vmm.launch import LaunchPage
 
 _OPERATION: Final = "populate"
 #: Seconds between two looks at whether the owner is still there.
@@ -51,9 +53,7 @@ class Populate:
                 errno.EOPNOTSUPP, _OPERATION, "no launch is measured here", start=gpa, size=size
             )
         with self.running.lock:
-            for number, reason, refused in _CHECKS:
-                if refused(self, gpa, size):
-                    raise KvmError(number, _OPERATION, reason, start=gpa, size=size)
+            self._check(gpa, size)
             start, end = gpa >> PAGE_SHIFT, (gpa + size) >> PAGE_SHIFT
             parts = [
                 (slot.file, slot.private_page(first), slot.private_page(last))
@@ -66,7 +66,25 @@ class Populate:
         while at < gpa + size:
             at += self._fill(at, memoryview(source)[at - gpa :])
 
+    def load(self, page: LaunchPage, guard: Confidential) -> None:
+        """Add a page to a guest whose hardware loads, and mostly measures, what it starts with.
+
+        Errors as of a call; KvmError too if the hardware refuses, and nothing was added.
+        """
+        size = len(page.data)
+        with self.running.lock:
+            if page.vcpu is None:
+                self._check(page.gpa, size)
+            if not guard.stage(page):
+                return
+        self._fill(page.gpa, None)
+
     # --- checks (lock held) -------------------------------------------------------------------
+
+    def _check(self, gpa: int, size: int) -> None:
+        for number, reason, refused in _CHECKS:
+            if refused(self, gpa, size):
+                raise KvmError(number, _OPERATION, reason, start=gpa, size=size)
 
     def use(self, gpa: int, size: int) -> MemoryUse:
         """Pages of slots there, by attribute."""
@@ -84,8 +102,11 @@ class Populate:
 
     # --- one fault ----------------------------------------------------------------------------
 
-    def _fill(self, gpa: int, source: memoryview) -> int:
-        """Map the page at ``gpa`` and copy to it and what was mapped behind it; bytes copied."""
+    def _fill(self, gpa: int, source: memoryview | None) -> int:
+        """Map the page at ``gpa`` and copy to it and what was mapped behind it; bytes copied.
+
+        Without a source the hardware has filled the one page.
+        """
         half = self.running.vm.kind.half(private=True)
         fault = Fault(0, gpa | half, Access(write=True, length=PAGE_SIZE))
         again = False
@@ -103,7 +124,10 @@ class Populate:
                     effect = self.running.vm.page_arrived(fault, self._wait(gpa))
                 # The copy is under the lock that a zap takes: what is invalidated is invalidated
                 # before, and then there is no leaf, or after it.
-                if isinstance(effect, Installed):
+                if isinstance(effect, Installed) and source is None:
+                    self._done.set(gpa >> PAGE_SHIFT, (gpa >> PAGE_SHIFT) + 1, 1)
+                    return PAGE_SIZE
+                if isinstance(effect, Installed) and source is not None:
                     return self._copy(gpa, source, effect)
             again = effect == Retry(Why.INSTANCE)
             if isinstance(effect, LeaveGuest):

@@ -20,6 +20,7 @@ from kvmsim.fault import Fault
 from kvmsim.inplace import ConvertFile
 from kvmsim.kind import VmKind
 from kvmsim.memslot import SlotChange
+from kvmsim.migration import Migration
 from kvmsim.mmu import SecondStage, Zapped
 from kvmsim.region import SharedSide
 from kvmsim.running import RunningVm
@@ -32,6 +33,7 @@ from kvmsim.uapi import (
     KVM_EXIT_MEMORY_FAULT,
     KVM_EXIT_MMIO,
     KVM_EXIT_SHUTDOWN,
+    KVM_EXIT_SYSTEM_EVENT,
     PAGE_SHIFT,
 )
 from kvmsim.vcpus import Vcpu
@@ -61,6 +63,7 @@ _USERSPACE: Final[dict[type[Any], tuple[str, int]]] = {
     exits.HypercallExit: ("KVM_EXIT_HYPERCALL", KVM_EXIT_HYPERCALL),
     exits.ShutdownExit: ("KVM_EXIT_SHUTDOWN", KVM_EXIT_SHUTDOWN),
     exits.InternalErrorExit: ("KVM_EXIT_INTERNAL_ERROR", KVM_EXIT_INTERNAL_ERROR),
+    exits.SystemEventExit: ("KVM_EXIT_SYSTEM_EVENT", KVM_EXIT_SYSTEM_EVENT),
     exits.BadHvaExit: ("error", errno.EFAULT),
     exits.InterruptedExit: ("restart", errno.EINTR),
 }
@@ -254,6 +257,12 @@ class TracedVm(RunningVm):
         super()._deliver(vcpu, left)
 
     # --- zaps ---------------------------------------------------------------------------------
+
+    def migrated(self, migration: Migration) -> None:
+        """Note where pages lie now."""
+        super().migrated(migration)
+        file, start, end, old, new = migration
+        self._tell("kvmsim_migrated", file=file, start=start, end=end, old=old, new=new)
 
     def drain(self, epoch: int) -> None:
         """Wait until no vCPU runs with an older translation."""

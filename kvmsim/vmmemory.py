@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvmsim.confidential.base import Confidential
 from kvmsim.hostmem import SharedRam
 from kvmsim.populate import Populate
 from kvmsim.private import PrivateMemory
 from kvmsim.running import RunningVm
 from kvmsim.uapi import ABIS, PAGE_SHIFT
+from kvmsim.vmm.launch import LaunchPage
 
 
 class VmMemory:
@@ -66,6 +68,10 @@ class VmMemory:
     def populate(self, gpa: int, source: bytes, *, measure: bool = False) -> None:
         """Fill private pages from source pages, before the VM runs (:mod:`kvmsim.populate`)."""
         self._populate(gpa, source, measure=measure)
+
+    def load(self, page: LaunchPage, guard: Confidential) -> None:
+        """Add a page to what a confidential guest starts with (:mod:`kvmsim.populate`)."""
+        self._populate.load(page, guard)
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,6 +128,7 @@ KVM_EXIT_MMIO: Final = 6
 KVM_EXIT_SHUTDOWN: Final = 8
 KVM_EXIT_INTR: Final = 10
 KVM_EXIT_INTERNAL_ERROR: Final = 17
+KVM_EXIT_SYSTEM_EVENT: Final = 24
 KVM_EXIT_MEMORY_FAULT: Final = 39
 
 KVM_EXIT_IO_IN: Final = 0
@@ -156,6 +157,10 @@ RUN_HYPERCALL: Final = Struct("<Q6QQQ")
 RUN_INTERNAL: Final = Struct("<II")
 """suberror, ndata; ndata u64 follow."""
 RUN_INTERNAL_DATA_MAX: Final = 16
+RUN_SYSTEM_EVENT: Final = Struct("<II")
+"""type, ndata; u64 data[16] follows, as of an internal error."""
+KVM_SYSTEM_EVENT_SEV_TERM: Final = 6
+KVM_SYSTEM_EVENT_TDX_FATAL: Final = 7
 
 # --- the two interfaces ----------------------------------------------------------------------
 

@@ -25,8 +25,15 @@ from kvmsim.exits import (
     MemoryFaultExit,
     MmioExit,
     ShutdownExit,
+    SystemEventExit,
 )
-from kvmsim.uapi import KVM_HC_MAP_GPA_RANGE, KVM_MAP_GPA_RANGE_ENCRYPTED, PAGE_SHIFT
+from kvmsim.uapi import (
+    KVM_HC_MAP_GPA_RANGE,
+    KVM_MAP_GPA_RANGE_ENCRYPTED,
+    KVM_SYSTEM_EVENT_SEV_TERM,
+    KVM_SYSTEM_EVENT_TDX_FATAL,
+    PAGE_SHIFT,
+)
 from kvmsim.vmm.bootparams import PAGE_SIZE, BootFlag, BootParams, RamRange, Technology
 from kvmsim.vmm.bounce import DOORBELL, RESULT, BounceDevice, Disk
 from kvmsim.vmm.convert import Converted, Discard, GuestMemory, Refused, convert_memory
@@ -40,6 +47,10 @@ KVM_HC_KICK_CPU: Final = 5  # include/uapi/linux/kvm_para.h
 KVM_ENOSYS: Final = 1000
 _MAP_GPA_RANGE_PAGE_SIZE: Final = 0xF
 _U64: Final = (1 << 64) - 1
+_SYSTEM_EVENTS: Final = {
+    KVM_SYSTEM_EVENT_SEV_TERM: "termination request (GHCB MSR)",
+    KVM_SYSTEM_EVENT_TDX_FATAL: "TDVMCALL<ReportFatalError>",
+}
 
 FAULT_REPEATS: Final = 16
 """A vCPU that faults this often in a row where there is nothing to convert makes no progress."""
@@ -245,6 +256,10 @@ class Machine:
                 return Stop(
                     StopReason.MEMORY, 1, f"vcpu {vcpu}: nothing behind the shared side of {gpa:#x}"
                 )
+            case SystemEventExit(event, data):
+                name = _SYSTEM_EVENTS.get(event, f"system event {event}")
+                words = " ".join(f"{word:#x}" for word in data)
+                return self.guest_fatal(vcpu, f"{name}: {words}")
             case InternalErrorExit(suberror, data):
                 words = " ".join(f"{word:#x}" for word in data)
                 return Stop(

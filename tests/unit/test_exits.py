@@ -20,6 +20,7 @@ from kvmsim.exits import (
     MemoryFaultExit,
     MmioExit,
     ShutdownExit,
+    SystemEventExit,
     decode,
     encode,
 )
@@ -54,6 +55,10 @@ class _Internal(ctypes.Structure):
     _fields_ = (("suberror", U32), ("ndata", U32), ("data", U64 * 16))
 
 
+class _SystemEvent(ctypes.Structure):
+    _fields_ = (("type", U32), ("ndata", U32), ("data", U64 * 16))
+
+
 class _MemoryFault(ctypes.Structure):
     _fields_ = (("flags", U64), ("gpa", U64), ("size", U64))
 
@@ -65,6 +70,7 @@ class _MemoryV7(ctypes.Structure):
 class _Union(ctypes.Union):
     _fields_ = (
         ("io", _Io), ("mmio", _Mmio), ("hypercall", _Hypercall), ("internal", _Internal),
+        ("system_event", _SystemEvent),
         ("memory_fault", _MemoryFault), ("memory", _MemoryV7), ("padding", U8 * 256),
     )  # fmt: skip
 
@@ -127,6 +133,9 @@ def test_hypercall_and_internal_error() -> None:
     run, _, _ = _encoded(InternalErrorExit(uapi.KVM_INTERNAL_ERROR_EMULATION, (7, 8)))
     assert (run.exit_reason, run.u.internal.suberror, run.u.internal.ndata) == (17, 1, 2)
     assert list(run.u.internal.data)[:2] == [7, 8]
+    run, _, _ = _encoded(SystemEventExit(uapi.KVM_SYSTEM_EVENT_TDX_FATAL, (7, 8)))
+    assert (run.exit_reason, run.u.system_event.type, run.u.system_event.ndata) == (24, 7, 2)
+    assert list(run.u.system_event.data)[:2] == [7, 8]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +179,7 @@ exits = st.one_of(
         st.sampled_from([None, errno.EFAULT, errno.EIO, errno.ENOMEM, uapi.EHWPOISON]),
     ),
     st.builds(InternalErrorExit, st.integers(0, 9), st.lists(words, max_size=16).map(tuple)),
+    st.builds(SystemEventExit, st.integers(0, 9), st.lists(words, max_size=16).map(tuple)),
 )
 
 
@@ -189,6 +199,7 @@ def test_what_was_encoded_is_decoded(exit: Exit, abi: Abi) -> None:
         MmioExit(0, 4, True, b"abc"),
         HypercallExit(0, (0,) * 7),
         InternalErrorExit(0, (0,) * 17),
+        SystemEventExit(0, (0,) * 17),
     ],
 )
 def test_an_exit_that_does_not_fit_leaves_the_bytes_alone(exit: Exit) -> None:
