@@ -16,20 +16,22 @@ What a kernel lacks it says by :meth:`Kvm.check_extension`; what it refuses come
 from __future__ import annotations
 
 from kvmsim.api.kvm import Kvm
-from kvmsim.api.memory import GuestMemfd, Memslot
+from kvmsim.api.memory import ConversionError, GuestMemfd, Memslot
 from kvmsim.api.registers import Dtable, Regs, Segment, Sregs
 from kvmsim.api.simulated import Simulation
-from kvmsim.api.transport import IoctlError, Memory, Transport
+from kvmsim.api.transport import IoctlError, Memory, Pin, Transport
 from kvmsim.api.vcpu import Vcpu
 from kvmsim.api.vm import Vm
 
 __all__ = [
+    "ConversionError",
     "Dtable",
     "GuestMemfd",
     "IoctlError",
     "Kvm",
     "Memory",
     "Memslot",
+    "Pin",
     "Regs",
     "Segment",
     "Simulation",

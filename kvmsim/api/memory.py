@@ -6,16 +6,27 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Self
 
-from kvmsim.api.transport import (
-    IoctlError,
-    Memory,
-    Transport,
-)
+from kvmsim.api.transport import IoctlError, Memory, Pin, Transport
 from kvmsim.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-from kvmsim.uapi import GUEST_MEMFD_FLAG_MMAP, KVM_MEM_GUEST_MEMFD
+from kvmsim.uapi import (
+    GUEST_MEMFD_FLAG_MMAP,
+    KVM_MEM_GUEST_MEMFD,
+    KVM_MEMORY_ATTRIBUTE_PRIVATE,
+    KVM_SET_MEMORY_ATTRIBUTES2,
+    KVM_SET_MEMORY_ATTRIBUTES2_PRESERVE,
+    MEMORY_ATTRIBUTES2,
+)
 
 if TYPE_CHECKING:
     from kvmsim.api.vm import Vm
+
+
+class ConversionError(IoctlError):
+    """A conversion in place that was refused; ``error_offset`` is the byte where."""
+
+    def __init__(self, error: IoctlError, error_offset: int) -> None:
+        super().__init__(error.errno or errno.EIO, error.operation, error.strerror or "")
+        self.error_offset = error_offset
 
 
 class GuestMemfd:
@@ -63,6 +74,33 @@ class GuestMemfd:
             self.handle, offset, self.size - offset if size is None else size
         )
 
+    def pin(self, offset: int, size: int) -> Pin:
+        """Have bytes in hand until they are closed, where files convert in place.
+
+        Meanwhile a conversion of them to private is EAGAIN; a punch takes them away. IoctlError:
+        EFAULT where an index is private, ENODEV without FLAG_MMAP, EOPNOTSUPP elsewhere.
+        """
+        if self.handle < 0:
+            raise IoctlError(errno.EBADF, "pin", "the guest_memfd is closed")
+        return self._transport.pin_file(self.handle, offset, size)
+
+    def convert(
+        self, offset: int, size: int, *, private: bool,
+        flags: int = KVM_SET_MEMORY_ATTRIBUTES2_PRESERVE,
+    ) -> None:  # fmt: skip
+        """KVM_SET_MEMORY_ATTRIBUTES2 on bytes of the file, all or nothing.
+
+        ``flags`` says what becomes of contents: KVM_SET_MEMORY_ATTRIBUTES2_PRESERVE or _ZERO, 0
+        for no promise. ConversionError: EAGAIN while the host has a page in hand, ENOTTY where
+        the VM keeps the types, as every released kernel does.
+        """
+        value = KVM_MEMORY_ATTRIBUTE_PRIVATE if private else 0
+        argument = bytearray(MEMORY_ATTRIBUTES2.pack(offset, size, value, flags, *[0] * 12))
+        try:
+            self._transport.ioctl(self.handle, KVM_SET_MEMORY_ATTRIBUTES2, argument)
+        except IoctlError as error:
+            raise ConversionError(error, MEMORY_ATTRIBUTES2.unpack(argument)[4]) from None
+
     def close(self) -> None:
         """Close the fd. Idempotent."""
         handle, self.handle = self.handle, -1  # whose number may become another's
@@ -80,7 +118,8 @@ class Memslot:
     """A slot of a VM (Vm.add_slot): guest-physical bytes [gpa, gpa + size).
 
     ``memory`` from ``memory_offset`` is its shared side, ``guest_memfd`` from ``offset`` its
-    private one; a slot may lack either.
+    private one; a slot may lack either. Without ``memory``, a guest_memfd that can be mapped is
+    the shared side as well.
     """
 
     def __init__(
@@ -105,6 +144,7 @@ class Memslot:
         self.offset = offset
         self._memory_offset = memory_offset
         self._deleted = False
+        self._view: Memory | None = None  #: of a file that serves both sides
         self._set(gpa, size)
 
     def _set(self, gpa: int, size: int) -> None:
@@ -118,14 +158,18 @@ class Memslot:
             )  # fmt: skip
 
     def _shared(self, gpa: int, length: int) -> tuple[Memory, int]:
-        if self.memory is None:
+        memory, offset = self.memory, self._memory_offset
+        if memory is None and self.guest_memfd is not None and self.guest_memfd.mappable:
+            memory, offset = self._view or self.guest_memfd.map(), self.offset
+            self._view = memory
+        if memory is None:
             raise ValueError(f"slot {self.id} has no shared side")
         if gpa < self.gpa or gpa + length > self.gpa + self.size:
             raise ValueError(
                 f"slot {self.id} has gpas [{self.gpa:#x}, {self.gpa + self.size:#x}), "
                 f"not [{gpa:#x}, {gpa + length:#x})"
             )
-        return self.memory, gpa - self.gpa + self._memory_offset
+        return memory, gpa - self.gpa + offset
 
     def read(self, gpa: int, length: int) -> bytes:
         """Read the shared side at a guest-physical address; ValueError outside the slot."""
@@ -158,6 +202,13 @@ class Memslot:
             self._set(self.gpa, 0)
             self._deleted = True
             self.vm.forget(self)
+            self.unmap()
+
+    def unmap(self) -> None:
+        """Let go of what :meth:`read` and :meth:`write` mapped; they map it again. Idempotent."""
+        view, self._view = self._view, None
+        if view is not None:
+            view.close()
 
     def __enter__(self) -> Self:
         return self

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from kvmsim.api.mapping import Mapping, allocate_pages
-from kvmsim.api.transport import IoctlError, request_name
+from kvmsim.api.transport import IoctlError, Pin, request_name
 from kvmsim.uapi import (
     KVM_CREATE_GUEST_MEMFD,
     KVM_CREATE_VCPU,
@@ -160,6 +160,10 @@ class RealTransport:
     def map_file(self, file: int, offset: int, size: int) -> Mapping:
         """Map a guest_memfd."""
         return Mapping(size, file, offset, careful=True)
+
+    def pin_file(self, file: int, offset: int, size: int) -> Pin:
+        """Nobody of user space pins pages by itself (a device's driver does)."""
+        raise IoctlError(errno.EOPNOTSUPP, "pin", "only the simulator's host pins pages")
 
     def fallocate(self, file: int, mode: int, offset: int, size: int) -> None:
         """fallocate(2)."""

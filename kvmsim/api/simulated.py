@@ -13,11 +13,9 @@ from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from kvmsim.api.hostside import InHand, SharedIndices
 from kvmsim.api.mapping import Mapping, allocate_pages
-from kvmsim.api.transport import (
-    IoctlError,
-    request_name,
-)
+from kvmsim.api.transport import IoctlError, Memory, Pin, request_name
 from kvmsim.device.capabilities import VM_TYPES
 from kvmsim.device.local import HostRange, LocalCaller, LocalProcess
 from kvmsim.device.results import Begun, Failure, Pending, Value
@@ -94,7 +92,7 @@ class Simulation:
 
     What its private files answer is the mount's business: mount with
     ``-o personality=guest_memfd`` for a VMM of today.  ``trace`` is a file for what happens in the
-    VMs (docs/traces.md).
+    VMs (docs/traces.md).  ``in_place``: guest_memfds convert in place (docs/inplace.md).
     """
 
     hypercall: Literal["vmcall", "vmmcall"] = "vmmcall"
@@ -104,11 +102,13 @@ class Simulation:
         directory: str | os.PathLike[str],
         *,
         abi: Abi = "upstream",
+        in_place: bool = False,
         trace: str | os.PathLike[str] | None = None,
     ) -> None:
         self.name = "simulated"
         self.abi: Abi = abi
         self._directory = directory
+        self._in_place = in_place
         self._trace_path = trace
         self._trace: TraceFile | None = None
         self._device: KvmDevice | None = None
@@ -132,7 +132,9 @@ class Simulation:
                 self._trace = TraceFile(os.fspath(self._trace_path))
                 running = traced(self._trace)
             prepare_process()
-            self._device = KvmDevice(self._directory, abi=self.abi, running=running)
+            self._device = KvmDevice(
+                self._directory, abi=self.abi, running=running, in_place=self._in_place
+            )
             self._process = LocalProcess(self._device)
         return self.process.open()
 
@@ -217,9 +219,18 @@ class Simulation:
         """A memfd, mapped here and known to the device."""
         return SharedMemory(self.process, size)
 
-    def map_file(self, file: int, offset: int, size: int) -> Mapping:
-        """Map a private file, which a mount never lets anyone do (ENODEV)."""
+    def map_file(self, file: int, offset: int, size: int) -> Memory:
+        """Map a private file; where files convert in place, what stands for a mapping."""
+        if self._in_place:
+            return SharedIndices(self.process.private_file, file, offset, size)
         return Mapping(size, file, offset, careful=True)
+
+    def pin_file(self, file: int, offset: int, size: int) -> Pin:
+        """Have bytes of a private file in hand; where files convert in place."""
+        found = self.process.private_file(file)
+        if not self._in_place or found is None:
+            raise IoctlError(errno.EOPNOTSUPP, "pin", "files do not convert in place here")
+        return InHand(found, offset, size)
 
     def fallocate(self, file: int, mode: int, offset: int, size: int) -> None:
         """fallocate(2) of a private file."""

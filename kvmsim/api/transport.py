@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 from kvmsim import uapi
 from kvmsim.device.table import NAMES
@@ -57,6 +57,31 @@ class Memory(Protocol):
     def close(self) -> None:
         """Unmap. Idempotent."""
         ...
+
+
+class Pin(Protocol):
+    """Bytes of a guest_memfd in the host's hand; offsets are those of the file."""
+
+    @property
+    def held(self) -> bool:
+        """Whether they still are: neither closed nor punched."""
+        ...
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Read bytes; IoctlError with EFAULT if they are not in hand (any more)."""
+        ...
+
+    def write(self, offset: int, data: bytes) -> None:
+        """Write bytes; IoctlError with EFAULT if they are not in hand (any more)."""
+        ...
+
+    def close(self) -> None:
+        """Let go. Idempotent."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc: object) -> None: ...
 
 
 class Transport(Protocol):
@@ -107,6 +132,10 @@ class Transport(Protocol):
 
     def map_file(self, file: int, offset: int, size: int) -> Memory:
         """Map part of a guest_memfd (GUEST_MEMFD_FLAG_MMAP)."""
+        ...
+
+    def pin_file(self, file: int, offset: int, size: int) -> Pin:
+        """Have bytes of a guest_memfd in hand, as a device that was given its pages has."""
         ...
 
     def fallocate(self, file: int, mode: int, offset: int, size: int) -> None:

@@ -12,6 +12,7 @@ from kvmsim.uapi import (
     ABIS,
     CREATE_GUEST_MEMFD,
     ENC_REGION,
+    KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES,
     KVM_CHECK_EXTENSION,
     KVM_CREATE_GUEST_MEMFD,
     KVM_CREATE_VCPU,
@@ -151,7 +152,16 @@ class Vm:
         """Make a range private or shared, with the ioctl that this KVM has for it.
 
         Only the attribute changes: what the guest leaves is still allocated, see Memslot.discard.
+        Where files keep the types the range is converted slot by slot and contents stay; a
+        ConversionError tells of a slot that refused, and those below it are converted.
         """
+        if self.check_extension(KVM_CAP_GUEST_MEMFD_MEMORY_ATTRIBUTES):
+            for slot in sorted(self.slots, key=lambda slot: slot.gpa):
+                first, last = max(gpa, slot.gpa), min(gpa + size, slot.gpa + slot.size)
+                if first < last and slot.guest_memfd is not None:
+                    at = first - slot.gpa + slot.offset
+                    slot.guest_memfd.convert(at, last - first, private=private)
+            return
         if self._transport.abi == "v7":
             request = KVM_MEMORY_ENCRYPT_REG_REGION if private else KVM_MEMORY_ENCRYPT_UNREG_REGION
             self._transport.ioctl(self.handle, request, bytearray(ENC_REGION.pack(gpa, size)))
@@ -176,6 +186,8 @@ class Vm:
         if handle >= 0:
             for vcpu in self.vcpus:
                 vcpu.close()
+            for slot in self.slots:
+                slot.unmap()
             self._transport.close_handle(handle)
 
     def close_files(self) -> None:

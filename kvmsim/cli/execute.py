@@ -38,6 +38,10 @@ from privfs.notifier.lane import find_socket
     help="The interface of today, or that of the 2022 series.",
 )  # fmt: skip
 @click.option(
+    "--in-place", is_flag=True,
+    help="guest_memfds convert in place and keep the types (KVM_SET_MEMORY_ATTRIBUTES2).",
+)
+@click.option(
     "--trace", "trace_path", metavar="FILE", type=click.Path(dir_okay=False),
     help="Write what happens in its VMs to FILE.",
 )  # fmt: skip
@@ -47,6 +51,7 @@ def execute(
     program: tuple[str, ...],
     memory: str | None,
     abi: Abi,
+    in_place: bool,
     trace_path: str | None,
     trace_format: str | None,
     verbosity: Verbosity,
@@ -57,6 +62,8 @@ def execute(
     run here. Everything else that it does is between it and the kernel. The status is PROGRAM's.
     """
     verbosity.log_to_stderr()
+    if in_place and abi == "v7":
+        raise click.UsageError("--in-place: the interface of 2022 has no conversion in place")
     with contextlib.ExitStack() as stack:
         running: type[RunningVm] = RunningVm
         if trace_path is not None:
@@ -69,7 +76,9 @@ def execute(
         except NoMount as error:
             raise Failure(Exit.MEMORY, str(error)) from error
         prepare_process()
-        device = stack.enter_context(KvmDevice(place, abi=abi, running=running))
+        device = stack.enter_context(
+            KvmDevice(place, abi=abi, running=running, in_place=in_place)
+        )
         try:
             status = run(program, device)
         except LaunchFailed as failed:

@@ -80,15 +80,20 @@ class GmemFiles:
         with self._use(fd) as file, self._changes:
             self._conversions.convert(file, request)
 
+    def require_mappable(self, fd: int) -> None:
+        """KvmError (ENODEV) for a file that was made without GUEST_MEMFD_FLAG_MMAP."""
+        status = os.fstat(fd)
+        if not self._flags.get((status.st_dev, status.st_ino), 0) & GUEST_MEMFD_FLAG_MMAP:
+            raise KvmError(errno.ENODEV, "host access", "made without GUEST_MEMFD_FLAG_MMAP")
+
     def pin(self, fd: int, offset: int, size: int) -> HostPin:
         """Have bytes of a file in hand (:meth:`kvmsim.hostpages.HostPages.pin`).
 
         KvmError (ENODEV): the file was not made to be mapped.
         """
+        self.require_mappable(fd)
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(self._use(fd))
-            if not file.flags & GUEST_MEMFD_FLAG_MMAP:
-                raise KvmError(errno.ENODEV, "host access", "made without GUEST_MEMFD_FLAG_MMAP")
             pin = self._pages.pin(file, offset, size)
             pin.on_close(stack.pop_all().close)
             return pin
@@ -130,6 +135,10 @@ class GmemFile:
     def pin(self, offset: int, size: int) -> HostPin:
         """Have bytes in hand, as a mapping's pages are; KvmError."""
         return self._files("host access").pin(self._fd, offset, size)
+
+    def require_mappable(self) -> None:
+        """KvmError (ENODEV) if it was not made to be mapped."""
+        self._files("mmap").require_mappable(self._fd)
 
     def set_memory_attributes2(self, call: Call) -> None:
         """KVM_SET_MEMORY_ATTRIBUTES2: where it is refused is written back."""

@@ -76,7 +76,10 @@ class KvmDevice:
 
     def private_file(self, fd: int) -> GmemFile | None:
         """What answers for an open descriptor of this process, if it is a file of a VM of ours."""
-        status = os.fstat(fd)
+        try:
+            status = os.fstat(fd)
+        except OSError:  # its mount is dead
+            return None
         vm = self.owners.get((status.st_dev, status.st_ino))
         return GmemFile(vm, fd) if isinstance(vm, VmDevice) else None
 
