@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from hwemu.arena import Arena
 from kvmsim.fallocate import punch
 from kvmsim.fence import Kind, Trespass, make_fence
+from kvmsim.migration import MOVABLE, UNMOVABLE
 from kvmsim.uapi import PAGE_SIZE
 
 
@@ -24,10 +25,12 @@ class HostMemory:
     """The arena of this process, and what fences the private memory in it.
 
     ``arena`` itself is for engines.  ``fence`` is one of :data:`kvmsim.fence.CHOICES`; FenceError
-    if it cannot be had.
+    if it cannot be had.  ``movable`` is whether owners may move the memory of its VMs (``purpose``
+    of REGISTER): KVM asks that they do not.
     """
 
-    def __init__(self, fence: str = "auto") -> None:
+    def __init__(self, fence: str = "auto", *, movable: bool = False) -> None:
+        self.purpose = MOVABLE if movable else UNMOVABLE
         self.arena = Arena()
         self._lock = threading.Lock()
         try:

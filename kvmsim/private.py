@@ -17,11 +17,13 @@ from typing import Protocol
 
 from hwemu.arena import ArenaError
 from kvmsim.hostmem import HostMemory
+from kvmsim.migration import Migration, Migrations
 from kvmsim.ownerview import OwnerView
 from kvmsim.region import PrivateFile
 from kvmsim.uapi import PAGE_SIZE
 from privfs.notifier.lane import Lane, LinkError, find_socket
 from privfs.notifier.user import ExtentArrived, Granted, User, Zap
+from privfs.notifier.wire import Reason
 
 _INODE_BITS = 48
 _INODE_MASK = (1 << _INODE_BITS) - 1
@@ -51,6 +53,9 @@ class Guest(Protocol):
 
     def page_denied(self, session: Session, req: int, status: int) -> None:
         """Fail the fault that asked (lock held)."""
+
+    def migrated(self, migration: Migration) -> None:
+        """Take note that pages lie somewhere else now; nothing maps them yet (lock held)."""
 
     def owner_lost(self, why: str) -> None:
         """Stop the VM: no invalidation can reach it any more (no lock held)."""
@@ -98,6 +103,7 @@ class Session:
         self._host = host
         self._base = number << _INODE_BITS
         self._extents: dict[tuple[int, int], _Extent] = {}
+        self._migrations = Migrations()
         self._closed = False
         self.lane = Lane(self, User())
         self.lane.start(socket, label, fence=host.fence.kind, userfault=host.fence.fd)
@@ -137,6 +143,11 @@ class Session:
             for instance in zap.dead
             if (extent := self._extents.pop((zap.ino, instance), None)) is not None
         )
+        if zap.reason is not Reason.MOVE:
+            self._migrations.freed(self.file_id(zap.ino), zap.start, zap.end)
+        else:
+            for piece in (piece for extent in dead for piece in extent.pieces):
+                self._migrations.left(self.file_id(zap.ino), piece.start, piece.end, piece.hpa)
         shut = tuple(self._placed(zap.ino, zap.start, zap.end))
         epoch = self._guest.zap_file(self.file_id(zap.ino), zap.start, zap.end)
         return _Ticket(epoch, dead, shut)
@@ -181,6 +192,8 @@ class Session:
                 extent.fd, offset, length, self._guest.trespassed, writable=self.files[ino]
             )
             extent.pieces.append(_Piece(start, end, hpa))
+            for migration in self._migrations.arrived(self.file_id(ino), start, end, hpa):
+                self._guest.migrated(migration)
 
     def _placed(self, ino: int, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield (hpa, bytes) of what is mapped of file pages ``[start, end)``."""
@@ -201,6 +214,7 @@ class Session:
         """Let go of a file that no slot is bound to (no lock held)."""
         with self.lock:
             known = self.files.pop(ino, None) is not None
+            self._migrations.forget(self.file_id(ino))
             gone = [key for key in self._extents if key[0] == ino]
             extents = [self._extents.pop(key) for key in gone]
         for extent in extents:
@@ -260,7 +274,7 @@ class PrivateMemory:
             self._sessions.append(session)
         status = os.fstat(fd)
         if status.st_ino not in session.files:
-            registered = session.lane.register(fd)
+            registered = session.lane.register(fd, self._host.purpose)
             session.files[registered.ino] = registered.writable
         return PrivateFile(session.file_id(status.st_ino), status.st_size // PAGE_SIZE)
 

@@ -41,6 +41,7 @@ from kvmsim.guard import Again, Answer, Guard, Inject, Leave, Resolve, Verdict
 from kvmsim.hostmem import HostMemory
 from kvmsim.kind import SHARED_BIT_KIND, VmKind
 from kvmsim.level import MAX_LEVEL
+from kvmsim.migration import Migration
 from kvmsim.private import PrivateMemory, Session
 from kvmsim.uapi import KVM_INTERNAL_ERROR_EMULATION, Abi
 from kvmsim.vcpus import Handler, RunnerStatistics, State, Supervisor, Vcpu
@@ -310,6 +311,10 @@ class RunningVm:
         self._pending[session, record.req] = (need.file, arrived)
         self.statistics.pages_asked += 1
         return partial(session.lane.send, record)
+
+    def migrated(self, migration: Migration) -> None:
+        """Count what has moved; the next faults map it where it is now (lock held)."""
+        self.statistics.pages_moved += migration.end - migration.start
 
     def owner_lost(self, why: str) -> None:
         """Stop: without its owner this memory is nobody's (no lock held)."""

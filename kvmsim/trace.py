@@ -63,6 +63,9 @@ TRACEPOINTS: Final[Mapping[str, Tracepoint]] = MappingProxyType(
         ),
         "kvmsim_gmem_release": Tracepoint("file {file:x}", _OWN),
         "kvmsim_gmem_error": Tracepoint("file {file:x} page {page:#x}", _OWN),
+        "kvmsim_migrated": Tracepoint(
+            "file {file:x} pages {start:#x} -- {end:#x} hpa {old:#x} -> {new:#x}", _OWN
+        ),
         "kvmsim_drained": Tracepoint("epoch {epoch} after {ns} ns", _OWN),
         "kvmsim_get_page": Tracepoint("vcpu {vcpu} file {file:x} page {page:#x}", _OWN),
         "kvmsim_page_arrived": Tracepoint(

@@ -68,4 +68,5 @@ class RunnerStatistics:
     slices: int = 0
     flushes: int = 0
     pages_asked: int = 0
+    pages_moved: int = 0  #: that the owner had moved, and that came back elsewhere
     shootdowns: int = 0

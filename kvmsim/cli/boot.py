@@ -15,7 +15,7 @@ import click
 from kvmsim.cli import streams
 from kvmsim.cli.exitcodes import Exit, exit_code
 from kvmsim.cli.failure import Failure, check_memory, ended_badly, explained
-from kvmsim.cli.hosts import fence_option, make_host
+from kvmsim.cli.hosts import fence_option, make_host, movable_option
 from kvmsim.cli.progress import PreallocProgress
 from kvmsim.cli.verbosity import Verbosity, verbose_options
 from kvmsim.cli.vms import make_vm
@@ -85,6 +85,7 @@ def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
     help="Where the console is (stdio).",
 )  # fmt: skip
 @fence_option
+@movable_option
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines: boot, console, end.")
 @click.option("--timeout", metavar="S", type=click.FloatRange(min=0, min_open=True),
               help="End the VM after S seconds.")  # fmt: skip
@@ -110,6 +111,7 @@ def boot(
     selftest: bool,
     where: str,
     fence: str,
+    movable: bool,
     as_json: bool,
     timeout: float | None,
     trace_path: str | None,
@@ -143,7 +145,7 @@ def boot(
             place = stack.enter_context(streams.listening(where.removeprefix(_UNIX)))
         ending, vm = _live(
             wanted, place, timeout, running, fence, stack.enter_context(answering()),
-            as_json=as_json, quiet=quiet or as_json,
+            movable=movable, as_json=as_json, quiet=quiet or as_json,
         )  # fmt: skip
         code = exit_code(ending) if ending else Exit.TIMEOUT
         if as_json:
@@ -179,6 +181,7 @@ def _live(
     fence: str,
     control: Control | NoControl,
     *,
+    movable: bool,
     as_json: bool,
     quiet: bool,
 ) -> tuple[Ending | None, ConsoleVm]:
@@ -187,7 +190,7 @@ def _live(
         check_memory(memory)
     with explained():
         image = read_kernel(wanted.kernel)
-    host = make_host(fence)
+    host = make_host(fence, movable=movable)
     outlet = streams.Outlet()
     to_person = outlet.put
     if as_json and isinstance(place, streams.Standard):

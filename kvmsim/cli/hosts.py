@@ -16,11 +16,16 @@ fence_option: Final = click.option(
     "--fence", type=click.Choice(CHOICES), default=CHOICES[0], show_default=True,
     help="What stops touches of private memory that was not granted.",
 )  # fmt: skip
+movable_option: Final = click.option(
+    "--movable",
+    is_flag=True,
+    help="Let private memory be moved while the VM runs.",
+)
 
 
-def make_host(fence: str) -> HostMemory:
+def make_host(fence: str, *, movable: bool = False) -> HostMemory:
     """Make the host memory of this process; Failure where its fence cannot be had."""
     try:
-        return HostMemory(fence)
+        return HostMemory(fence, movable=movable)
     except FenceError as error:
         raise Failure(Exit.MEMORY, f"{error.strerror}; see: privfs doctor") from error
