@@ -109,7 +109,7 @@ class Guest(Lane):
 
     def _on_register(self, ino: int) -> None:
         self.registered = put(self.registered, ino - 1, "asked")
-        self._ask(self._user().register(), "register", ino)
+        self._ask(self._user().register(self.setup.purpose), "register", ino)
 
     def _on_bye(self) -> None:
         self._post(self.user.bye())

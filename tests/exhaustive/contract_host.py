@@ -33,7 +33,7 @@ from contract_values import (
 from privfs.notifier.effects import Answer, Arm, Drop, Effect, Kill, Rung, Send, Work
 from privfs.notifier.session import State
 from privfs.notifier.wire import Op
-from privfs.operation import OpId, Perform, Step
+from privfs.operation import Kind, OpId, Perform, Step
 from privfs.personality import PAGE_SIZE
 
 Timer = tuple[int, OpId, int, Rung]
@@ -65,6 +65,7 @@ class Host:
         self.timers: tuple[Timer, ...] = ()
         self.chains: tuple[tuple[OpId, int], ...] = ()  #: op → invalidations that it has begun
         self.gets: tuple[tuple[int, int, int], ...] = ()  #: session, request, inode
+        self.copied: frozenset[OpId] = frozenset()  #: moves whose bytes are in the new extent
         self.problem: str | None = None
         self._saying: list[tuple[Any, ...]] = []
         for ino in setup.inos:
@@ -88,7 +89,7 @@ class Host:
 
     def key(self) -> Hashable:
         return (self.owner.key(), self.generation, self.held, self.calls, self.works, self.timers,
-                self.chains, self.gets, self.problem)  # fmt: skip
+                self.chains, self.gets, self.copied, self.problem)  # fmt: skip
 
     def take(self, event: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
         """Do what ``event`` says; the words (user, what, …) that come back are for users."""
@@ -168,10 +169,10 @@ class Host:
             yield event, nobody
         for i, (_, perform) in enumerate(self.works):
             yield ("perform", i, perform.step.value, perform.op), nobody
-            if perform.step is Step.ALLOCATE:
+            if perform.step in (Step.ALLOCATE, Step.COPY):
                 for code in self.setup.fails:
                     yield ("fail", i, code, 0, perform.op), nobody
-                    if perform.end - perform.start > 1:
+                    if perform.step is Step.ALLOCATE and perform.end - perform.start > 1:
                         yield ("fail", i, code, 1, perform.op), nobody
         for i, (ino, op, number, rung) in enumerate(self.timers):
             waiting = self.owner.waiting_for(ino, op)
@@ -220,17 +221,37 @@ class Host:
         pages = range(perform.start, min(end, self.setup.pages))
         if perform.step is Step.ALLOCATE:
             self.held |= {(ino, page) for page in pages}
+        elif perform.kind is Kind.MIGRATE:
+            if not failed:
+                self._move(ino, perform, pages)
         else:
             self._free(ino, perform, pages)
         self.works = without(self.works, i)
         return self.owner.performed(ino, perform.op, failed, upto)
 
-    def _free(self, ino: int, perform: Perform, pages: range) -> None:
-        counts = [
-            count + (page in pages and (ino, page) in self.held)
-            for page, count in enumerate(self.generation[ino - 1])
-        ]
+    def _move(self, ino: int, perform: Perform, pages: range) -> None:
+        """Copy an extent, or end the old one.
+
+        From the moment in which a page is copied, the old one is gone: what is stored there now is
+        lost, though it is still there to be stored to.
+        """
+        here = {page for page in pages if (ino, page) in self.held}
+        if perform.step is Step.COPY:
+            self._again(ino, here)
+            self.copied |= {perform.op}
+        elif here:
+            if perform.op not in self.copied:
+                self._wrong(f"call {perform.op} ends an extent whose bytes are nowhere else")
+            if set(perform.dead) & set(self.owner.files[ino].instances.items()):
+                self._wrong(f"call {perform.op} ends the extent that users are given")
+
+    def _again(self, ino: int, pages: set[int]) -> None:
+        """Begin a new generation of pages."""
+        counts = [n + (page in pages) for page, n in enumerate(self.generation[ino - 1])]
         self.generation = put(self.generation, ino - 1, tuple(counts))
+
+    def _free(self, ino: int, perform: Perform, pages: range) -> None:
+        self._again(ino, {page for page in pages if (ino, page) in self.held})
         self.held -= {(ino, page) for page in pages}
         if isinstance(perform.op, int) and self.calls[perform.op].status is not None:
             self._wrong(f"call {perform.op} frees after it was answered")
@@ -346,7 +367,8 @@ class Host:
         if state.status is not None:
             self._wrong(f"call {i} is answered twice")
         self._call(i, state._replace(status=code, before=()))
-        gone = freed_by(call.request)
+        self.copied -= {i}
+        gone = freed_by(call.request, self.setup.personality)
         for ino, page, generation in state.before:
             if not code and page in gone and self.generation[ino - 1][page] == generation:
                 self._wrong(f"call {i} was answered, but page {page} was never freed")
@@ -360,8 +382,11 @@ class Host:
             held = {page for file_ino, page in self.held if file_ino == ino}
             if set(file.pages) != held:
                 return f"the bitmap of file {ino} holds {set(file.pages)}, the memory {held}"
-        if self.owner.budget.used != len(self.held):
-            return f"{self.owner.budget.used} pages are paid for, {len(self.held)} held"
+        used = self.owner.budget.used - sum(
+            active.reserved for file in self.owner.files.values() for active in file._active
+        )
+        if used != len(self.held):
+            return f"{used} pages are paid for, {len(self.held)} held"
         return None
 
     def _wrong(self, problem: str) -> None:

@@ -14,7 +14,7 @@ from contract_guest import Guest
 from contract_host import Host
 from contract_values import SHIPPING, Call, Cores, Release, Setup, grow
 from contract_world import Contract
-from contract_worlds import BOTH, CANCEL, ONE, P, Q, own
+from contract_worlds import BOTH, CANCEL, MOVE, MOVE_CANCEL, ONE, P, Q, own
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ CONVERTS = Setup(populated=(0,), converts=1)
 BRACKETS = Setup(
     pages=2, calls=(BOTH,), populated=(0, 1), brackets=True, slots=((0, 1, 1, 0), (1, 1, 1, 1))
 )
+MOVES = Setup(calls=(MOVE_CANCEL,), populated=(0,))
 STICKS = Setup(calls=(P,), populated=(0,), hang=ONE, sticks=ONE, immortal=ONE)
 
 REACHES, STUCK, DROPPED = "is gone", "stuck", "an honest user was"
@@ -104,6 +105,16 @@ MUTATIONS = [
     Mutation("one change of size at a time",
              Setup(pages=2, size=0, calls=(Call(grow(0, 2)), Call(grow(1, 2))), fails=(28,)),
              REACHES, Cores(file=o.GrowsSideBySide, audits_grants=False)),
+    Mutation("proof before copy", MOVES, REACHES, Cores(file=o.CopiesBeforeProof)),
+    Mutation("copy before the swap", MOVES, "whose bytes are nowhere else",
+             Cores(file=o.SwapsBeforeCopy)),
+    Mutation("no grant of what is being copied", MOVES, REACHES,
+             Cores(file=o.NeverParks, audits_grants=False)),
+    Mutation("nothing copied without proof",
+             Setup(calls=(MOVE,), populated=(0,), hang=ONE, immortal=ONE), REACHES,
+             Cores(file=o.FreesAfterGivingUp)),
+    Mutation("the old extent ends, not the new one", MOVES, "that users are given",
+             Cores(file=o.EndsTheNew)),
     # the owner
     Mutation("snapshot at the grant", FULL, REACHES, Cores(owner=o.StampsTooLate)),
     Mutation("exact acks", TWO, REACHES, Cores(owner=o.TakesAnyAck)),

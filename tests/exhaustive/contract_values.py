@@ -16,8 +16,9 @@ from privfs.memfile import MemFile
 from privfs.notifier.owner import Owner
 from privfs.notifier.user import User
 from privfs.notifier.wire import Op, Record
-from privfs.operation import Fallocate, Request, Resize
+from privfs.operation import Fallocate, Migrate, Request, Resize
 from privfs.personality import PAGE_SIZE, RESIZABLE, Personality
+from privfs.seals import ALL_PURPOSES, Purpose
 
 V = TypeVar("V")
 Page = tuple[int, int, int]
@@ -53,8 +54,10 @@ class Shutdown(NamedTuple):
     """The mount goes: every file is taken from its users."""
 
 
-def freed_by(request: Request | Release | Shutdown) -> range:
-    """Return the pages that a successful request has freed."""
+def freed_by(request: Request | Release | Shutdown, personality: Personality) -> range:
+    """Return the pages that a successful request has freed, or has moved away from."""
+    if isinstance(request, Migrate):
+        return range(*personality.layout.extent_range(request.extent))
     if isinstance(request, Resize):
         return range(request.size // PAGE_SIZE, 1 << 32)
     if isinstance(request, Fallocate) and request.mode not in (0x00, 0x01):
@@ -150,6 +153,12 @@ class Setup:
     def inos(self) -> range:
         """The files."""
         return range(1, self.files + 1)
+
+    @property
+    def purpose(self) -> Purpose:
+        """What users ask for: that nothing moves, unless something is going to."""
+        moves = any(isinstance(call.request, Migrate) for call in self.calls)
+        return ALL_PURPOSES & ~Purpose.UNMOVABLE if moves else ALL_PURPOSES
 
     @property
     def bound(self) -> tuple[tuple[int, int, int, int], ...]:

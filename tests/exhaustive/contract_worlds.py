@@ -19,6 +19,7 @@ from contract_values import (
 )
 
 from privfs.extents import Layout
+from privfs.operation import Migrate
 from privfs.personality import GUEST_MEMFD, RESIZABLE
 
 ONE = frozenset({0})
@@ -28,7 +29,11 @@ Q = Call(punch(1, 2))
 BOTH = Call(punch(0, 2))
 CANCEL = Call(punch(0, 1), cancel=True)
 SECOND = Call(punch(0, 1), ino=2)
+MOVE = Call(Migrate(0))
+MOVE_CANCEL = Call(Migrate(0), cancel=True)
 NO_SPACE = (errno.ENOSPC,)
+#: Each page is an extent of its own, and lives on without it.
+SINGLE = replace(RESIZABLE, layout=Layout(pages=1, doubles=0))
 #: Each page is an extent of its own, and dies when it is freed.
 WHOLE = replace(RESIZABLE, layout=Layout(pages=1, doubles=0, whole=True))
 
@@ -204,6 +209,39 @@ WORLDS = {
     ),
     "extents that die with their pages, no order at all": Setup(
         calls=(P, P), populated=(0,), personality=WHOLE, delivery="set"
+    ),
+    "an extent that moves twice, a caller that may leave": Setup(
+        calls=(MOVE_CANCEL, MOVE), populated=(0,), fails=NO_SPACE
+    ),
+    "an extent that moves from a user that hangs, closes its socket or is killed": Setup(
+        calls=(MOVE_CANCEL,), populated=(0,), hang=ONE, close=ONE, kill=ONE
+    ),
+    "an extent that moves from a user whose exit is never seen": Setup(
+        calls=(MOVE, P), populated=(0,), hang=ONE, immortal=ONE
+    ),
+    "an extent that moves, with two vCPUs": Setup(
+        vcpus=2, calls=(MOVE,), populated=(0,), alike=True
+    ),
+    "an extent that moves from two users, one late": Setup(
+        users=2, calls=(MOVE, P), populated=(0,), late=OTHER, prompt=True, direct=True
+    ),
+    "an extent that moves from a user that comes and goes": Setup(
+        calls=(MOVE,), populated=(0,), reregister=1
+    ),
+    "an extent that moves among punches, faults and allocations": Setup(
+        pages=2, calls=(P, MOVE, Call(allocate(0, 2))), populated=(0, 1), prompt=True
+    ),
+    "one of two extents moves": Setup(
+        pages=2, calls=(MOVE, Q), populated=(0, 1), personality=SINGLE, prompt=True
+    ),
+    "an extent without a page ends": Setup(
+        calls=(P, MOVE), populated=(0,), direct=True
+    ),
+    "an extent that moves, no order at all": Setup(
+        calls=(MOVE, P), populated=(0,), delivery="set", prompt=True
+    ),
+    "an extent that moves without room": Setup(
+        calls=(MOVE, P, MOVE), populated=(0,), budget=1, prompt=True
     ),
     "as kvmsim ships, two users with two vCPUs each": Setup(
         users=2, vcpus=2, calls=(P,), populated=(0,), direct=True, prompt=True, alike=True

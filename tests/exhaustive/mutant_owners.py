@@ -15,8 +15,8 @@ from privfs.notifier.effects import Send
 from privfs.notifier.owner import Owner
 from privfs.notifier.session import Event, Session
 from privfs.notifier.wire import Fence, Op, Record
+from privfs.operation import STEPS, Kind, OpId, Perform, Step
 from privfs.operation import Effect as FileEffect
-from privfs.operation import Kind, OpId, Perform, Step
 
 Found = tuple[int, bool] | int | None
 
@@ -78,6 +78,40 @@ class FreesAfterGivingUp(MemFile):
 
     def abandon(self, op: OpId, code: int, why: str) -> list[FileEffect]:
         return self.step_done(op)
+
+
+class CopiesBeforeProof(MemFile):
+    """Copies while users run, and takes the old extent away afterwards."""
+
+    __slots__ = ()
+
+    def _advance(self, active: Any) -> list[FileEffect]:
+        if active.left == STEPS[Kind.MIGRATE]:
+            active.left = (Step.COPY, Step.INVALIDATE, Step.FREE)
+        return super()._advance(active)
+
+
+class SwapsBeforeCopy(MemFile):
+    """Lets the new extent be found, and ends the old one, before the bytes are there."""
+
+    __slots__ = ()
+
+    def _advance(self, active: Any) -> list[FileEffect]:
+        if active.left == STEPS[Kind.MIGRATE][1:]:
+            active.left = (Step.FREE, Step.COPY)
+        return super()._advance(active)
+
+
+class EndsTheNew(MemFile):
+    """Forgets, once it has copied, which of the two was the old one."""
+
+    __slots__ = ()
+
+    def _copied(self, active: Any) -> list[FileEffect]:
+        moved, free = super()._copied(active)
+        assert isinstance(free, Perform)
+        ((index, _),) = free.dead
+        return [moved, free._replace(dead=((index, self.instances[index]),))]
 
 
 # --- the owner ------------------------------------------------------------------------------------
