@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The seccomp filter: ioctls of KVM's type are asked about, everything else runs.
+"""The seccomp filter: ioctls of KVM's type are asked about, and MADV_DONTNEED; all else runs.
 
 A program of classic BPF over ``struct seccomp_data`` (linux/seccomp.h, seccomp(2)).
 """
@@ -23,21 +23,31 @@ _ARCH: Final = 4
 _ARGS: Final = 16
 
 _ARCH_X86_64: Final = 0xC000003E  # AUDIT_ARCH_X86_64
-_IOCTL: Final = 16  # arch/x86/entry/syscalls/syscall_64.tbl
+IOCTL: Final = 16  # arch/x86/entry/syscalls/syscall_64.tbl
+MADVISE: Final = 28
+_DONTNEED: Final = 4  # MADV_DONTNEED
+_DONTNEED_LOCKED: Final = 24  # Linux 5.18
 _ALLOW: Final = 0x7FFF0000
 _NOTIFY: Final = 0x7FC00000
 
 
 def program() -> bytes:
-    """Return the instructions: 64-bit ioctl(2) whose request has KVM's type byte is notified."""
+    """Return the instructions: notified are two system calls of 64 bits with certain arguments.
+
+    An ioctl(2) whose request has KVM's type byte, and an madvise(2) that gives back memory.
+    """
     listing = (
         (_LOAD, 0, 0, _ARCH),
-        (_EQUAL, 0, 6, _ARCH_X86_64),
+        (_EQUAL, 0, 10, _ARCH_X86_64),
         (_LOAD, 0, 0, _NR),
-        (_EQUAL, 0, 4, _IOCTL),
+        (_EQUAL, 0, 3, IOCTL),
         (_LOAD, 0, 0, _ARGS + 8),  # the request's low half; the kernel ignores the rest
         (_AND, 0, 0, 0xFF00),
-        (_EQUAL, 0, 1, KVMIO << 8),
+        (_EQUAL, 4, 5, KVMIO << 8),
+        (_EQUAL, 0, 4, MADVISE),
+        (_LOAD, 0, 0, _ARGS + 16),  # the advice: an int
+        (_EQUAL, 1, 0, _DONTNEED),
+        (_EQUAL, 0, 1, _DONTNEED_LOCKED),
         (_RETURN, 0, 0, _NOTIFY),
         (_RETURN, 0, 0, _ALLOW),
     )

@@ -10,7 +10,7 @@ from struct import Struct
 from typing import Final, NamedTuple
 
 # id, pid; flags, nr, arch, instruction pointer; three arguments of six
-_NOTIF: Final = Struct("<QI20xIxxxxIxxxxQ24x")
+_NOTIF: Final = Struct("<QI4xi12xQQQ24x")
 _EMPTY: Final = bytes(_NOTIF.size)  # what the kernel wants to find there
 _RESPONSE: Final = Struct("<QqiI")  # id, value, error, flags
 _ADDFD: Final = Struct("<QIIII")  # id, flags, source, new number, flags of the new one
@@ -25,13 +25,14 @@ _ADD_AND_SEND: Final = 2
 
 
 class Notification(NamedTuple):
-    """An ioctl that waits: ``tid`` called ioctl(``fd``, ``request``, ``argument``)."""
+    """A system call that waits: ``tid`` made call ``nr``, whose arguments begin so."""
 
     id: int
     tid: int
-    fd: int
-    request: int
-    argument: int
+    nr: int
+    first: int
+    second: int
+    third: int
 
 
 class Gone(Exception):

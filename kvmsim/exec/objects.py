@@ -13,10 +13,13 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Final
 
 from kvmsim.device.results import DeviceObject, FdKind, MappableObject, NewFd
+from kvmsim.device.vcpu import VcpuDevice
+from kvmsim.device.vm import VmDevice
 from kvmsim.exec.process import Identity
 from kvmsim.exec.syscalls import check, libc
 
@@ -93,6 +96,12 @@ class Objects:
         self._vcpus[watch] = held
         self.known[held.identity] = device
         return Made(given, new.cloexec, None)
+
+    def vms(self, mm: Hashable) -> set[VmDevice]:
+        """The VMs of an address space, those included that live by their vCPUs alone."""
+        found = {held.vm for held in list(self.known.values()) if isinstance(held, VcpuDevice)}
+        found |= {held for held in list(self.known.values()) if isinstance(held, VmDevice)}
+        return {vm for vm in found if vm.mm == mm}
 
     def happened(self, fd: int) -> None:
         """A descriptor in ``epoll`` is readable; those of others are let be."""

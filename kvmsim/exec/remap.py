@@ -15,15 +15,16 @@ import logging
 import mmap
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from struct import Struct
-from typing import Final
+from typing import Final, Self
 
 import numpy as np
 
 from hwemu import processmemory
-from kvmsim.exec.syscalls import check, libc
+from kvmsim.exec.mapevents import FLAGS, SYS_USERFAULTFD, MapEvents
+from kvmsim.exec.syscalls import check, libc, pidfd_getfd
 from kvmsim.uapi import PAGE_SHIFT, PAGE_SIZE
 
 log = logging.getLogger(__name__)
@@ -83,46 +84,62 @@ class Replacement:
     anonymous: bool
 
 
-class RemapError(Exception):
-    """The memory stays private: what the guest stores there nobody sees."""
-
-
 class Remapper:
-    """Replaces mappings of the process ``pid``."""
+    """Replaces mappings of the process ``pid``, whose thread ``caller`` waits for its answer.
 
-    def __init__(self, pid: int) -> None:
+    In this order: :meth:`seize`; let the caller leave its system call; :meth:`stop`;
+    :meth:`stop_others`; what is to be done. With the end of the context every thread runs again.
+    Everything raises OSError.
+    """
+
+    def __init__(self, pid: int, caller: int) -> None:
         self.pid = pid
+        self._caller = caller
         self._seized: set[int] = set()
         self._signals: list[tuple[int, int]] = []
 
-    def replace(
-        self,
-        caller: int,
-        replacements: Sequence[tuple[Replacement, int]],
-        waiting: frozenset[int],
-        answer: Callable[[], None],
-    ) -> None:
-        """Make the replacements, each with the number of its descriptor in the process.
+    def __enter__(self) -> Self:
+        return self
 
-        ``answer`` lets thread ``caller`` leave its system call, which is what stops it; threads
-        in ``waiting`` stay in theirs meanwhile. RemapError, with every thread running again.
-        """
+    def __exit__(self, *_: object) -> None:
+        self._let_go()
+
+    def replace(self, replacement: Replacement, number: int) -> None:
+        """Map descriptor ``number`` of the process over what it has there, with the contents."""
+        self._copy(replacement)
+        self._map(replacement, number)
+
+    def open_events(self, pidfd: int) -> MapEvents:
+        """A userfaultfd of the process, which keeps no descriptor of it."""
+        number = self._made(self._call(SYS_USERFAULTFD, FLAGS), "userfaultfd")
         try:
-            self._stop_all(caller, waiting, answer)
-            for replacement, number in replacements:
-                self._copy(replacement)
-                self._map(caller, replacement, number)
-        except OSError as error:
-            raise RemapError(str(error)) from error
+            fd = pidfd_getfd(pidfd, number)
         finally:
-            self._let_go()
+            self.close(number)
+        return MapEvents(fd)
+
+    def close(self, number: int) -> None:
+        """Close a descriptor of the process."""
+        self._call(_SYS_CLOSE, number)
+
+    def answer(self, code: int) -> None:
+        """Let the caller's system call fail with ``code`` after all."""
+        regs = self._registers(self._caller)
+        regs["rax"] = (1 << 64) - code
+        self._set_registers(self._caller, regs)
 
     # --- threads ------------------------------------------------------------------------------
 
-    def _stop_all(self, caller: int, waiting: frozenset[int], answer: Callable[[], None]) -> None:
-        self._seize(caller)
-        answer()
-        self._wait(caller)
+    def seize(self) -> None:
+        """Let the caller stop as soon as it leaves its system call."""
+        self._seize(self._caller)
+
+    def stop(self) -> None:
+        """Wait until it has."""
+        self._wait(self._caller)
+
+    def stop_others(self, waiting: frozenset[int]) -> None:
+        """Stop all other threads but those in ``waiting``, which stay in their system calls."""
         while True:  # threads may be made until all that make them are stopped
             fresh = self._threads() - self._seized - waiting
             if not fresh:
@@ -190,19 +207,23 @@ class Remapper:
                 for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
                     yield at + (first << PAGE_SHIFT), at + (last << PAGE_SHIFT)
 
-    def _map(self, tid: int, replacement: Replacement, number: int) -> None:
+    def _map(self, replacement: Replacement, number: int) -> None:
         flags = _MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE
         done = self._call(
-            tid, _SYS_MMAP, replacement.start, replacement.length, replacement.protection, flags,
+            _SYS_MMAP, replacement.start, replacement.length, replacement.protection, flags,
             number, 0,
         )  # fmt: skip
-        if done != replacement.start:
-            code = (1 << 64) - done
-            raise OSError(code, f"mmap of {replacement.start:#x} in {tid}: {os.strerror(code)}")
-        self._call(tid, _SYS_CLOSE, number)
+        self._made(done, f"mmap of {replacement.start:#x}")
 
-    def _call(self, tid: int, nr: int, *arguments: int) -> int:
-        """Have a stopped thread make a system call, at the instruction of its last one."""
+    def _made(self, result: int, what: str) -> int:
+        if result >= (1 << 64) - 4095:
+            code = (1 << 64) - result
+            raise OSError(code, f"{what} in thread {self._caller}: {os.strerror(code)}")
+        return result
+
+    def _call(self, nr: int, *arguments: int) -> int:
+        """Have the caller, stopped, make a system call at the instruction of its last one."""
+        tid = self._caller
         saved = self._registers(tid)
         regs = dict(saved)
         code = ctypes.create_string_buffer(2)

@@ -8,6 +8,7 @@ by nobody but us (SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -17,12 +18,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from kvmsim.device.results import Failure, NewFd, Pending, Result, Value
+from kvmsim.device.results import DeviceObject, Failure, NewFd, Pending, Result, Value
 from kvmsim.device.system import KvmDevice
+from kvmsim.exec.filter import MADVISE
 from kvmsim.exec.notification import Gone, Listener, Notification
 from kvmsim.exec.objects import Objects
-from kvmsim.exec.process import Identity, Process, Thread, pending_signals
-from kvmsim.exec.remap import RemapError, Remapper, Replacement
+from kvmsim.exec.process import Identity, Process, Repeating, Thread, pending_signals
+from kvmsim.exec.remap import Remapper, Replacement
+from kvmsim.exec.watcher import Watcher
+from kvmsim.uapi import KVM_SET_USER_MEMORY_REGION, PAGE_SHIFT, USERSPACE_MEMORY_REGION
 from privfs.notifier.fds import thread_group
 
 log = logging.getLogger(__name__)
@@ -43,6 +47,8 @@ class Supervisor:
     def __init__(self, device: KvmDevice, listener: Listener, node: Identity) -> None:
         self._device = device
         self._listener = listener
+        self._objects_lock = threading.Lock()  # over the end of VMs
+        self._watcher = Watcher(self._changed)
         self._epoll = select.epoll()
         self._epoll.register(listener.fd, select.EPOLLIN)
         self._objects = Objects(self._epoll)
@@ -73,9 +79,11 @@ class Supervisor:
             for one in waiting:
                 one.pending.cancel()
                 one.pending.wait()
-            self._objects.close()
+            with self._objects_lock:
+                self._objects.close()
             for pidfd in list(self._gone):
                 self._forget(pidfd)
+            self._watcher.close()
             self._epoll.close()
 
     def _turn(self) -> bool:
@@ -87,7 +95,8 @@ class Supervisor:
             elif fd in self._gone:
                 self._forget(fd)
             else:
-                self._objects.happened(fd)
+                with self._objects_lock:
+                    self._objects.happened(fd)
         return True
 
     def _forget(self, pidfd: int) -> None:
@@ -97,6 +106,7 @@ class Supervisor:
             tid: thread for tid, thread in self._threads.items() if thread.process is not process
         }
         self._epoll.unregister(pidfd)
+        self._watcher.remove(process)
         process.close()
 
     # --- calls --------------------------------------------------------------------------------
@@ -104,31 +114,54 @@ class Supervisor:
     def _receive(self) -> None:
         try:
             call = self._listener.receive()
-            thread = self._threads.get(call.tid)
-            identity = None if thread is None else thread.identify(call.fd)
-            if thread is None or identity is None:  # nothing is open there, or it was another's tid
-                thread = self._thread(call.tid)
-                identity = thread.identify(call.fd)
-                if not self._listener.valid(call.id):
-                    return  # the thread died, and what was looked at may be another's
-        except (Gone, OSError) as error:
-            log.debug("a call whose caller is gone: %s", error)
+        except Gone:
             return
-        device = self._objects.known.get(identity) if identity is not None else None
         try:
-            if device is None:
-                self._listener.let_go(call.id)
-                return
-            process = thread.process
-            process.plan = []
-            try:
-                result = device.ioctl(call.request, call.argument, thread)
-            finally:
-                plan, process.plan = process.plan, None
-                process.returned()
-            self._deliver(call, process, plan, result)
+            if call.nr == MADVISE:
+                self._discard(call)
+            else:
+                self._ioctl(call)
         except Gone:
             log.debug("thread %d left before its answer", call.tid)
+        except OSError as error:  # of ours: no descriptors left, say
+            log.warning("a call of thread %d: %s", call.tid, error)
+            with contextlib.suppress(Gone):
+                self._listener.answer(call.id, -(error.errno or errno.EIO))
+
+    def _discard(self, call: Notification) -> None:
+        """madvise(MADV_DONTNEED): the kernel does it, and we where the memory is ours."""
+        process = self._processes.get(thread_group(call.tid)) if self._processes else None
+        if process is not None:
+            process.slots.discard(call.first, call.second)
+        self._listener.let_go(call.id)
+
+    def _ioctl(self, call: Notification) -> None:
+        fd = call.first & 0xFFFF_FFFF
+        thread = self._threads.get(call.tid)
+        identity = None if thread is None else thread.identify(fd)
+        if thread is None or identity is None:  # nothing is open there, or it was another's tid
+            thread = self._thread(call.tid)
+            identity = thread.identify(fd)
+            if not self._listener.valid(call.id):
+                return  # the thread died, and what was looked at may be another's
+        device = self._objects.known.get(identity) if identity is not None else None
+        if device is None:
+            self._listener.let_go(call.id)
+            return
+        slots = thread.process.slots
+        slots.begin()
+        try:
+            result = device.ioctl(call.second, call.third, thread)
+        finally:
+            plan = slots.end()
+        if plan and isinstance(result, Value):
+            self._remap(call, thread, device, plan)
+        else:
+            for one in plan:  # the ioctl failed
+                os.close(one.fd)
+            if slots.done(failed=isinstance(result, Failure)):
+                self._watcher.add(thread.process)
+            self._deliver(call, result)
 
     def _thread(self, tid: int) -> Thread:
         """Find out whose thread it is; OSError."""
@@ -141,18 +174,11 @@ class Supervisor:
         thread = self._threads[tid] = Thread(process, tid)
         return thread
 
-    def _deliver(
-        self, call: Notification, process: Process, plan: list[Replacement], result: Result
-    ) -> None:
-        if plan and isinstance(result, Value):
-            self._remap(call, process, plan, result.value)
-            return
-        for replacement in plan:  # the ioctl failed
-            os.close(replacement.fd)
+    def _deliver(self, call: Notification, result: Result) -> None:
         if isinstance(result, Value):
             self._listener.answer(call.id, result.value)
         elif isinstance(result, Failure):
-            log.debug("ioctl %#x of thread %d: %s", call.request, call.tid, result.reason)
+            log.debug("ioctl %#x of thread %d: %s", call.second, call.tid, result.reason)
             self._listener.answer(call.id, -result.errno)
         elif isinstance(result, NewFd):
             self._give(call, result)
@@ -191,42 +217,106 @@ class Supervisor:
     # --- memory -------------------------------------------------------------------------------
 
     def _remap(
-        self, call: Notification, process: Process, plan: list[Replacement], value: int
+        self, call: Notification, thread: Thread, device: DeviceObject, plan: list[Replacement]
     ) -> None:
-        answered = False
-
-        def answer() -> None:
-            nonlocal answered
-            answered = True
-            self._listener.answer(call.id, value)
-
+        """Put memfds in the place of private memory, then let the ioctl return; or let it fail."""
         with self._lock:
             waiting = frozenset(one.notification.tid for one in self._waiting.values())
             self._remapping = True
+        replaced: list[Replacement] = []
         try:
-            numbers = [
-                self._listener.give(call.id, replacement.fd, cloexec=True, answer=False)
-                for replacement in plan
-            ]
-            Remapper(process.pid).replace(
-                call.tid, list(zip(plan, numbers, strict=True)), waiting, answer
-            )
-            process.adopted(plan)
-        except (RemapError, OSError) as error:
-            log.warning(
-                "process %d: %d pages of a slot stay private to it: %s",
-                process.pid, sum(one.length for one in plan) >> 12, error,
-            )  # fmt: skip
-            for replacement in plan:
-                os.close(replacement.fd)
-            if not answered:  # it could not even be stopped: somebody else traces it
-                answer()
+            with Remapper(thread.process.pid, call.tid) as remapper:
+                code = self._give_memory(remapper, call, plan, waiting, replaced)
+                if code:
+                    self._take_slot_back(device, thread, plan, code)
+                thread.process.slots.done(replaced, failed=bool(code))
         finally:
+            for one in plan:
+                if one not in replaced:
+                    os.close(one.fd)
             with self._lock:
                 self._remapping = False
                 held, self._held = self._held, []
             for id, outcome in held:
                 self._answer(id, outcome)
+
+    def _give_memory(
+        self,
+        remapper: Remapper,
+        call: Notification,
+        plan: list[Replacement],
+        waiting: frozenset[int],
+        replaced: list[Replacement],
+    ) -> int:
+        """Replace what is planned and answer the call; return the errno that it fails with, or 0.
+
+        Every thread is stopped then.
+        """
+        try:
+            remapper.seize()
+        except OSError as error:  # somebody else traces it
+            log.warning("process %d cannot be stopped: %s", remapper.pid, error)
+            code = error.errno or errno.EPERM
+            self._listener.answer(call.id, -code)
+            return code
+        numbers: list[int] = []
+        code = 0
+        try:
+            for one in plan:
+                numbers.append(self._listener.give(call.id, one.fd, cloexec=True, answer=False))
+        except OSError as error:  # no number is left, say
+            log.warning("process %d takes no descriptors: %s", remapper.pid, error)
+            code = error.errno or errno.EMFILE
+        self._listener.answer(call.id, -code)
+        remapper.stop()
+        try:
+            if not code:
+                remapper.stop_others(waiting)
+                for one, number in zip(plan, numbers, strict=True):
+                    remapper.replace(one, number)
+                    replaced.append(one)
+        except OSError as error:
+            log.warning("memory of process %d: %s", remapper.pid, error)
+            code = error.errno or errno.EIO
+        for number in numbers:
+            remapper.close(number)
+        if code:
+            remapper.answer(code)
+        else:
+            self._tell_of_changes(remapper, replaced)
+        return code
+
+    def _take_slot_back(
+        self, device: DeviceObject, thread: Thread, plan: list[Replacement], code: int
+    ) -> None:
+        """Memory of a new slot cannot be shared: there is no slot."""
+        log.warning(
+            "process %d gets %s for a slot, since %d pages of it would stay private",
+            thread.process.pid, errno.errorcode.get(code, str(code)),
+            sum(one.length for one in plan) >> PAGE_SHIFT,
+        )  # fmt: skip
+        number = thread.said[:4]  # of the slot, in the region that was read
+        nothing = number + bytes(USERSPACE_MEMORY_REGION.size - len(number))
+        device.ioctl(KVM_SET_USER_MEMORY_REGION, 0, Repeating(thread, nothing))
+
+    def _tell_of_changes(self, remapper: Remapper, replaced: list[Replacement]) -> None:
+        """Hear of what the process does to its new mappings."""
+        process = self._processes[remapper.pid]
+        slots = process.slots
+        try:
+            if slots.events is None:
+                slots.events = remapper.open_events(process.pidfd)
+            for one in replaced:
+                slots.events.register(one.start, one.length)
+        except OSError as error:
+            log.info("process %d: changes of its memory are seen late: %s", process.pid, error)
+        self._watcher.add(process)
+
+    def _changed(self, process: Process, start: int, end: int) -> None:
+        """In the watcher's thread: the process has other memory at [start, end), or none."""
+        with self._objects_lock:
+            for vm in self._objects.vms(process):
+                vm.memory.host_range_changed(start, end - start)
 
     # --- signals ------------------------------------------------------------------------------
 

@@ -9,9 +9,16 @@
  *   vmm fork         a child may not use the VM, and the parent's RAM stays its own
  *   vmm fault        bad pointers and bad descriptors
  *   vmm many         slots made and deleted over one mapping, contents kept
+ *   vmm discard      a guest reads zeros where the host said MADV_DONTNEED
+ *   vmm unmap        a guest meets EFAULT where the host unmapped memory under a slot
+ *   vmm move         the same for mremap; a slot at the new place has the contents
+ *   vmm protect      the same for mprotect, and all is well when it is undone
+ *   vmm full         no descriptor is left for a VM, or to share memory by: EMFILE, nothing lost
  *
  * RAM is private anonymous memory. Status 0: everything was as it should be.
  */
+#define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/kvm.h>
@@ -23,6 +30,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/time.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -31,6 +39,7 @@
 #define RAM_SIZE (4 << 20)
 #define CODE 0x10000
 #define DATA 0x20000
+#define FAR 0x10000000
 #define PORT 0x42
 #define MAX_VCPUS 4
 
@@ -276,6 +285,149 @@ static void many(void)
 	}
 }
 
+static const uint8_t peeking[] = {
+	0x8b, 0x06,  /* 1: mov eax, [rsi] */
+	0xe6, PORT,  /* out PORT, al */
+	0xeb, 0xfa,  /* jmp 1b */
+};
+
+/* What the guest finds at rsi, or -errno. */
+static int peek(struct vcpu *vcpu)
+{
+	if (ioctl(vcpu->fd, KVM_RUN, 0))
+		return -errno;
+	CHECK(vcpu->run->exit_reason == KVM_EXIT_IO);
+	return *((uint8_t *)vcpu->run + vcpu->run->io.data_offset);
+}
+
+static void *map(size_t size)
+{
+	void *where = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	CHECK(where != MAP_FAILED);
+	return where;
+}
+
+/* A guest that peeks at the first byte of 1 MiB of its own slot, which is 5. */
+static struct vcpu make_peeking(char **more)
+{
+	struct vcpu vcpu;
+	struct kvm_regs regs;
+
+	make_vm();
+	load(peeking, sizeof(peeking));
+	*more = map(1 << 20);
+	**more = 5;
+	add_ram(1, FAR, 1 << 20, *more);
+	vcpu = make_vcpu(0);
+	CHECK(!ioctl(vcpu.fd, KVM_GET_REGS, &regs));
+	regs.rsi = FAR;
+	CHECK(!ioctl(vcpu.fd, KVM_SET_REGS, &regs));
+	CHECK(peek(&vcpu) == 5);
+	return vcpu;
+}
+
+static void discard(void)
+{
+	char *more;
+	struct vcpu vcpu = make_peeking(&more);
+
+	more[4096] = 6;
+	CHECK(!madvise(more, 4096, MADV_DONTNEED));
+	CHECK(more[0] == 0 && more[4096] == 6);
+	CHECK(peek(&vcpu) == 0);
+	more[0] = 7;
+	CHECK(peek(&vcpu) == 7);
+	CHECK(madvise(more + 1, 4096, MADV_DONTNEED) == -1 && errno == EINVAL);
+	CHECK(more[0] == 7);
+}
+
+static void unmap(void)
+{
+	char *more;
+	struct vcpu vcpu = make_peeking(&more);
+
+	CHECK(!munmap(more + 4096, 4096));
+	CHECK(peek(&vcpu) == 5);
+	CHECK(!munmap(more, 4096));
+	CHECK(peek(&vcpu) == -EFAULT);
+}
+
+static void move(void)
+{
+	struct kvm_userspace_memory_region gone = { .slot = 1 };
+	char *more, *there = map(1 << 20);
+	struct vcpu vcpu = make_peeking(&more);
+
+	CHECK(mremap(more, 1 << 20, 1 << 20, MREMAP_MAYMOVE | MREMAP_FIXED, there) == there);
+	CHECK(there[0] == 5);
+	CHECK(peek(&vcpu) == -EFAULT);
+	CHECK(!ioctl(vm, KVM_SET_USER_MEMORY_REGION, &gone));
+	add_ram(1, FAR, 1 << 20, there);
+	CHECK(peek(&vcpu) == 5);
+	there[0] = 8;
+	CHECK(peek(&vcpu) == 8);
+}
+
+static void protect(void)
+{
+	char *more;
+	struct vcpu vcpu = make_peeking(&more);
+	int found = 5;
+
+	CHECK(!mprotect(more, 4096, PROT_NONE));
+	for (int i = 0; i < 2000 && found == 5; i++) {
+		usleep(10000);
+		found = peek(&vcpu);
+	}
+	CHECK(found == -EFAULT);
+	CHECK(!mprotect(more, 4096, PROT_READ | PROT_WRITE));
+	CHECK(peek(&vcpu) == 5);
+}
+
+static int open_files(void)
+{
+	DIR *folder = opendir("/proc/self/fd");
+	int count = 0;
+
+	CHECK(folder);
+	while (readdir(folder))
+		count++;
+	closedir(folder);
+	return count;
+}
+
+static void full(void)
+{
+	struct kvm_userspace_memory_region region = {
+		.slot = 1, .guest_phys_addr = FAR, .memory_size = 1 << 20,
+	};
+	struct rlimit before, none;
+	int open;
+	char *more;
+
+	make_vm();
+	load(peeking, sizeof(peeking));
+	open = open_files();
+	more = map(1 << 20);
+	more[0] = 5;
+	region.userspace_addr = (uintptr_t)more;
+	CHECK(!getrlimit(RLIMIT_NOFILE, &before));
+	none = before;
+	none.rlim_cur = 3;
+	CHECK(!setrlimit(RLIMIT_NOFILE, &none));
+	CHECK(ioctl(kvm, KVM_CREATE_VM, 0) == -1 && errno == EMFILE);
+	CHECK(ioctl(vm, KVM_CREATE_VCPU, 0) == -1 && errno == EMFILE);
+	CHECK(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region) == -1 && errno == EMFILE);
+	CHECK(!setrlimit(RLIMIT_NOFILE, &before));
+	CHECK(open_files() == open && more[0] == 5);
+	CHECK(!ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region));
+	CHECK(more[0] == 5);
+	CHECK(close(ioctl(kvm, KVM_CREATE_VM, 0)) == 0);
+	CHECK(close(ioctl(vm, KVM_CREATE_VCPU, 1)) == 0);
+	CHECK(open_files() == open);
+}
+
 int main(int argc, char **argv)
 {
 	static const struct {
@@ -284,6 +436,8 @@ int main(int argc, char **argv)
 	} modes[] = {
 		{ "add", add }, { "threads", threads }, { "alarm", alarm_ends_it }, { "spin", spin },
 		{ "fork", forks }, { "fault", fault }, { "many", many },
+		{ "discard", discard }, { "unmap", unmap }, { "move", move },
+		{ "protect", protect }, { "full", full },
 	};
 	struct sigaction action = { .sa_handler = nothing };
 
@@ -295,6 +449,7 @@ int main(int argc, char **argv)
 			return 0;
 		}
 	}
-	fprintf(stderr, "usage: vmm add|threads|alarm|spin|fork|fault|many\n");
+	fprintf(stderr, "usage: vmm add|threads|alarm|spin|fork|fault|many|discard|unmap|move|"
+			"protect|full\n");
 	return 2;
 }
