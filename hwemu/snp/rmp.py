@@ -98,8 +98,9 @@ class Rmp:
 
     def page(self, pfn: int) -> int:
         """Return the frame whose entry counts for ``pfn``."""
-        first = self.first(pfn)
-        return first if self._large[self._index(first)] else pfn
+        at = self._index(pfn)
+        behind = pfn % self.group
+        return pfn - behind if self._large[at - behind] else pfn
 
     def pages(self, size: int) -> int:
         """Return the frames of a page of ``size``."""

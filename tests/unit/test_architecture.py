@@ -48,6 +48,12 @@ SANS_IO = {
     "hwemu.tdx.leaves", "hwemu.tdx.lifeleaves", "hwemu.tdx.locks", "hwemu.tdx.machine",
     "hwemu.tdx.measure", "hwemu.tdx.memleaves", "hwemu.tdx.module", "hwemu.tdx.pamt",
     "hwemu.tdx.result", "hwemu.tdx.sept", "hwemu.tdx.states", "hwemu.tdx.status", "hwemu.tdx.td",
+    "hwemu.snp.access", "hwemu.snp.asids", "hwemu.snp.check", "hwemu.snp.cpuidpage",
+    "hwemu.snp.firmware", "hwemu.snp.fwrules", "hwemu.snp.fwstatus", "hwemu.snp.ghcb",
+    "hwemu.snp.ghcbmsr", "hwemu.snp.guestcontext", "hwemu.snp.guestmessage",
+    "hwemu.snp.guestops", "hwemu.snp.hostops", "hwemu.snp.launch", "hwemu.snp.memory",
+    "hwemu.snp.outcome", "hwemu.snp.psc", "hwemu.snp.report", "hwemu.snp.rmp",
+    "hwemu.snp.rmpentry", "hwemu.snp.rmpfault", "hwemu.snp.sev",
 }  # fmt: skip
 IMPURE = {"os", "socket", "time", "threading", "random", "trio", "pyfuse3"}
 
