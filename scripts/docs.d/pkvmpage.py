@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Draw docs/pkvm.md and docs/encryption.md."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+from hwemu.encryptedaccess import RULES, Actor, Operation, Technology
+from hwemu.pkvm.access import HOST_ACCESS, Mode
+from hwemu.pkvm.fillable import STEPS, Phase
+from hwemu.pkvm.hypercall import (
+    FEATURES,
+    HYP_MEMINFO,
+    MEM_RELINQUISH,
+    MEM_SHARE,
+    MEM_UNSHARE,
+    HostTask,
+)
+from hwemu.pkvm.state import Component, PageState
+from hwemu.pkvm.transition import TRANSITIONS, Deed, Side
+
+Table = Callable[[list[str], list[list[str]]], str]
+
+MEANINGS = {
+    PageState.OWNED: "its own; nobody else reaches it",
+    PageState.SHARED_OWNED: "its own, lent to another",
+    PageState.SHARED_BORROWED: "another's, lent to it",
+    PageState.NOPAGE: "out of its reach",
+}
+#: What a call answers; x1 is an ipa in bytes, x2 and x3 must be 0.
+CALLS = [
+    ["HYP_MEMINFO", HYP_MEMINFO, "x1 must be 0 as well; x0 is the granule, 4096"],
+    ["MEM_SHARE", MEM_SHARE, "0; the host maps or splits first where no page is mapped"],
+    ["MEM_UNSHARE", MEM_UNSHARE, "0"],
+    ["MEM_RELINQUISH", MEM_RELINQUISH, "0, also if nothing was mapped (Android)"],
+    ["FEATURES", FEATURES, "x0 has a bit for each of these"],
+]
+
+
+def _states(side: Side) -> str:
+    before = "/".join(state.name for state in side.before)
+    return f"{side.who.name.lower()} {before} → {side.after.name}"
+
+
+def _errors(deed: Deed) -> str:
+    row = TRANSITIONS[deed]
+    guest = row.side(Component.GUEST)
+    found = ["EPERM state", "EINVAL range"]
+    if guest is not None:
+        found += ["ENOENT no VM"]
+        if PageState.NOPAGE not in guest.before:
+            found += ["ENOENT no leaf", "E2BIG leaf of another size"]
+    found += [guard.value for side in row.checked for guard in side.guards]
+    return "; ".join(found)
+
+
+def _diagram(one: Component, other: Component) -> str:
+    """Both components' states of a page as one state."""
+    lines = ["```mermaid", "stateDiagram-v2"]
+    named: dict[str, str] = {}
+    edges = []
+    for deed, row in TRANSITIONS.items():
+        first, second = row.side(one), row.side(other)
+        if first is None or second is None:
+            continue
+        for mine, theirs in itertools.product(first.before, second.before):
+            ends = []
+            for a, b in ((mine, theirs), (first.after, second.after)):
+                name = f"{a.name}_{b.name}"
+                named[name] = f"{one.name.lower()} {a.name}, {other.name.lower()} {b.name}"
+                ends.append(name)
+            edges.append(f"    {ends[0]} --> {ends[1]}: {deed.value}")
+    lines += [f'    state "{text}" as {name}' for name, text in named.items()]
+    return "\n".join([*lines, *dict.fromkeys(edges), "```"])
+
+
+def pkvm(mark: str, table: Table) -> str:
+    """The page of pKVM."""
+    states = [[state.name, str(int(state)), MEANINGS[state]] for state in PageState]
+    rows = [
+        [
+            deed.value,
+            _states(row.initiator),
+            _states(row.completer),
+            "zeroed" if row.zeroed else "kept",
+            row.vm.value,
+            _errors(deed),
+            f"`{row.source}`" if "," not in row.source and ";" not in row.source else row.source,
+        ]
+        for deed, row in TRANSITIONS.items()
+    ]
+    modes = [
+        [state.name, *(HOST_ACCESS[state, mode].value for mode in Mode)] for state in PageState
+    ]
+    calls = [[name, f"`{number:#x}`", what] for name, number, what in CALLS]
+    tasks = "; ".join(f"{task.name}: {task.value}" for task in HostTask)
+    steps = [
+        [phase.value, step.value, after.value if isinstance(after, Phase) else f"errno {after}"]
+        for (phase, step), after in STEPS.items()
+    ]
+    return f"""# pKVM
+
+{mark}
+
+`hwemu.pkvm` is the part of the protected hypervisor of arm64 that decides who reaches a page:
+nothing is encrypted, pages change hands, and the second stage of everybody else loses them. One
+memory serves a guest's private and shared pages, so it is what conversion in place was made for.
+
+```python
+from hwemu.pkvm.hypervisor import Hypervisor
+
+hyp = Hypervisor(machine, [(0, 1 << 20)], hyp=[(0, 64)])  # pfns; EL2 keeps the first 64
+vm = hyp.create_vm(4096)                                  # gfns 0 to 4095
+hyp.host_donate_guest(vm, 1000, 0, 16)                    # pfn, gfn, pages
+hyp.guest_share_host(vm, 3)                               # as by hypercall(…, MEM_SHARE, 3 << 12)
+hyp.teardown(vm)                                          # every page is the host's again
+```
+
+`machine` clears pages and flushes what is cached of a second stage, and is called in the order of
+safety: an entry goes, then what was cached of it, then contents change, then the next owner's entry
+comes. A refusal raises `PkvmError` with the errno of the hypercall and changes nothing, of a range
+of pages neither.
+
+## States
+
+Each component has a state of each page: host and hypervisor in `struct hyp_page`, a guest in
+software bits 55 and 56 of its leaf. Where the host has NOPAGE, its invalid entry names the owner.
+
+{table(["state", "bits", "for the component that page is"], states)}
+## Transitions
+
+Each check is made of the whole range before the next; the first page that fails is named.
+
+{table(["transition", "initiator", "completer", "contents", "VM", "errors", "source"], rows)}
+"EINVAL range" is: not all memory, outside the guest, a block that is not aligned, or a VM of
+another kind than the column says. A page may be lent to several guests; it is the host's alone
+again with the last.
+
+Host and guest:
+
+{_diagram(Component.HOST, Component.GUEST)}
+
+Host and hypervisor:
+
+{_diagram(Component.HOST, Component.HYP)}
+
+## An access of the host
+
+{table(["the host's state", *(mode.value for mode in Mode)], modes)}
+## Hypercalls
+
+{table(["call", "x0", "answer"], calls)}
+A bad argument, and a state from which there is no transition, is INVALID_PARAMETER (-3) in x0.
+Otherwise the guest leaves to the host. {tasks}.
+
+## Filled, then inaccessible
+
+`hwemu.pkvm.fillable` is the file that pKVM's authors asked for in 2022: a program maps it, fills
+it, unmaps it and closes it for good; then guests get its pages with what is in them.
+
+{table(["file", "asked", "then"], steps)}
+EBUSY while an access of the host is open. The hypervisor would stop a mapping that was forgotten as
+well, by killing the program at its next touch.
+
+## What is not modelled
+
+- Rules, not cryptographic security, and no arm64 instructions: the engine runs x86-64 guests.
+- Locks, per-CPU state, memcaches (so no ENOMEM but for the table of VMs), the buddy allocator of
+  EL2 (its pages have order 0), vCPU registers.
+- FF-A, protected modules, MMIO guard, pvmfw, host MMIO; devices only as references to pages
+  (`pin`), as Android has them.
+- Forced reclaim of a live guest's page, and the poison that it leaves there.
+- Mainline moves one page or one block at a time; ranges are Android's. There a protected guest can
+  be given blocks, which `host_split_guest` splits; in mainline it has pages alone.
+- Pages that a dead guest had shared are not cleared, as in the kernel: the host has seen them.
+"""
+
+
+def encryption(mark: str, table: Table) -> str:
+    """The page of encryption."""
+    cells = list(itertools.product(Actor, Operation))
+    rows = [
+        [
+            f"{actor.value}, {operation.value}",
+            *(RULES[tech, actor, operation].outcome.value for tech in Technology),
+        ]
+        for actor, operation in cells
+    ]
+    sources = "".join(
+        f"- {tech.value}: {actor.value}, {operation.value}: {rule.source}\n"
+        for (tech, actor, operation), rule in RULES.items()
+        if rule.source
+    )
+    return f"""# Encryption
+
+{mark}
+
+`hwemu.encryption` gives each guest a key: AES-128-XTS over whole pages, derived (HKDF-SHA256) from
+a secret that the machine draws at boot, the key id, and how often that id was given out. The tweak
+is the page's host-physical address. At teardown the key is destroyed, and every use of it raises
+`KeyDestroyedError`.
+
+- Equal pages differ at different addresses and under different keys; ciphertext moved to another
+  address decrypts to noise.
+- Ciphertext that is put back *at the same address* decrypts to what it was: there is no freshness.
+- It models what each side sees. Keys are ordinary memory of the emulator, and it is not
+  constant-time: nothing here protects anything.
+
+## Two places for the ciphertext
+
+- `encrypt=view`, the default: plaintext lies in the file, and a look of the host's is encrypted on
+  the way. Guests run at full speed.
+- `encrypt=backing`: ciphertext lies in the file. Guests run on shadow pages with the plaintext,
+  which are written back and cleared before an invalidation is acknowledged
+  (`ShadowPages.drop`).
+
+Both tell everybody the same bytes.
+
+## Who meets what at a private page
+
+{table(["access", *(tech.value for tech in Technology)], rows)}
+TDX is meant with the TD bit and integrity; *another guest* has a mapping by a defect of its
+hypervisor, since PAMT, RMP and page states refuse to make one. A poisoned page is healed when it is
+given to a guest anew. The host's program that meets pKVM's abort gets SIGSEGV ([pkvm.md](pkvm.md)).
+
+## Sources
+
+{sources}"""
