@@ -54,9 +54,13 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """KVM, or the VMM, has to do something: what its answer means `Guard.complete` says."""
+    """KVM, or the VMM, has to do something: what its answer means `Guard.complete` says.
+
+    With ``regs`` nothing is to be answered: the guest goes on with them, when it goes on.
+    """
 
     exit: Exit
+    regs: Regs | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -510,8 +510,10 @@ class RunningVm:
             case Again(zapped):
                 vcpu.cpu.repeat()
                 self._forget(zapped)
-            case Leave(left_with):
-                vcpu.left_by_guard = True
+            case Leave(left_with, regs):
+                vcpu.left_by_guard = regs is None
+                if regs is not None:
+                    vcpu.cpu.set_regs(regs)
                 self._deliver(vcpu, left_with)
             case Resolve(gpa, access):
                 vcpu.cpu.repeat()

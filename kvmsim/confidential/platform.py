@@ -18,6 +18,7 @@ from kvmsim.uapi import PAGE_SHIFT, PAGE_SIZE
 
 _T = TypeVar("_T")
 _POOL_SIZE: Final = 64 << 20
+_COVERED: Final = 64 << 30
 
 
 class HpaMemory:
@@ -129,9 +130,12 @@ class Platform:
 
     @property
     def ram(self) -> tuple[int, int]:
-        """(first hpa, bytes) of all the memory there may be."""
+        """(first hpa, bytes) of the memory that the hardware's tables cover.
+
+        The arena fills from its beginning; what lies behind is no guest's whom they protect.
+        """
         arena = self.host.arena
-        return arena.hpa_base, arena.size
+        return arena.hpa_base, min(arena.size, _COVERED)
 
     def hardware(self, kind: type[_T], make: Callable[[Platform], _T]) -> _T:
         """What this host has of ``kind``, made at its first use by ``make``."""

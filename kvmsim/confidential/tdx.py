@@ -1,0 +1,480 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""KVM's use of the TDX module: one TD from its creation to its teardown.
+
+What arch/x86/kvm/vmx/tdx.c does (v6.18): tdx_td_init(), tdx_gmem_post_populate(),
+tdx_sept_set_private_spte(), tdx_sept_remove_private_spte() with tdx_track(), tdx_td_finalize(),
+tdx_vm_destroy(). The Secure EPT decides; the second stage that the engine walks is its shadow and
+has a leaf only where an entry is MAPPED.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from hwemu.cpu import api as cpu_api
+from hwemu.cpu.api import Regs
+from hwemu.tdx import Result, Status, TdxError, TdxModule
+from hwemu.tdx.entry import STATES, SeptState, hpa_of
+from hwemu.tdx.fields import pack_params
+from hwemu.tdx.machine import tdmrs
+from hwemu.tdx.pamt import PageType
+from hwemu.tdx.result import DoubleFault, ExitReason, FlushTlb, TdExit, VirtualException
+from hwemu.tdx.states import KeyState, OpState
+from hwemu.tdx.td import ATTRIBUTE_SEPT_VE_DISABLE, Td, TdParams, VeInfo
+from hwemu.tdx.td import Vcpu as TdVcpu
+from kvmsim import exits
+from kvmsim.confidential.platform import Platform
+from kvmsim.confidential.tdvmcall import TdVmCalls
+from kvmsim.guard import Answer, GuardRefusal, Inject, Leaf, Leave, Resolve, Verdict
+from kvmsim.kind import ADDRESS_BITS
+from kvmsim.running import RunningVm
+from kvmsim.uapi import PAGE_SHIFT, PAGE_SIZE
+from kvmsim.vmm.launch import LaunchPage
+from kvmsim.vmm.launch import PageType as Loaded
+from kvmsim.vmm.vmsa import EntryState
+
+log = logging.getLogger(__name__)
+
+_UD, _VE = 6, 20
+_LARGE: Final = 512
+_CHUNK: Final = 256
+#: Instructions of a TD that the module answers with #VE (TDX module base specification, "TD
+#: Non-Root Mode Architectural State"), by the exit reason of the VE information.
+_VE_REASONS: Final = {"in": 30, "ins": 30, "out": 30, "outs": 30, "cpuid": 10, "hlt": 12,
+                      "rdmsr": 31, "wrmsr": 32}  # fmt: skip
+#: Where a TD has no such instruction.
+_UNDEFINED: Final = frozenset(
+    ("vmcall", "vmmcall", "vmgexit", "seamcall", "pvalidate", "rmpadjust", "psmash", "rmpupdate")
+)
+_MMIO_REASON: Final = 48
+_IN_REGISTERS: Final = ("rcx", "rdx", "rbx", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
+_VEINFO_GET: Final = 3
+#: TDG.VP.INFO and TDG.VP.VEINFO.GET write registers; other leaves leave them alone.
+_WRITES: Final = (1, _VEINFO_GET)
+
+
+def make(platform: Platform, running: RunningVm) -> TdxGuard:
+    """A TD of the VM ``running``, on the module of this host."""
+    return TdxGuard(platform, running)
+
+
+def make_module(platform: Platform) -> TdxModule:
+    """The module of a host: one TDMR over its memory; the SHARED bit is bit 39 for all."""
+    return TdxModule(tdmrs([platform.ram]), platform.memory, gpa_width=ADDRESS_BITS)
+
+
+class TdxGuard:
+    """One TD. ``ve_disable``: the guest gets no #VE for memory that it has not accepted."""
+
+    def __init__(self, platform: Platform, running: RunningVm, *, ve_disable: bool = False) -> None:
+        self._platform = platform
+        self._running = running
+        self._module = platform.hardware(TdxModule, make_module)
+        self._ve_disable = ve_disable
+        self._tdr = 0
+        self._tdvprs: list[int] = []
+        self._taken: list[int] = []  #: pages of the host that the module has
+        self._staged: dict[int, LaunchPage] = {}
+        self._blocked: dict[tuple[int, int], range] = {}  #: (gpa, level) → gfns that go
+        self._owed: set[int] = set()  #: vCPUs whose TLB the module wants flushed
+        self._lengths: dict[int, int] = {}  #: vCPU → length of the instruction that #VE tells of
+        self._calls = TdVmCalls(running)
+        self.finished = False
+
+    # --- what it is -----------------------------------------------------------------------------
+
+    @property
+    def instructions(self) -> frozenset[str]:
+        """All that a TD does not execute by itself."""
+        return frozenset(_VE_REASONS) | _UNDEFINED | {"tdcall"}
+
+    @property
+    def td(self) -> Td:
+        """The TD, while it is one."""
+        return self._module.td(self._tdr)
+
+    def _vcpu(self, index: int) -> TdVcpu:
+        return self._module.vcpu(self._tdvprs[index])
+
+    # --- launch ---------------------------------------------------------------------------------
+
+    def start(self, vcpus: int) -> None:
+        """KVM_TDX_INIT_VM and KVM_TDX_INIT_VCPU."""
+        with self._refusing("the TD cannot be made"):
+            free = [hkid for hkid, key in self._module.keys.items() if key.state is KeyState.FREE]
+            if not free:
+                raise GuardRefusal(errno.ENOSPC, "every HKID of this host has a TD")
+            tdr = self._take()
+            self._module.mng_create(tdr, free[0])
+            self._tdr = tdr
+            self._module.mng_key_config(tdr)
+            for _ in range(self._module.config.tdcs_pages):
+                self._module.mng_addcx(tdr, self._take())
+            attributes = ATTRIBUTE_SEPT_VE_DISABLE if self._ve_disable else 0
+            with self._page(pack_params(TdParams(attributes, max_vcpus=vcpus))) as params:
+                self._module.mng_init(tdr, params)
+            for index in range(vcpus):
+                tdvpr = self._take()
+                self._module.vp_create(tdr, tdvpr)
+                self._tdvprs.append(tdvpr)
+                for _ in range(self._module.config.tdvps_pages - 1):
+                    self._module.vp_addcx(tdvpr, self._take())
+                self._module.vp_init(tdvpr, lp=index)
+
+    def stage(self, page: LaunchPage) -> bool:
+        """KVM_TDX_INIT_MEM_REGION, a page of it."""
+        if self.finished:
+            raise GuardRefusal(errno.EINVAL, "the TD is finalized: no page is added any more")
+        self._staged[page.gpa >> PAGE_SHIFT] = page
+        return True
+
+    def finish(self, entries: Sequence[EntryState]) -> None:
+        """KVM_TDX_FINALIZE_VM."""
+        with self._refusing("the TD cannot be finalized"):
+            self._module.mr_finalize(self._tdr)
+        self.finished = True
+
+    def _add(self, gfn: int, hpa: int, page: LaunchPage) -> None:
+        gpa = gfn << PAGE_SHIFT
+        self._need_tables(gpa, 0)
+        with self._page(page.data) as source:
+            self._module.mem_page_add(self._tdr, gpa, hpa, source)
+        if page.type is not Loaded.UNMEASURED:  # KVM_TDX_MEASURE_MEMORY_REGION
+            for offset in range(0, PAGE_SIZE, _CHUNK):
+                self._module.mr_extend(self._tdr, gpa + offset)
+
+    # --- the second stage -----------------------------------------------------------------------
+
+    def fault(self, vcpu: int, gpa: int, access: cpu_api.Access) -> Verdict | None:
+        """What the module makes of a private access without a leaf."""
+        if gpa & self._shared:
+            return None
+        with self._platform.lock:
+            if STATES[self.td.tree.walk(gpa & -PAGE_SIZE, 0).state].accepted is None:
+                return None  # MAPPED: the shadow lacks it; else an EPT violation, KVM's to resolve
+            with self._inside(vcpu):
+                found = self._module.access(self._tdvprs[vcpu], gpa, _rights(access))
+        if isinstance(found, VirtualException):
+            self._lengths[vcpu] = 0
+            return Inject(_VE)
+        if isinstance(found, DoubleFault):
+            return Leave(exits.ShutdownExit())
+        # SEPT_VE_DISABLE: the page is there, and the guest does not take it
+        # (vt_is_tdx_private_gpa() and PENDING in tdx_handle_ept_violation()).
+        return Leave(exits.MemoryFaultExit(
+            gpa & -PAGE_SIZE, PAGE_SIZE, True, errno.EFAULT, "the guest has not accepted this page"
+        ))  # fmt: skip
+
+    def mmio(self, vcpu: int, gpa: int, access: cpu_api.Access) -> Verdict | None:
+        """No memory on the shared side: the shared EPT's entry says #VE."""
+        return self._virtual_exception(vcpu, VeInfo(_MMIO_REASON, _rights(access), 0, gpa), 0)
+
+    def admit(
+        self, gfn: int, first: int, last: int, hpa: int, *, private: bool, writable: bool
+    ) -> tuple[Leaf, ...]:
+        """TDH.MEM.PAGE.ADD before the TD runs, TDH.MEM.PAGE.AUG afterwards."""
+        if not private:
+            return (Leaf(first, last - first, hpa),)
+        gpa, page = gfn << PAGE_SHIFT, hpa + (gfn - first << PAGE_SHIFT)
+        with self._refusing(f"gpa {gpa:#x} does not take hpa {page:#x}"), self._platform.lock:
+            staged = self._staged.pop(gfn, None)
+            if staged is not None:
+                self._add(gfn, page, staged)
+                return (Leaf(gfn, 1, page),)
+            if not self.finished:
+                raise GuardRefusal(errno.EIO, "the TD is not finalized: only loaded pages are its")
+            at = self.td.tree.walk(gpa, 0)
+            if at.state is SeptState.MAPPED:
+                span = 1 << 9 * at.level
+                begin = gfn & -span
+                if hpa_of(at.word, at.level) + (gfn - begin << PAGE_SHIFT) != page:
+                    raise GuardRefusal(errno.EIO, f"gpa {gpa:#x} has another page already")
+                return (Leaf(begin, span, hpa_of(at.word, at.level)),)
+            if at.state in (SeptState.FREE, SeptState.REMOVED):
+                self._augment(gfn, first, last, hpa)
+            return ()
+
+    def _augment(self, gfn: int, first: int, last: int, hpa: int) -> None:
+        """As large as pages and table allow it: 2 MiB, or 4 KiB."""
+        begin = gfn & -_LARGE
+        large = hpa + (begin - first << PAGE_SHIFT)
+        if first <= begin and begin + _LARGE <= last and not large % (_LARGE << PAGE_SHIFT):
+            self._need_tables(begin << PAGE_SHIFT, 1)
+            if self.td.tree.walk(begin << PAGE_SHIFT, 1).state is SeptState.FREE:
+                self._module.mem_page_aug(self._tdr, begin << PAGE_SHIFT, large, 1)
+                return
+        self._need_tables(gfn << PAGE_SHIFT, 0)
+        self._module.mem_page_aug(self._tdr, gfn << PAGE_SHIFT, hpa + (gfn - first << PAGE_SHIFT))
+
+    def _need_tables(self, gpa: int, level: int) -> None:
+        """TDH.MEM.SEPT.ADD until there is an entry of ``level``."""
+        while (at := self.td.tree.walk(gpa, level)).level > level:
+            if at.state is not SeptState.FREE:
+                return  # a leaf that is larger, or blocked: the leaf that follows says so
+            span = PAGE_SIZE << 9 * at.level
+            self._module.mem_sept_add(self._tdr, gpa & -span, at.level, self._take())
+
+    def zapped(self, gfn: int, npages: int, *, private: bool) -> None:
+        """TDH.MEM.RANGE.BLOCK of what is mapped there, and a new TLB epoch.
+
+        A large leaf that reaches out of the range is blocked as a whole, to be split; its shadow
+        goes, and what of it stays the guest's is found again by the next fault.
+        """
+        if not private or not self._tdr:
+            return
+        with self._platform.lock:
+            before = len(self._blocked)
+            for gpa, level, state in self._leaves(gfn, gfn + npages):
+                if STATES[state].blocked is None:
+                    continue
+                self._module.mem_range_block(self._tdr, gpa, level)
+                first, span = gpa >> PAGE_SHIFT, 1 << 9 * level
+                inside = range(max(gfn, first), min(gfn + npages, first + span))
+                self._blocked[gpa, level] = inside
+                if len(inside) < span:
+                    self._running.stage2.zap(gpa, span)
+            if len(self._blocked) > before:
+                self._track()
+
+    def drained(self) -> bool:
+        """TDH.MEM.PAGE.REMOVE or DEMOTE of what was blocked, as far as it is tracked."""
+        with self._platform.lock:
+            for (gpa, level), going in list(self._blocked.items()):
+                try:
+                    if len(going) == 1 << 9 * level:
+                        self._module.mem_page_remove(self._tdr, gpa, level)
+                    else:
+                        self._split(gpa, level, going)
+                except TdxError as error:
+                    if error.code is not Status.TLB_TRACKING_NOT_DONE:
+                        raise
+                    continue
+                del self._blocked[gpa, level]
+            if self._blocked:
+                self._track()
+            return bool(self._blocked)
+
+    def _split(self, gpa: int, level: int, going: range) -> None:
+        """TDH.MEM.PAGE.DEMOTE: 512 leaves, none of them blocked; block those that go."""
+        table = self._take()
+        try:
+            self._module.mem_page_demote(self._tdr, gpa, level, table)
+        except BaseException:
+            self._give(table)
+            raise
+        for below, smaller, _ in self._leaves(going.start, going.stop):
+            self._module.mem_range_block(self._tdr, below, smaller)
+            first, span = below >> PAGE_SHIFT, 1 << 9 * smaller
+            inside = range(max(going.start, first), min(going.stop, first + span))
+            self._blocked[below, smaller] = inside
+
+    def _track(self) -> None:
+        """TDH.MEM.TRACK; while a vCPU of the epoch before the last runs it has to wait."""
+        try:
+            self._module.mem_track(self._tdr)
+        except TdxError as error:
+            if error.code is not Status.PREVIOUS_TLB_EPOCH_BUSY:
+                raise
+
+    def _leaves(self, start: int, end: int) -> Iterator[tuple[int, int, SeptState]]:
+        """Leaves (gpa, level, state) that map any of gfns [start, end)."""
+        gfn = start
+        while gfn < end:
+            at = self.td.tree.walk(gfn << PAGE_SHIFT, 0)
+            gfn &= -(1 << 9 * at.level)
+            if at.state not in (SeptState.FREE, SeptState.REMOVED):
+                yield gfn << PAGE_SHIFT, at.level, at.state
+            gfn += 1 << 9 * at.level
+
+    def released(self, hpa: int, size: int) -> None:
+        """The PAMT must not say any more that these bytes are the TD's."""
+        with self._platform.lock:
+            entry = self._module.pamt.walk(hpa)
+            if entry.pt is PageType.REG and entry.owner == self._tdr >> PAGE_SHIFT:
+                raise RuntimeError(f"hpa {hpa:#x}+{size:#x} is released, and is the TD's still")
+
+    # --- vCPUs ----------------------------------------------------------------------------------
+
+    def enter(self, vcpu: int) -> None:
+        """TDH.VP.ENTER; what the module wants flushed is flushed."""
+        with self._platform.lock:
+            self._enter(vcpu)
+            if vcpu in self._owed:
+                self._owed.remove(vcpu)
+                self._running.vcpus[vcpu].cpu.flush(())
+
+    def _enter(self, vcpu: int) -> None:
+        entered = self._module.vp_enter(self._tdvprs[vcpu], lp=vcpu)
+        if any(isinstance(effect, FlushTlb) for effect in entered.effects):
+            self._owed.add(vcpu)
+
+    def leave(self, vcpu: int) -> None:
+        """A TD exit: an interrupt of the host's."""
+        with self._platform.lock:
+            if self._vcpu(vcpu).running:
+                self._module.td_exit(self._tdvprs[vcpu])
+
+    @contextlib.contextmanager
+    def _inside(self, vcpu: int) -> Iterator[None]:
+        """Have the vCPU in its TD for what the guest asks of the module."""
+        was = self._vcpu(vcpu).running
+        if not was:
+            self._enter(vcpu)
+        try:
+            yield
+        finally:
+            if not was and self._vcpu(vcpu).running:
+                self._module.td_exit(self._tdvprs[vcpu])
+
+    def instruction(self, vcpu: int, left: cpu_api.InterceptExit, regs: Regs) -> Verdict:
+        """TDCALL, and what is #VE or #UD in a TD."""
+        if left.instruction == "tdcall":
+            return self._tdcall(vcpu, regs)
+        reason = _VE_REASONS.get(left.instruction)
+        if reason is None:
+            return Inject(_UD)
+        qualification = 0
+        if left.port or left.size:  # SDM vol. 3, table 28-5
+            string = left.instruction in ("ins", "outs")
+            qualification = left.size - 1 | (not left.is_write) << 3 | string << 4 | left.port << 16
+        return self._virtual_exception(vcpu, VeInfo(reason, qualification, 0, 0), left.length)
+
+    def _virtual_exception(self, vcpu: int, info: VeInfo, length: int) -> Verdict:
+        with self._platform.lock:
+            known = self._vcpu(vcpu)
+            if known.ve_info is not None:
+                return Leave(exits.ShutdownExit())  # #DF: the last one was not fetched
+            known.ve_info = info
+            self._lengths[vcpu] = length
+        return Inject(_VE)
+
+    def _tdcall(self, vcpu: int, regs: Regs) -> Verdict:
+        with self._platform.lock, self._inside(vcpu):
+            names = {name: getattr(regs, name) for name in _IN_REGISTERS}
+            result = self._module.tdcall(self._tdvprs[vcpu], regs.rax, **names)
+        for effect in result.effects:
+            if isinstance(effect, VirtualException):
+                self._lengths[vcpu] = 0
+                return Inject(_VE)
+            if isinstance(effect, DoubleFault):
+                return Leave(exits.ShutdownExit())
+            assert isinstance(effect, TdExit)
+            if effect.reason is ExitReason.TDCALL:
+                return self._calls.begin(vcpu, regs)
+            return self._exit(effect)
+        return self._answer(vcpu, regs, result)
+
+    def _exit(self, exit_: TdExit) -> Verdict:
+        """An EPT violation of the module's own walk: KVM finds the page, the call is repeated."""
+        return Resolve(exit_.gpa, cpu_api.Access.WRITE)
+
+    def _answer(self, vcpu: int, regs: Regs, result: Result) -> Verdict:
+        changed = {"rax": result.status}
+        if regs.rax in _WRITES or not result.ok:
+            changed |= {"rcx": result.rcx, "rdx": result.rdx}
+        if regs.rax in _WRITES and result.ok:
+            changed |= {name: getattr(result, name) for name in ("r8", "r9", "r10", "r11")}
+        if regs.rax == _VEINFO_GET and result.ok:
+            changed["r10"] = self._lengths.get(vcpu, 0)  # 31:0 length, 63:32 information
+        return Answer(replace(regs, **changed))
+
+    def complete(self, vcpu: int, data: bytes | int | None, regs: Regs) -> Verdict:
+        """The VMM's answer to a TDVMCALL."""
+        return self._calls.complete(vcpu, data, regs)
+
+    # --- its end --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """TDH.VP.FLUSH … TDH.PHYMEM.PAGE.RECLAIM (tdx_mmu_release_hkid(), tdx_vm_destroy())."""
+        module, tdr = self._module, self._tdr
+        if not tdr:
+            self._give_all()
+            return
+        with self._platform.lock:
+            for index, tdvpr in enumerate(self._tdvprs):
+                if module.vcpu(tdvpr).lp is not None:
+                    module.vp_flush(tdvpr, lp=index)
+            module.mng_vpflushdone(tdr)
+            for package in range(module.config.packages):
+                module.phymem_cache_wb(lp=package * module.config.lps // module.config.packages)
+            module.mng_key_freeid(tdr)
+            for hpa, _, _ in list(module.pamt.owned(tdr >> PAGE_SHIFT)):
+                module.phymem_page_reclaim(hpa)
+            module.phymem_page_reclaim(tdr)
+            self._give_all()
+        self._blocked.clear()
+
+    def describe(self) -> dict[str, Any]:
+        """Measurement registers, states, pages."""
+        with self._platform.lock:
+            td = self.td
+            pages: dict[str, int] = {}
+            for _, level, pt in self._module.pamt.owned(td.owner):
+                pages[pt.name] = pages.get(pt.name, 0) + (1 << 9 * level)
+            return {
+                "technology": "TDX 1.5",
+                "op_state": OpState(td.op_state).name,
+                "mrtd": td.mrtd.hex(),
+                "rtmr": [one.hex() for one in td.rtmr],
+                "epoch": td.epoch,
+                "pamt_pages": pages,
+            }
+
+    def residue(self) -> dict[str, int]:
+        """What the module still knows of the TD."""
+        with self._platform.lock:
+            left = sum(1 << 9 * level for _, level, _ in
+                       self._module.pamt.owned(self._tdr >> PAGE_SHIFT))  # fmt: skip
+            return {
+                "PAMT": left,
+                "TDs": int(self._tdr in self._module.tds),
+                "pages": len(self._taken),
+            }
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    @property
+    def _shared(self) -> int:
+        return self._running.vm.kind.side_bit
+
+    def _take(self) -> int:
+        hpa = self._platform.pages.take()
+        self._taken.append(hpa)
+        return hpa
+
+    def _give(self, hpa: int) -> None:
+        self._taken.remove(hpa)
+        self._platform.pages.give(hpa)
+
+    def _give_all(self) -> None:
+        while self._taken:
+            self._platform.pages.give(self._taken.pop())
+
+    @contextlib.contextmanager
+    def _page(self, data: bytes) -> Iterator[int]:
+        """A page of the host's with this content, for the length of a leaf."""
+        hpa = self._platform.pages.take()
+        try:
+            self._platform.memory.write(hpa, data)
+            yield hpa
+        finally:
+            self._platform.pages.give(hpa)
+
+    @contextlib.contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except TdxError as error:
+            raise GuardRefusal(errno.EIO, f"{what}: {error}") from error
+        except MemoryError as error:
+            raise GuardRefusal(errno.ENOMEM, f"{what}: {error}") from error
+
+
+def _rights(access: cpu_api.Access) -> int:
+    """As the qualification of an EPT violation: 1 read, 2 write, 4 fetch."""
+    return int(access)
