@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Final
 
 from hwemu.arena import ArenaError
 from kvmsim.device.caller import Caller, Efault, NotOurs, PrivateFd
+from kvmsim.device.capabilities import gmem_flags
 from kvmsim.device.dirtylog import DirtyLog, LoggingStage2
+from kvmsim.device.gmemfile import GmemFiles
 from kvmsim.device.hostside import Dropped, HostSide
 from kvmsim.device.prefaulting import PreFaulting
 from kvmsim.device.results import Begun, FdKind, NewFd
@@ -68,6 +70,7 @@ class VmMemory:
         self._made: list[tuple[int, int]] = []
         self._slots_lock = threading.Lock()  # KVM's slots_lock: one change at a time
         self.side = HostSide(vm.host)
+        self.files = GmemFiles(self, vm, self._slots_lock) if vm.system.in_place else None
         self._log = DirtyLog()
         mmu = self._running.vm.mmu
         mmu.stage2 = LoggingStage2(
@@ -116,7 +119,7 @@ class VmMemory:
         try:
             made, missing = self.side.place(call.caller, first, last, writable=writable)
         except ArenaError as error:
-            self._forget_unused(file)
+            self.forget_unused(file)
             raise MemoryError(str(error)) from error
         try:
             with self._running.lock:
@@ -126,7 +129,7 @@ class VmMemory:
                 made = []
                 self._log.follow(region.slot, vm.mmu.slots.get(region.slot))
         except KvmError:
-            self._forget_unused(file)
+            self.forget_unused(file)
             raise
         finally:
             self.side.discard(made)
@@ -160,15 +163,16 @@ class VmMemory:
             self._running.flush_zapped(zapped)
         self.side.retire(dropped)
         if not region.memory_size and old.file is not None:
-            self._forget_unused(PrivateFile(old.file, 0))
+            self.forget_unused(PrivateFile(old.file, 0))
 
-    def _forget_unused(self, file: PrivateFile | BadFd) -> None:
-        """A file that no slot is bound to is not used any more (v7: the slot's fput())."""
+    def forget_unused(self, file: PrivateFile | BadFd) -> None:
+        """A file that no slot is bound to is not used any more (slots_lock held)."""
         if not isinstance(file, PrivateFile):
             return
         with self._running.lock:
             slots = self._running.vm.mmu.slots
             used = next(slots.find_file(file.id, 0, U64), None) is not None
+        used = used or (self.files is not None and self.files.uses(file.id))
         if not used:
             try:
                 self._running.private.forget(file.id)
@@ -186,7 +190,10 @@ class VmMemory:
             status = os.fstat(found.fd)
             if self._owners.get((status.st_dev, status.st_ino), self._vm) is not self._vm:
                 return BadFd.OTHER_VM
-            return self._running.private.open_fd(found.fd)
+            file = self._running.private.open_fd(found.fd)
+            if self.files is not None:
+                file = self.files.describe(file, (status.st_dev, status.st_ino))
+            return file
         except OSError as error:  # LinkError too
             log.info("descriptor %d: %s", number, error)
             return BadFd.NOT_PRIVATE
@@ -274,8 +281,9 @@ class VmMemory:
         if gmem is None or self._vm.abi == "v7":
             raise call.refused(errno.ENOTTY, "no private files: no mount was given, or v7")
         size, flags = call.read(CREATE_GUEST_MEMFD)
-        if flags & ~gmem.flags:
-            raise call.refused(errno.EINVAL, f"flags {flags:#x}: the mount has {gmem.flags:#x}")
+        known = gmem_flags(self._vm.system.asked(self._vm.kind))
+        if flags & ~known:
+            raise call.refused(errno.EINVAL, f"flags {flags:#x}: the mount has {known:#x}")
         if not 0 < size < 1 << 63 or size % PAGE_SIZE:
             raise call.refused(errno.EINVAL, f"size {size:#x}: not a positive number of pages")
         try:
@@ -286,6 +294,8 @@ class VmMemory:
         key = status.st_dev, status.st_ino
         self._owners[key] = self._vm
         self._made.append(key)
+        if self.files is not None:
+            self.files.add(key, flags)
         return NewFd(FdKind.PRIVATE_FILE, "anon_inode:[kvm-gmem]", fd=fd, cloexec=False)
 
     # --- the rest -----------------------------------------------------------------------------
