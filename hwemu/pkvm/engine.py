@@ -62,7 +62,9 @@ def require(
     allowed: Iterable[PageState],
 ) -> None:
     """EPERM for the first page whose state is none of ``allowed``."""
-    bad = ~np.isin(states, list(allowed))
+    bad = np.ones(len(states), dtype=np.bool_)  # isin() is ten times slower for a page
+    for state in allowed:
+        bad &= states != state
     if bad.any():
         at = int(bad.argmax())
         raise PkvmError(

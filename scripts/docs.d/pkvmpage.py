@@ -163,6 +163,18 @@ it, unmaps it and closes it for good; then guests get its pages with what is in 
 EBUSY while an access of the host is open. The hypervisor would stop a mapping that was forgotten as
 well, by killing the program at its next touch.
 
+## How it is tested
+
+```
+scripts/test tests/unit/test_pkvm.py tests/exhaustive/test_pkvm.py    situations, random steps
+scripts/test tests/exhaustive/test_pkvm_worlds.py -s                  small worlds, all of them
+scripts/test --slow tests/exhaustive/test_pkvm_worlds.py -s -k larger    the larger ones
+```
+
+The model is held against a predictor that was written from prose. In every state of a world: one
+owner a page, what is borrowed is lent by its owner, no TLB has what a table has not, no secret of a
+guest is in anybody's reach, and every VM can still be torn down.
+
 ## What is not modelled
 
 - Rules, not cryptographic security, and no arm64 instructions: the engine runs x86-64 guests.

@@ -121,41 +121,35 @@ def predicted(oracle: Predictor, *, contents: bool = False) -> object:
     )
 
 
-def owners(hyp: Hypervisor, pfn: int) -> list[object]:
-    """Everyone who has a page as its own."""
-    row = pfn - hyp.vmemmap.first
-    mine = (PageState.OWNED, PageState.SHARED_OWNED)
-    found: list[object] = []
-    if hyp.vmemmap.host_state[row] in mine:
-        found.append("host")
-    if hyp.vmemmap.hyp_state[row] in mine:
-        found.append("hyp")
-    found += [handle for handle, _, state in leaves(hyp, pfn) if state in mine]
+Leaf = tuple[int, int, int]
+"""handle, gfn, the guest's page state."""
+MINE = (PageState.OWNED, PageState.SHARED_OWNED)
+
+
+def leaves(hyp: Hypervisor) -> dict[int, list[Leaf]]:
+    """The guests' leaves by the page that they lead to."""
+    found: dict[int, list[Leaf]] = {}
+    for guest in hyp.vms:
+        states = guest.states(0, guest.npages).tolist()
+        for gfn, pfn in enumerate(guest.pfns(0, guest.npages).tolist()):
+            if states[gfn] != PageState.NOPAGE:
+                found.setdefault(pfn, []).append((guest.handle, gfn, states[gfn]))
     return found
-
-
-def leaves(hyp: Hypervisor, pfn: int) -> list[tuple[int, int, PageState]]:
-    """(handle, gfn, state) of the guests' leaves that lead to a page."""
-    return [
-        (guest.handle, gfn, PageState(int(guest.states(gfn, 1)[0])))
-        for guest in hyp.vms
-        for gfn in range(guest.npages)
-        if guest.valid(gfn, 1)[0] and guest.pfns(gfn, 1)[0] == pfn
-    ]
 
 
 def broken(hyp: Hypervisor, board: Board) -> str | None:
     """The first thing that must never be so, or None."""
-    columns = hyp.vmemmap
+    columns, all_leaves = hyp.vmemmap, leaves(hyp)
     for row in columns.memory.nonzero()[0].tolist():
         pfn = columns.first + row
         host, el2 = PageState(int(columns.host_state[row])), PageState(int(columns.hyp_state[row]))
-        mapped = leaves(hyp, pfn)
-        whose = owners(hyp, pfn)
+        mapped = all_leaves.get(pfn, [])
+        whose: list[object] = [handle for handle, _, state in mapped if state in MINE]
+        whose += ["host"] * (host in MINE) + ["hyp"] * (el2 in MINE)
         if len(whose) != 1:
             return f"page {pfn} is owned by {whose}"
-        borrowers = [handle for handle, _, state in mapped if state is PageState.SHARED_BORROWED]
-        lenders = [handle for handle, _, state in mapped if state is PageState.SHARED_OWNED]
+        borrowers = [handle for handle, _, state in mapped if state == PageState.SHARED_BORROWED]
+        lenders = [handle for handle, _, state in mapped if state == PageState.SHARED_OWNED]
         if el2 is PageState.SHARED_BORROWED:
             borrowers.append(-1)
         if borrowers and host is not PageState.SHARED_OWNED:
@@ -181,9 +175,6 @@ def broken(hyp: Hypervisor, board: Board) -> str | None:
             if reached or host is not PageState.NOPAGE or el2 is not PageState.NOPAGE:
                 return f"page {pfn} with a secret of {content[1]} is open to others"
     for handle, gfn, pfn in board.guests:
-        guest = next((one for one in hyp.vms if one.handle == handle), None)
-        if guest is None:
-            return f"the TLB has page {pfn} for VM {handle:#x}, which is gone"
-        if not guest.valid(gfn, 1)[0] or guest.pfns(gfn, 1)[0] != pfn:
+        if not any(one[:2] == (handle, gfn) for one in all_leaves.get(pfn, [])):
             return f"the TLB has page {pfn} at gfn {gfn} of VM {handle:#x}, its table does not"
     return None
