@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -22,6 +23,8 @@ from hwemu.cpu.unicorn_svm import SvmCpu
 from hwemu.stage2 import Stage2
 from kvmsim import exits
 from kvmsim.vmm.bootparams import RamRange
+from kvmsim.vmm.bounce import Disk
+from kvmsim.vmm.launch import LaunchPage
 from kvmsim.vmm.loader import EntryState
 from kvmsim.vmm.machine import Machine, MachineConfig, Resume, Stop, Wait
 
@@ -42,7 +45,7 @@ class GuestTimeout(AssertionError):
 class GuestVm:
     """RAM from ``config``, both sides anonymous. Use as a context manager."""
 
-    def __init__(self, config: MachineConfig) -> None:
+    def __init__(self, config: MachineConfig, disk: Disk | None = None) -> None:
         self.npages = max(r.end for r in config.ram) // PAGE
         self._ram = config.ram
         self._private = [False] * self.npages
@@ -57,7 +60,7 @@ class GuestVm:
         self._private_hpa = self._arena.place(self._private_fd, 0, 2 * self.npages * PAGE)
         self._pool = new_table_pool(4 << 20)
         self.stage2 = Stage2(self._pool, POOL_HPA)
-        self.machine = Machine(config, self)
+        self.machine = Machine(config, self, disk)
         self.cpus = [
             SvmCpu(self._arena, self._pool, POOL_HPA, self.stage2.root_hpa, i, self._on_fault)
             for i in range(config.vcpus)
@@ -114,29 +117,65 @@ class GuestVm:
         return len(self._places)
 
     def _on_fault(self, gpa: int, access: api.Access) -> bool:
-        shared = bool(gpa & SHARED_BIT)
+        shared = self.is_shared_access(gpa)
         gfn = (gpa & ~SHARED_BIT) // PAGE
         if not self._in_ram(gfn) or self._private[gfn] is shared:
             return False
         if shared:
             hpa = self._shared_hpa + gfn * PAGE
         else:
-            if gfn not in self._places:
-                self._places[gfn] = self._free.popleft()
-                os.pwrite(self._private_fd, bytes(PAGE), self._places[gfn] * PAGE)
-            hpa = self._private_hpa + self._places[gfn] * PAGE
+            if not self.may_use(gfn):
+                return False
+            hpa = self._private_hpa + self._place(gfn) * PAGE
         self.stage2.map(gpa & -PAGE, hpa, 1)
         return True
+
+    def is_shared_access(self, gpa: int) -> bool:
+        """Which side a gpa is of: its bit says it, or, without one, the attribute."""
+        technology = self.machine.config.technology
+        if technology.private_bit:
+            return not gpa & SHARED_BIT
+        if technology.shared_bit:
+            return bool(gpa & SHARED_BIT)
+        gfn = gpa // PAGE
+        return not self._in_ram(gfn) or not self._private[gfn]
+
+    def may_use(self, gfn: int) -> bool:
+        """Whether the guest has accepted a private page, where that is asked of it."""
+        return True
+
+    def _place(self, gfn: int) -> int:
+        """The page of the private store for a gfn; a new one is zero."""
+        if gfn not in self._places:
+            self._places[gfn] = self._free.popleft()
+            os.pwrite(self._private_fd, bytes(PAGE), self._places[gfn] * PAGE)
+        return self._places[gfn]
+
+    def read_private(self, gpa: int) -> bytes:
+        """A private page as the processor or its firmware sees it."""
+        return os.pread(self._private_fd, PAGE, self._place(gpa // PAGE) * PAGE)
+
+    def write_private(self, gpa: int, data: bytes) -> None:
+        """Write inside a private page as the firmware may."""
+        os.pwrite(self._private_fd, data, self._place(gpa // PAGE) * PAGE + gpa % PAGE)
 
     def _in_ram(self, gfn: int) -> bool:
         return any(r.gpa <= gfn * PAGE < r.end for r in self._ram)
 
     # --- running -------------------------------------------------------------------------
 
-    def boot(self, image: bytes) -> None:
+    def boot(self, image: bytes, payload: Sequence[tuple[int, bytes]] = ()) -> None:
         """Load the image and set every vCPU to its entry."""
-        for cpu, entry in zip(self.cpus, self.machine.boot(image), strict=True):
+        if self.machine.config.technology.confidential:
+            entries = self.machine.launch(self.machine.load_plan(image, payload), self.add_page)
+        else:
+            entries = self.machine.boot(image, payload)
+        for cpu, entry in zip(self.cpus, entries, strict=True):
             set_entry(cpu, entry)
+
+    def add_page(self, page: LaunchPage) -> None:
+        """Load a page of a confidential guest."""
+        self.write_private(page.gpa, page.data)
 
     def until(self, text: str, seconds: float = 30) -> str:
         """Run until the console has said ``text``; everything up to and with it."""
@@ -185,21 +224,31 @@ class GuestVm:
                 exit = cpu.run_mmio(exit.gpa)
             if isinstance(exit, api.KickExit):
                 break
-            told = self._translate(exit)
+            told = self.emulate(index, exit)
+            if told is None:
+                continue
             action = self.machine.handle_exit(index, told)
             self.output += self.machine.take_output().decode("ascii")
             match action:
                 case Resume(data):
-                    if data is not None:
-                        cpu.complete(data)
+                    self.answer(index, data)
                 case Wait():
                     break
                 case Stop():
                     self.stopped = action
         self._current = None
 
+    def emulate(self, index: int, exit: api.CpuExit) -> exits.Exit | None:
+        """What the VMM is told of an exit; None: it needs not know."""
+        return self._translate(exit)
+
+    def answer(self, index: int, data: bytes | int | None) -> None:
+        """The VMM has answered the exit of a vCPU."""
+        if data is not None:
+            self.cpus[index].complete(data)
+
     def _is_hole(self, fault: api.Stage2Fault) -> bool:
-        shared = bool(fault.gpa & SHARED_BIT)
+        shared = self.is_shared_access(fault.gpa)
         return shared and not self._in_ram((fault.gpa & ~SHARED_BIT) // PAGE)
 
     def _translate(self, exit: api.CpuExit) -> exits.Exit:
@@ -216,7 +265,8 @@ class GuestVm:
                 return exits.MmioExit(gpa & ~SHARED_BIT, size, is_write, data)
             case api.Stage2Fault(gpa):
                 page = gpa & ~SHARED_BIT & -PAGE
-                return exits.MemoryFaultExit(page, PAGE, not gpa & SHARED_BIT, errno.EFAULT)
+                private = not self.is_shared_access(gpa)
+                return exits.MemoryFaultExit(page, PAGE, private, errno.EFAULT)
         raise AssertionError(f"the guest kernel does nothing that causes {exit}")
 
     def _tick(self) -> None:

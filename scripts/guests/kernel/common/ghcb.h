@@ -57,4 +57,19 @@
 #define TERMINATE_GENERAL 0
 #define TERMINATE_PROTOCOL 1
 
+/* This vCPU's GHCB, and where it lies. */
+u8 *ghcb(void);
+u64 ghcb_gpa(void);
+
+/* Fill in a request: begin, put what it needs, exit. What the host answered is then got. */
+void ghcb_begin(void);
+void ghcb_put(u32 offset, u64 value);
+u64 ghcb_get(u32 offset);
+/* 0, or what the host refused: EXITINFO1 is not 0 then (56421, 4.1). */
+u64 ghcb_exit(u64 code, u64 info1, u64 info2);
+
+/* The MSR protocol: a request, its answer; and the request to be ended. */
+u64 ghcb_msr(u64 request);
+NORETURN void ghcb_terminate(u64 reason);
+
 #endif

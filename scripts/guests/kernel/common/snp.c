@@ -14,60 +14,6 @@
 
 static bool_t spoken; /* a GHCB is in use: before, only the MSR can speak */
 
-static u8 *ghcb(void)
-{
-	return shared_at(platform_params()->ghcb_gpa + this_cpu() * PAGE_SIZE);
-}
-
-static void vmgexit(void)
-{
-	asm volatile(".byte 0xf3, 0x0f, 0x01, 0xd9" : : : "memory");
-}
-
-static u64 msr_protocol(u64 request)
-{
-	wrmsr(MSR_GHCB, request);
-	vmgexit();
-	return rdmsr(MSR_GHCB);
-}
-
-static NORETURN void terminate(u64 reason)
-{
-	for (;;) {
-		wrmsr(MSR_GHCB, GHCB_MSR_TERMINATE | reason << 16);
-		vmgexit();
-		halt_once();
-	}
-}
-
-static void put(u32 offset, u64 value)
-{
-	*(volatile u64 *)(ghcb() + offset) = value;
-	ghcb()[GHCB_VALID + offset / 64] |= (u8)(1 << (offset / 8 & 7));
-}
-
-static u64 get(u32 offset)
-{
-	return *(volatile u64 *)(ghcb() + offset);
-}
-
-static void ghcb_begin(void)
-{
-	zero_words(ghcb() + GHCB_VALID, 2);
-	*(volatile u16 *)(ghcb() + GHCB_VERSION) = 2;
-	*(volatile u32 *)(ghcb() + GHCB_USAGE) = 0;
-}
-
-/* 0, or what the host refused: EXITINFO1 is not 0 then (56421, 4.1). */
-static u64 ghcb_exit(u64 code, u64 info1, u64 info2)
-{
-	put(GHCB_EXIT_CODE, code);
-	put(GHCB_EXIT_INFO_1, info1);
-	put(GHCB_EXIT_INFO_2, info2);
-	vmgexit();
-	return get(GHCB_EXIT_INFO_1) & 0xffffffff;
-}
-
 /* --- pages ----------------------------------------------------------------------------------- */
 
 /* PVALIDATE names the page by a linear address of its private mapping. */
@@ -102,7 +48,7 @@ static long msr_change(u64 gpa, u64 npages, u64 operation)
 {
 	for (u64 i = 0; i < npages; i++) {
 		u64 page = gpa + (i << PAGE_SHIFT);
-		u64 answer = msr_protocol(GHCB_MSR_PSC | page | operation << 52);
+		u64 answer = ghcb_msr(GHCB_MSR_PSC | page | operation << 52);
 
 		if ((answer & GHCB_MSR_INFO) != GHCB_MSR_PSC_DONE || answer >> 32)
 			return IO_ERROR;
@@ -122,12 +68,12 @@ static long list_change(volatile struct psc *list)
 	u32 before;
 
 	ghcb_begin();
-	put(GHCB_SCRATCH, platform_params()->ghcb_gpa + this_cpu() * PAGE_SIZE + GHCB_BUFFER);
+	ghcb_put(GHCB_SCRATCH, ghcb_gpa() + GHCB_BUFFER);
 	while (list->current <= list->last) {
 		before = list->current * 4096U + (u32)(list->entry[list->current] & 0xfff);
 		if (ghcb_exit(NAE_PSC, 0, 0))
 			return NO_LEAF;
-		platform_status = get(GHCB_EXIT_INFO_2);
+		platform_status = ghcb_get(GHCB_EXIT_INFO_2);
 		if (platform_status)
 			return NO_LEAF;
 		if (list->current > PSC_ENTRIES)
@@ -186,12 +132,12 @@ static void snp_start(u32 cpu, bool_t first)
 
 	if (first) {
 		if (snp_shared(platform_params()->ghcb_gpa, SNP_GHCB_PAGES))
-			terminate(TERMINATE_PROTOCOL);
+			ghcb_terminate(TERMINATE_PROTOCOL);
 		zero_words(shared_at(platform_params()->ghcb_gpa), SNP_GHCB_PAGES * PAGE_SIZE / 8);
 	}
-	answer = msr_protocol(GHCB_MSR_REGISTER | gpa);
+	answer = ghcb_msr(GHCB_MSR_REGISTER | gpa);
 	if (answer != (GHCB_MSR_REGISTERED | gpa))
-		terminate(TERMINATE_PROTOCOL);
+		ghcb_terminate(TERMINATE_PROTOCOL);
 	wrmsr(MSR_GHCB, gpa);
 	spoken = 1;
 }
@@ -201,35 +147,35 @@ static void snp_start(u32 cpu, bool_t first)
 static u32 snp_in(u16 port, u32 size)
 {
 	if (!spoken)
-		terminate(TERMINATE_GENERAL);
+		ghcb_terminate(TERMINATE_GENERAL);
 	ghcb_begin();
-	put(GHCB_RAX, 0);
+	ghcb_put(GHCB_RAX, 0);
 	if (ghcb_exit(SVM_EXIT_IOIO, (u64)port << 16 | (u64)size << 4 | IO_IN, 0))
 		return ~0U;
-	return (u32)get(GHCB_RAX);
+	return (u32)ghcb_get(GHCB_RAX);
 }
 
 static void snp_out(u16 port, u32 size, u32 value)
 {
 	if (!spoken)
-		terminate(TERMINATE_GENERAL);
+		ghcb_terminate(TERMINATE_GENERAL);
 	ghcb_begin();
-	put(GHCB_RAX, value);
+	ghcb_put(GHCB_RAX, value);
 	ghcb_exit(SVM_EXIT_IOIO, (u64)port << 16 | (u64)size << 4, 0);
 }
 
 static long snp_call(u64 nr, u64 a0, u64 a1, u64 a2)
 {
 	ghcb_begin();
-	put(GHCB_RAX, nr);
-	put(GHCB_CPL, 0);
-	put(GHCB_RBX, a0);
-	put(GHCB_RCX, a1);
-	put(GHCB_RDX, a2);
-	put(GHCB_RSI, 0);
+	ghcb_put(GHCB_RAX, nr);
+	ghcb_put(GHCB_CPL, 0);
+	ghcb_put(GHCB_RBX, a0);
+	ghcb_put(GHCB_RCX, a1);
+	ghcb_put(GHCB_RDX, a2);
+	ghcb_put(GHCB_RSI, 0);
 	if (ghcb_exit(SVM_EXIT_VMMCALL, 0, 0))
 		return NO_SYSTEM_CALL;
-	return (long)get(GHCB_RAX);
+	return (long)ghcb_get(GHCB_RAX);
 }
 
 /* The firmware has checked its CPUID page; without one the host is asked and believed. */
@@ -252,15 +198,15 @@ static u32 do_cpuid(struct trap_frame *f)
 
 	if (!from_page((u32)f->rax, (u32)f->rcx, out)) {
 		ghcb_begin();
-		put(GHCB_RAX, (u32)f->rax);
-		put(GHCB_RCX, (u32)f->rcx);
-		put(GHCB_XCR0, 1);
+		ghcb_put(GHCB_RAX, (u32)f->rax);
+		ghcb_put(GHCB_RCX, (u32)f->rcx);
+		ghcb_put(GHCB_XCR0, 1);
 		if (ghcb_exit(SVM_EXIT_CPUID, 0, 0))
 			return 0;
-		out[0] = (u32)get(GHCB_RAX);
-		out[1] = (u32)get(GHCB_RBX);
-		out[2] = (u32)get(GHCB_RCX);
-		out[3] = (u32)get(GHCB_RDX);
+		out[0] = (u32)ghcb_get(GHCB_RAX);
+		out[1] = (u32)ghcb_get(GHCB_RBX);
+		out[2] = (u32)ghcb_get(GHCB_RCX);
+		out[3] = (u32)ghcb_get(GHCB_RDX);
 	}
 	f->rax = out[0];
 	f->rbx = out[1];
@@ -274,16 +220,16 @@ static u32 do_msr(struct trap_frame *f)
 	bool_t write = ((const u8 *)f->rip)[1] == 0x30;
 
 	ghcb_begin();
-	put(GHCB_RCX, (u32)f->rcx);
+	ghcb_put(GHCB_RCX, (u32)f->rcx);
 	if (write) {
-		put(GHCB_RAX, (u32)f->rax);
-		put(GHCB_RDX, (u32)f->rdx);
+		ghcb_put(GHCB_RAX, (u32)f->rax);
+		ghcb_put(GHCB_RDX, (u32)f->rdx);
 	}
 	if (ghcb_exit(SVM_EXIT_MSR, write, 0))
 		return 0;
 	if (!write) {
-		f->rax = (u32)get(GHCB_RAX);
-		f->rdx = (u32)get(GHCB_RDX);
+		f->rax = (u32)ghcb_get(GHCB_RAX);
+		f->rdx = (u32)ghcb_get(GHCB_RDX);
 	}
 	return 2;
 }
@@ -304,14 +250,14 @@ static u32 do_io(struct trap_frame *f)
 static u32 do_mmio(struct trap_frame *f)
 {
 	struct instruction i = decode_mov(f);
-	u64 buffer = platform_params()->ghcb_gpa + this_cpu() * PAGE_SIZE + GHCB_BUFFER;
+	u64 buffer = ghcb_gpa() + GHCB_BUFFER;
 	u64 gpa = i.address - SHARED_VA;
 
 	/* Only the shared map can reach a device. */
 	if (!i.length || i.address < SHARED_VA || gpa >= 1UL << 39)
 		return 0;
 	ghcb_begin();
-	put(GHCB_SCRATCH, buffer);
+	ghcb_put(GHCB_SCRATCH, buffer);
 	if (i.write)
 		*(volatile u64 *)(ghcb() + GHCB_BUFFER) = i.value;
 	if (ghcb_exit(i.write ? NAE_MMIO_WRITE : NAE_MMIO_READ, gpa, i.size))
@@ -359,7 +305,7 @@ static bool_t snp_exception(struct trap_frame *f, u64 *address)
 static void snp_fatal(const char *text)
 {
 	(void)text; /* the protocol has room for a number only */
-	terminate(TERMINATE_GENERAL);
+	ghcb_terminate(TERMINATE_GENERAL);
 }
 
 static void snp_describe(void (*tell)(const char *name, u64 value))
@@ -372,7 +318,7 @@ static void snp_describe(void (*tell)(const char *name, u64 value))
 	tell("sev_status", rdmsr(MSR_SEV_STATUS));
 	ghcb_begin();
 	if (!ghcb_exit(NAE_HV_FEATURES, 0, 0))
-		tell("hv_features", get(GHCB_EXIT_INFO_2));
+		tell("hv_features", ghcb_get(GHCB_EXIT_INFO_2));
 }
 
 /* The request lies in the two shared pages behind the GHCBs (SNP firmware ABI, chapter 8). */
@@ -384,7 +330,7 @@ long snp_guest_request(const u8 *request, u8 *response)
 	ghcb_begin();
 	if (ghcb_exit(NAE_GUEST_REQUEST, pages, pages + PAGE_SIZE))
 		return IO_ERROR;
-	platform_status = get(GHCB_EXIT_INFO_2);
+	platform_status = ghcb_get(GHCB_EXIT_INFO_2);
 	if (platform_status)
 		return IO_ERROR;
 	copy_words(response, shared_at(pages + PAGE_SIZE), PAGE_SIZE / 8);

@@ -21,6 +21,8 @@ void tdcall(struct tdcall *regs); /* tdcall.S */
 
 /* The upper half of a status says what happened, the lower about which operand. */
 #define STATUS_CODE(status) ((status) & 0xffffffff00000000UL)
+#define TDX_INTERRUPTED_RESTARTABLE 0x8000000400000000UL
+#define TDX_OPERAND_BUSY 0x8000020000000000UL
 #define TDX_PAGE_ALREADY_ACCEPTED 0x00000b0a00000000UL
 #define TDX_PAGE_SIZE_MISMATCH 0xc0000b0b00000000UL
 
@@ -126,9 +128,14 @@ static long tdx_shared(u64 gpa, u64 npages)
 
 static enum acceptance tdx_accept(u64 gpa, bool_t large)
 {
-	struct tdcall r = { .rax = TDG_MEM_PAGE_ACCEPT, .rcx = gpa | (large ? 1 : 0) };
+	struct tdcall r;
 
-	tdcall(&r);
+	/* A page of 2 MiB may take several calls: the module counts what it has done of it. */
+	do {
+		r = (struct tdcall){ .rax = TDG_MEM_PAGE_ACCEPT, .rcx = gpa | (large ? 1 : 0) };
+		tdcall(&r);
+	} while (STATUS_CODE(r.rax) == TDX_INTERRUPTED_RESTARTABLE ||
+		 STATUS_CODE(r.rax) == TDX_OPERAND_BUSY);
 	if (!r.rax)
 		return ACCEPT_FINE;
 	platform_status = r.rax;
@@ -170,12 +177,14 @@ static u32 do_mmio(struct trap_frame *f, u64 gpa)
 	return i.length;
 }
 
-static u32 do_io(struct trap_frame *f, u64 qualification, u32 length)
+static u32 do_io(struct trap_frame *f, u64 qualification, u32 length, bool_t told)
 {
 	u32 size = (u32)(qualification & 7) + 1;
 	u16 port = (u16)(qualification >> 16);
 	struct instruction i = { .size = size, .width = size };
 
+	if (!told)
+		length = decode_port(f).length;
 	if (qualification & 1 << 4)
 		return 0; /* INS, OUTS: nobody here uses them */
 	if (qualification & 1 << 3)
@@ -226,11 +235,13 @@ static bool_t tdx_exception(struct trap_frame *f, u64 *address)
 	if (info.rax)
 		return 0;
 	length = (u32)info.r10;
+	if (!length) /* not told: these four have one length, and a port access is read below */
+		length = (u32)info.rcx == EXIT_HLT ? 1 : 2;
 	f->error = (u32)info.rcx;
 	*address = info.r8;
 	switch ((u32)info.rcx) {
 	case EXIT_IO:
-		used = do_io(f, info.rdx, length);
+		used = do_io(f, info.rdx, length, (u32)info.r10 != 0);
 		break;
 	case EXIT_CPUID:
 		used = do_cpuid(f, length);
