@@ -1,0 +1,472 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""KVM's use of SEV-SNP: one guest from SNP_LAUNCH_START to SNP_DECOMMISSION.
+
+What arch/x86/kvm/svm/sev.c does (v6.18): snp_launch_start(), sev_gmem_post_populate(),
+snp_launch_finish(), sev_gmem_prepare(), sev_gmem_invalidate(), sev_handle_rmp_fault(),
+sev_vm_destroy(). The RMP decides; the second stage that the engine walks has a leaf only where
+every access of the guest's would pass it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from hwemu.cpu import api as cpu_api
+from hwemu.cpu.api import Regs
+from hwemu.snp import guestops
+from hwemu.snp.access import Granted, GuestAccess, Kind, guest_access
+from hwemu.snp.asids import AsidState
+from hwemu.snp.firmware import Firmware
+from hwemu.snp.fwstatus import FirmwareRefused
+from hwemu.snp.guestcontext import Policy
+from hwemu.snp.guestops import Leaf as NestedLeaf
+from hwemu.snp.guestops import Vcpu
+from hwemu.snp.hostops import HYPERVISOR, NewState, psmash, rmpupdate, rmpupdate_range
+from hwemu.snp.launch import VMSA_GPA, PageType
+from hwemu.snp.outcome import (
+    GeneralProtection,
+    GuestFault,
+    NestedPageFault,
+    NpfError,
+    Returned,
+    VcException,
+)
+from hwemu.snp.rmp import Rmp
+from hwemu.snp.rmpentry import PageSize, PageState
+from kvmsim import exits
+from kvmsim.confidential.frames import FrameMap
+from kvmsim.confidential.guestview import GuestView
+from kvmsim.confidential.platform import Platform
+from kvmsim.confidential.vmgexit import MSR_GHCB, MSR_SEV_STATUS, SEV_STATUS, VmgExits
+from kvmsim.device.translate import translate
+from kvmsim.guard import Again, Answer, GuardRefusal, Inject, Leaf, Leave, Resolve, Verdict
+from kvmsim.mmu import Zapped
+from kvmsim.running import RunningVm
+from kvmsim.uapi import KVM_INTERNAL_ERROR_EMULATION, PAGE_SHIFT, PAGE_SIZE
+from kvmsim.vmm.launch import LaunchPage
+from kvmsim.vmm.launch import PageType as Loaded
+from kvmsim.vmm.vmsa import EntryState
+
+log = logging.getLogger(__name__)
+
+_UD, _GP, _VC = 6, 13, 29
+_LARGE: Final = 512
+_MASK32: Final = 0xFFFF_FFFF
+_CF: Final = 1
+DEFAULT_POLICY: Final = int(Policy.MUST_BE_ONE | Policy.SMT)
+
+#: Non-automatic exits: #VC with the exit code (APM vol. 2, table 15-35). HLT is automatic.
+_VC_CODES: Final = {"in": 0x7B, "ins": 0x7B, "out": 0x7B, "outs": 0x7B, "cpuid": 0x72,
+                    "vmmcall": 0x81}  # fmt: skip
+_VC_MSR: Final = 0x7C
+_VC_NPF: Final = 0x400
+_OWN: Final = frozenset(("rdmsr", "wrmsr", "vmgexit", "pvalidate", "rmpadjust"))
+#: The host's instructions, and Intel's.
+_UNDEFINED: Final = frozenset(("vmcall", "tdcall", "seamcall", "psmash", "rmpupdate"))
+_TYPES: Final = {
+    Loaded.NORMAL: PageType.NORMAL,
+    Loaded.ZERO: PageType.ZERO,
+    Loaded.UNMEASURED: PageType.UNMEASURED,
+    Loaded.SECRETS: PageType.SECRETS,
+    Loaded.CPUID: PageType.CPUID,
+    Loaded.VMSA: PageType.VMSA,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SnpHost:
+    """The RMP and the AMD-SP of one host."""
+
+    rmp: Rmp
+    firmware: Firmware
+
+
+def make_host(platform: Platform) -> SnpHost:
+    """An RMP over the host's memory, all of it the hypervisor's, and a firmware after SNP_INIT."""
+    base, size = platform.ram
+    rmp = Rmp(size >> PAGE_SHIFT, start=base >> PAGE_SHIFT)
+    firmware = Firmware(rmp, platform.frames)
+    firmware.init()
+    return SnpHost(rmp, firmware)
+
+
+def make(platform: Platform, running: RunningVm) -> SnpGuard:
+    """An SNP guest of the VM ``running``, on the hardware of this host."""
+    return SnpGuard(platform, running)
+
+
+class SnpGuard:
+    """One guest; ``policy`` is that of SNP_LAUNCH_START."""
+
+    def __init__(
+        self, platform: Platform, running: RunningVm, *, policy: int = DEFAULT_POLICY
+    ) -> None:
+        self._platform = platform
+        self._running = running
+        self._host = platform.hardware(SnpHost, make_host)
+        self._rmp, self._firmware = self._host.rmp, self._host.firmware
+        self._policy = policy
+        self._view = GuestView(running)
+        self._calls = VmgExits(running, running.vm.kind.c_bit.bit_length() - 1, self._guest_request)
+        self._frames = FrameMap()  #: gfn → pfn, as the second stage would have it
+        self._staged: dict[int, LaunchPage] = {}
+        self._vmsas: dict[int, int] = {}  #: vCPU → hpa
+        self._context = 0  #: hpa of the guest context page
+        self.asid = 0
+        self.finished = False
+
+    @property
+    def instructions(self) -> frozenset[str]:
+        """All that an SNP guest does not execute without its hypervisor, or its RMP."""
+        return frozenset(_VC_CODES) | _OWN | _UNDEFINED
+
+    # --- launch ---------------------------------------------------------------------------------
+
+    def start(self, vcpus: int) -> None:
+        """KVM_SEV_SNP_LAUNCH_START."""
+        with self._refusing("the guest cannot be launched"), self._platform.lock:
+            self.asid = self._free_asid()
+            self._context = self._platform.pages.take()
+            page = self._context >> PAGE_SHIFT
+            self._update(page, NewState(assigned=True, immutable=True))
+            self._firmware.gctx_create(page)
+            self._firmware.launch_start(page, self._policy)
+            self._firmware.activate(page, self.asid)
+
+    def _free_asid(self) -> int:
+        """An ASID that nobody has; what caches hold of others is flushed first if it must be
+        (sev_flush_asids()).
+        """
+        for flushed in (False, True):
+            if flushed:
+                self._firmware.wbinvd()
+                self._firmware.df_flush()
+            for asid in range(1, self._rmp.max_asid + 1):
+                if self._firmware.asid_state(asid) is AsidState.FREE:
+                    return asid
+        raise GuardRefusal(errno.EBUSY, f"all {self._rmp.max_asid} ASIDs are guests'")
+
+    def stage(self, page: LaunchPage) -> bool:
+        """KVM_SEV_SNP_LAUNCH_UPDATE, a page of it; of a VMSA all of it."""
+        if self.finished:
+            raise GuardRefusal(errno.EINVAL, "the launch is finished: no page is added any more")
+        if page.vcpu is None:
+            self._staged[page.gpa >> PAGE_SHIFT] = page
+            return True
+        with self._refusing(f"the VMSA of vCPU {page.vcpu} is not taken"), self._platform.lock:
+            hpa = self._platform.pages.take()
+            self._vmsas[page.vcpu] = hpa
+            self._add(VMSA_GPA, hpa, page)
+        return False
+
+    def _add(self, gpa: int, hpa: int, page: LaunchPage) -> None:
+        """sev_gmem_post_populate(): copy in, make it Pre-Guest, let the AMD-SP measure it."""
+        pfn = hpa >> PAGE_SHIFT
+        self._platform.memory.write(hpa, page.data)
+        state = NewState(assigned=True, immutable=True, gpa=gpa, asid=self.asid)
+        self._update(pfn, state)
+        try:
+            self._firmware.launch_update(self._context >> PAGE_SHIFT, pfn, _TYPES[page.type])
+        except BaseException:  # snp_page_reclaim(): the page is the host's again
+            self._firmware.page_reclaim(pfn)
+            self._update(pfn, HYPERVISOR)
+            raise
+
+    def finish(self, entries: Sequence[EntryState]) -> None:
+        """KVM_SEV_SNP_LAUNCH_FINISH."""
+        with self._refusing("the launch cannot be finished"), self._platform.lock:
+            if len(self._vmsas) != len(entries):
+                raise GuardRefusal(
+                    errno.EINVAL, f"{len(self._vmsas)} VMSAs for {len(entries)} vCPUs"
+                )
+            self._firmware.launch_finish(self._context >> PAGE_SHIFT)
+        self.finished = True
+
+    # --- the second stage -----------------------------------------------------------------------
+
+    def fault(self, vcpu: int, gpa: int, access: cpu_api.Access) -> Verdict | None:
+        """What the RMP says to a private access for which KVM has a page already."""
+        if not gpa & self._c_bit:
+            return None
+        plain = gpa & ~self._c_bit
+        with self._platform.lock:
+            pfn = self._frames.get(plain >> PAGE_SHIFT)
+            if pfn is None:
+                return None
+            who = Vcpu(self.asid, cpl=0)
+            leaf = NestedLeaf(plain, pfn)
+            found = guest_access(GuestAccess(self._rmp, who, leaf, _kind(access)))
+        if isinstance(found, Granted):
+            return None
+        return self._fault(found, plain)
+
+    def _fault(self, fault: GuestFault, gpa: int) -> Verdict | None:
+        match fault:
+            case VcException(_, code):
+                return Inject(_VC, code)
+            case GeneralProtection():
+                return Inject(_GP, 0)
+            case NestedPageFault(error, why) if error & NpfError.VMPL:
+                reason = f"the guest's own permissions forbid it: {why}"
+                return Leave(exits.MemoryFaultExit(
+                    gpa & -PAGE_SIZE, PAGE_SIZE, True, errno.EFAULT, reason
+                ))  # fmt: skip
+        return None  # not this guest's page: KVM assigns it, or finds another
+
+    def mmio(self, vcpu: int, gpa: int, access: cpu_api.Access) -> Verdict | None:
+        """No memory there: #VC, and the guest asks by GHCB."""
+        return Inject(_VC, _VC_NPF)
+
+    def admit(
+        self, gfn: int, first: int, last: int, hpa: int, *, private: bool, writable: bool
+    ) -> tuple[Leaf, ...]:
+        """sev_gmem_prepare(): RMPUPDATE what the guest may validate, as large as it may be."""
+        if not private:
+            return (Leaf(first, last - first, hpa),)
+        page = hpa + (gfn - first << PAGE_SHIFT)
+        with self._refusing(f"gfn {gfn:#x} does not take hpa {page:#x}"), self._platform.lock:
+            pfn = page >> PAGE_SHIFT
+            staged = self._staged.pop(gfn, None)
+            if staged is not None:
+                self._add(gfn << PAGE_SHIFT, page, staged)
+                self._frames.set(gfn, 1, pfn)
+                return (Leaf(gfn, 1, page),)
+            if not self.finished:
+                raise GuardRefusal(errno.EIO, "the launch is not finished: only loaded pages count")
+            entry = self._rmp.entry(pfn)
+            if entry.assigned and (entry.asid, self._rmp.gpa(pfn)) != (
+                self.asid, gfn << PAGE_SHIFT
+            ):  # fmt: skip
+                raise GuardRefusal(
+                    errno.EIO, f"it is asid {entry.asid}'s at gpa {self._rmp.gpa(pfn):#x}"
+                )
+            if not entry.assigned:
+                self._assign(gfn, first, last, hpa >> PAGE_SHIFT)
+            return self._leaves(gfn, pfn)
+
+    def _assign(self, gfn: int, first: int, last: int, pfn: int) -> None:
+        """rmp_make_private(); ``pfn`` belongs to ``first``."""
+        begin = gfn & -_LARGE
+        large = pfn + begin - first
+        fits = first <= begin and begin + _LARGE <= last and not large % _LARGE
+        if fits and not self._rmp.assigned(large, _LARGE):
+            new = NewState(True, PageSize.SIZE_2M, False, begin << PAGE_SHIFT, self.asid)
+            self._update(large, new)
+        else:
+            self._update(pfn + gfn - first, NewState(True, gpa=gfn << PAGE_SHIFT, asid=self.asid))
+
+    def _leaves(self, gfn: int, pfn: int) -> tuple[Leaf, ...]:
+        """Remember where the page around ``gfn`` is; leaves if the guest has validated it."""
+        entry, page = self._rmp.entry(pfn), self._rmp.page(pfn)
+        base, npages = gfn - (pfn - page), self._rmp.pages(entry.size)
+        self._frames.set(base, npages, page)
+        return (Leaf(base, npages, page << PAGE_SHIFT),) if entry.validated else ()
+
+    def zapped(self, gfn: int, npages: int, *, private: bool) -> None:
+        """The second stage forgets; the RMP does not."""
+        if private:
+            self._frames.forget(gfn, npages)
+
+    def drained(self) -> bool:
+        """Nothing waits: an RMPUPDATE flushes what it has to."""
+        return False
+
+    def released(self, hpa: int, size: int) -> None:
+        """sev_gmem_invalidate(): the pages are the hypervisor's, large ones broken first."""
+        with self._platform.lock:
+            pfn, end = hpa >> PAGE_SHIFT, (hpa + size) >> PAGE_SHIFT
+            end = min(end, self._rmp.start + self._rmp.frames)
+            while pfn < end:
+                run = next(self._rmp.runs(pfn, end - pfn))
+                if run.state is not PageState.HYPERVISOR:
+                    self._take_back(pfn, min(run.npages, end - pfn))
+                pfn += run.npages
+
+    def _take_back(self, pfn: int, npages: int) -> None:
+        while npages:
+            page = self._rmp.page(pfn)
+            large = self._rmp.raw(page).large
+            if large and (page != pfn or npages < _LARGE):
+                psmash(self._rmp, page)
+                large = False
+            if large:
+                self._update(page, replace(HYPERVISOR, size=PageSize.SIZE_2M))
+                done = _LARGE
+            else:
+                here = min(npages, _LARGE - pfn % _LARGE)
+                done, answer = rmpupdate_range(self._rmp, pfn, here, HYPERVISOR)
+                if not answer.ok:
+                    raise RuntimeError(f"RMPUPDATE of frame {pfn + done:#x}: {answer}")
+            pfn, npages = pfn + done, npages - done
+
+    # --- vCPUs ----------------------------------------------------------------------------------
+
+    def enter(self, vcpu: int) -> None:
+        """VMRUN: the VMSA is in use."""
+        with self._platform.lock:
+            self._rmp.hold(self._vmsas[vcpu] >> PAGE_SHIFT)
+
+    def leave(self, vcpu: int) -> None:
+        """#VMEXIT."""
+        with self._platform.lock:
+            self._rmp.release(self._vmsas[vcpu] >> PAGE_SHIFT)
+
+    def instruction(self, vcpu: int, left: cpu_api.InterceptExit, regs: Regs) -> Verdict:
+        """VMGEXIT, PVALIDATE, RMPADJUST, the GHCB MSR; #VC or #UD for the others."""
+        name = left.instruction
+        if name in ("rdmsr", "wrmsr"):
+            return self._msr(vcpu, regs, write=name == "wrmsr")
+        if name == "vmgexit":
+            return self._calls.begin(vcpu, regs)
+        if name in ("pvalidate", "rmpadjust"):
+            return self._page_operation(vcpu, name, regs)
+        code = _VC_CODES.get(name)
+        return Inject(_UD) if code is None else Inject(_VC, code)
+
+    def _msr(self, vcpu: int, regs: Regs, *, write: bool) -> Verdict:
+        index = regs.rcx & _MASK32
+        if index == MSR_GHCB and write:
+            self._calls.write_msr(vcpu, (regs.rdx & _MASK32) << 32 | regs.rax & _MASK32)
+            return Answer(regs)
+        if index == MSR_GHCB or (index == MSR_SEV_STATUS and not write):
+            value = SEV_STATUS if index == MSR_SEV_STATUS else self._calls.read_msr(vcpu)
+            return Answer(replace(regs, rax=value & _MASK32, rdx=value >> 32))
+        return Inject(_VC, _VC_MSR)
+
+    def _page_operation(self, vcpu: int, name: str, regs: Regs) -> Verdict:
+        """PVALIDATE and RMPADJUST name their page by a linear address in RAX."""
+        sregs = self._running.vcpus[vcpu].cpu.get_sregs()
+        gpa = translate(sregs, regs.rax & -PAGE_SIZE, self._view.word)
+        if gpa is None or not gpa & self._c_bit:
+            return Leave(exits.InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION))
+        plain = gpa & ~self._c_bit
+        with self._platform.lock:
+            pfn = self._frames.get(plain >> PAGE_SHIFT)
+            if pfn is None:  # #NPF: the second stage has nothing there
+                return Resolve(gpa, cpu_api.Access.WRITE)
+            leaf = NestedLeaf(plain, pfn)
+            who = Vcpu(self.asid, cpl=sregs.ss.attributes >> 5 & 3)
+            if name == "pvalidate":
+                asked = guestops.PvalidateRegisters.decode(regs.rcx, regs.rdx)
+                done = guestops.pvalidate(self._rmp, who, leaf, asked.size, validate=asked.validate)
+            else:
+                wanted = guestops.RmpadjustRegisters.decode(regs.rcx, regs.rdx)
+                done = guestops.rmpadjust(
+                    self._rmp, who, leaf, wanted.size, target=wanted.target,
+                    permissions=wanted.permissions, vmsa=wanted.vmsa,
+                )  # fmt: skip
+            if isinstance(done, Returned):
+                return self._returned(regs, done, plain, pfn)
+            return self._refused(done, gpa, pfn)
+
+    def _returned(self, regs: Regs, done: Returned, gpa: int, pfn: int) -> Verdict:
+        """EAX and CF; a page that may be used less than before leaves the second stage."""
+        flags = regs.rflags & ~_CF | done.carry
+        changed = replace(regs, rax=done.eax, rflags=flags)
+        entry, page = self._rmp.entry(pfn), self._rmp.page(pfn)
+        if not done.ok or entry.validated:
+            return Answer(changed)
+        start = gpa - (pfn - page << PAGE_SHIFT) | self._c_bit
+        npages = self._rmp.pages(entry.size)
+        leaves = self._running.stage2.zap(start, npages)
+        return Answer(changed, Zapped(((start, npages),), leaves))
+
+    def _refused(self, fault: GuestFault, gpa: int, pfn: int) -> Verdict:
+        """sev_handle_rmp_fault(): a part of a large page, so it is broken."""
+        if isinstance(fault, NestedPageFault) and fault.error & NpfError.SIZEM:
+            psmash(self._rmp, self._rmp.page(pfn))
+            return Again()
+        verdict = self._fault(fault, gpa & ~self._c_bit)
+        if verdict is not None:
+            return verdict
+        self._frames.forget(gpa - self._c_bit >> PAGE_SHIFT, 1)  # another guest's, or none
+        return Resolve(gpa, cpu_api.Access.WRITE)
+
+    def complete(self, vcpu: int, data: bytes | int | None, regs: Regs) -> Verdict:
+        """The VMM's answer to a VMGEXIT."""
+        return self._calls.complete(vcpu, data, regs)
+
+    def _guest_request(self, request: bytes) -> tuple[bytes, int]:
+        try:
+            with self._platform.lock:
+                return self._firmware.guest_request(self._context >> PAGE_SHIFT, request), 0
+        except FirmwareRefused as refused:
+            return b"", int(refused.status)
+
+    # --- its end --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """SNP_DECOMMISSION; VMSAs and context page are the host's again (sev_vm_destroy()).
+
+        The guest's memory follows as its owners take it back.
+        """
+        with self._platform.lock:
+            for hpa in self._vmsas.values():
+                self._give(hpa)
+            if self._context:
+                page = self._context >> PAGE_SHIFT
+                self._firmware.decommission(page)
+                self._firmware.page_reclaim(page)
+                self._give(self._context)
+            self._vmsas.clear()
+            self._frames.clear()
+            self._context = 0
+
+    def describe(self) -> dict[str, Any]:
+        """The launch digest, what the AMD-SP says, frames."""
+        with self._platform.lock:
+            status = self._firmware.guest_status(self._context >> PAGE_SHIFT)
+            return {
+                "technology": "SEV-SNP",
+                "asid": self.asid,
+                "state": status.state.value,
+                "policy": hex(status.policy),
+                "measurement": status.digest.hex(),
+                "frames": self._rmp.frames_of(self.asid),
+            }
+
+    def residue(self) -> dict[str, int]:
+        """Frames that the RMP still has for the guest, and what the AMD-SP has."""
+        with self._platform.lock:
+            active = self.asid and self._firmware.asid_state(self.asid) is AsidState.ACTIVE
+            return {
+                "RMP": self._rmp.frames_of(self.asid) if self.asid else 0,
+                "contexts": int(bool(self._context)),
+                "ASIDs": int(active),
+                "VMSAs": len(self._vmsas),
+            }
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    @property
+    def _c_bit(self) -> int:
+        return self._running.vm.kind.c_bit
+
+    def _update(self, pfn: int, new: NewState) -> None:
+        answer = rmpupdate(self._rmp, pfn, new)
+        if not answer.ok:
+            raise GuardRefusal(errno.EIO, f"RMPUPDATE of frame {pfn:#x}: {answer}")
+
+    def _give(self, hpa: int) -> None:
+        self._update(hpa >> PAGE_SHIFT, HYPERVISOR)
+        self._platform.pages.give(hpa)
+
+    @contextlib.contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except FirmwareRefused as error:
+            raise GuardRefusal(errno.EIO, f"{what}: {error}") from error
+        except MemoryError as error:
+            raise GuardRefusal(errno.ENOMEM, f"{what}: {error}") from error
+
+
+def _kind(access: cpu_api.Access) -> Kind:
+    if access & cpu_api.Access.EXEC:
+        return Kind.FETCH
+    return Kind.WRITE if access & cpu_api.Access.WRITE else Kind.READ
