@@ -18,7 +18,14 @@ from kvmsim.uapi import KVM_CPUID_FLAG_SIGNIFCANT_INDEX, structs
 _KVM_SIGNATURE: Final = struct.unpack("<III", b"KVMKVMKVM\0\0\0")
 _KVM_BASE: Final = 0x4000_0000
 _KVM_FEATURES: Final = _KVM_BASE + 1
+KVM_FEATURE_CLOCKSOURCE: Final = 1 << 0
 KVM_FEATURE_NOP_IO_DELAY: Final = 1 << 1
+KVM_FEATURE_CLOCKSOURCE2: Final = 1 << 3
+KVM_FEATURE_CLOCKSOURCE_STABLE_BIT: Final = 1 << 24
+_FEATURES: Final = (
+    KVM_FEATURE_CLOCKSOURCE | KVM_FEATURE_NOP_IO_DELAY | KVM_FEATURE_CLOCKSOURCE2
+    | KVM_FEATURE_CLOCKSOURCE_STABLE_BIT
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,7 @@ def _supported() -> tuple[Entry, ...]:
     leaves = {
         **DEFAULT,
         _KVM_BASE: (_KVM_FEATURES, *_KVM_SIGNATURE),
-        _KVM_FEATURES: (KVM_FEATURE_NOP_IO_DELAY, 0, 0, 0),
+        _KVM_FEATURES: (_FEATURES, 0, 0, 0),
     }
     return tuple(
         Entry(function, 0, 0, eax, ebx, ecx, edx)

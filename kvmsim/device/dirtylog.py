@@ -118,6 +118,10 @@ class LoggingStage2:
         """Clear the leaves of a range; how many there were."""
         return self._inner.zap(gpa, npages)
 
+    def mark(self, gfn: int) -> None:
+        """Somebody other than the guest wrote there (kvm_gpc_mark_dirty_in_slot())."""
+        self._log.mark(gfn)
+
     def whole_leaves(self, gpa: int, npages: int) -> tuple[int, int]:
         """The range widened to the large leaves that reach out of it."""
         return self._inner.whole_leaves(gpa, npages)

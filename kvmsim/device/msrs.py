@@ -3,7 +3,7 @@
 
 Names and numbers: arch/x86/include/asm/msr-index.h; which ones KVM saves: msrs_to_save_base and
 emulated_msrs_all of arch/x86/kvm/x86.c. Nothing here has an effect beyond keeping its value, but
-for the time stamp counter.
+for the time stamp counter and what is watched.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Final
 
 from hwemu.cpu import msr as engine_msr
+from kvmsim import pvclock
 from kvmsim.device.registers import APIC_BASE_BSP, APIC_BASE_RESET, Invalid, check_apic_base
 
 MSR_IA32_TSC: Final = 0x10
@@ -86,6 +87,10 @@ TABLE: Final[Mapping[int, Msr]] = MappingProxyType(
         MSR_IA32_TSC: Msr("MSR_IA32_TSC"),
         MSR_IA32_APICBASE: Msr("MSR_IA32_APICBASE", APIC_BASE_RESET, _apic_base),
         MSR_IA32_UCODE_REV: Msr("MSR_IA32_UCODE_REV", 0x0100_0065, _always),
+        pvclock.MSR_KVM_WALL_CLOCK: Msr("MSR_KVM_WALL_CLOCK"),
+        pvclock.MSR_KVM_SYSTEM_TIME: Msr("MSR_KVM_SYSTEM_TIME"),
+        pvclock.MSR_KVM_WALL_CLOCK_NEW: Msr("MSR_KVM_WALL_CLOCK_NEW"),
+        pvclock.MSR_KVM_SYSTEM_TIME_NEW: Msr("MSR_KVM_SYSTEM_TIME_NEW"),
         MSR_PLATFORM_INFO: Msr("MSR_PLATFORM_INFO", 1 << 31, _never, _always),
         MSR_MTRRCAP: Msr("MSR_MTRRcap", 0x500 | _MTRR_PAIRS, _never),
         0x174: Msr("MSR_IA32_SYSENTER_CS"),
@@ -137,6 +142,7 @@ class MsrStore:
     def __init__(self, tsc: Callable[[], int], *, bsp: bool) -> None:
         self._tsc = tsc
         self._tsc_offset = 0
+        self._watched: dict[int, Callable[[int], None]] = {}
         self._values = {index: msr.reset for index, msr in TABLE.items()}
         self._values[MSR_IA32_APICBASE] |= APIC_BASE_BSP if bsp else 0
 
@@ -158,7 +164,13 @@ class MsrStore:
             self._tsc_offset = value - self._tsc()
         else:
             self._values[index] = value
+        if index in self._watched:
+            self._watched[index](value)
         return True
+
+    def watch(self, index: int, written: Callable[[int], None]) -> None:
+        """Have ``written`` called with each value that is stored, by whoever stores it."""
+        self._watched[index] = written
 
     def set_mcg_cap(self, value: int) -> None:
         """KVM_X86_SETUP_MCE."""

@@ -18,6 +18,7 @@ from kvmsim.device.caller import Caller
 from kvmsim.device.cpuid import GuestCpuid
 from kvmsim.device.events import Events
 from kvmsim.device.hypercall import Answer, hypercall
+from kvmsim.device.kvmclock import KvmClock
 from kvmsim.device.msrs import MsrStore
 from kvmsim.device.pending import Call as PendingCall
 from kvmsim.device.pending import Outcome
@@ -66,6 +67,7 @@ class VcpuDevice:
         self.cpu = engine.cpu
         self.cpuid = GuestCpuid()
         self.msrs = MsrStore(vm.clock.tsc, bsp=bsp)
+        self.clock = KvmClock(vm, self.msrs)
         self.events = Events()
         self.cr8 = 0
         self.debugregs: tuple[int, ...] = (0, 0, 0, 0, 0xFFFF0FF0, 0x400)
@@ -120,6 +122,7 @@ class VcpuDevice:
         if self.buffer is not None:
             self.buffer.release()
             self.buffer = None
+        self.clock.close()
         self.vm.unpin()
 
     def _cancel(self, pending: PendingCall) -> None:
@@ -214,6 +217,7 @@ class VcpuDevice:
 
     def enter(self) -> bool:
         """Inject what waits; False if KVM_RUN ended instead, since an interrupt may come."""
+        self.clock.enter()
         injection = self.events.next()
         if injection is not None:
             self.cpu.inject(injection.vector, injection.error_code)

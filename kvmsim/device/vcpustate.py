@@ -224,7 +224,9 @@ def set_tsc_khz(vcpu: VcpuDevice, call: Call) -> None:
 
 def kvmclock_ctrl(vcpu: VcpuDevice, call: Call) -> None:
     """KVM_KVMCLOCK_CTRL."""
-    raise call.refused(errno.EINVAL, "the guest has no kvmclock")
+    if not vcpu.clock.active:
+        raise call.refused(errno.EINVAL, "the guest has no kvmclock")
+    vcpu.clock.want(stopped=True)
 
 
 def setup_mce(vcpu: VcpuDevice, call: Call) -> None:

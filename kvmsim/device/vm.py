@@ -233,6 +233,8 @@ class VmDevice:
         if flags & KVM_CLOCK_REALTIME:
             clock += max(self.clock.realtime_ns() - realtime, 0)
         self.clock.set_kvmclock(clock)
+        for vcpu in list(self._by_index):
+            vcpu.clock.want()
 
     def get_tsc_khz(self, call: Call) -> int:
         """KVM_GET_TSC_KHZ."""
