@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kvmsim.vmm import bootparams, loader, stamplog
-from kvmsim.vmm.bootparams import BootFlag, BootParams, Hypercall, RamRange
+from kvmsim.kind import KINDS
+from kvmsim.vmm import bootparams, bounce, loader, stamplog
+from kvmsim.vmm.bootparams import BootFlag, BootParams, Hypercall, RamRange, Technology
 
 COMMON = Path(__file__).parents[2] / "scripts" / "guests" / "kernel" / "common"
 
@@ -38,6 +39,10 @@ def test_boot_params_have_the_layout_of_the_header(tmp_path: Path) -> None:
         for name in bootparams.FIELDS
     }
     expected |= {
+        "__builtin_offsetof(struct boot_params, measured)": bootparams.MEASURED_OFFSET,
+        "sizeof(struct measured_range)": 16,
+        "BOOT_MAX_MEASURED": bootparams.MAX_MEASURED,
+        "BOOT_FLAG_EAGER": BootFlag.EAGER,
         "__builtin_offsetof(struct boot_params, ram)": bootparams.RAM_OFFSET,
         "sizeof(struct boot_params)": bootparams.BOOT_PARAMS_SIZE,
         "sizeof(struct ram_range)": 24,
@@ -51,7 +56,36 @@ def test_boot_params_have_the_layout_of_the_header(tmp_path: Path) -> None:
         "HYPERCALL_VMMCALL": Hypercall.VMMCALL,
         "HYPERCALL_VMCALL": Hypercall.VMCALL,
     }
+    expected |= {f"TECH_{technology.name}": technology for technology in Technology}
     assert c_values(tmp_path, ["bootparams.h"], list(expected)) == expected
+
+
+def test_the_bounce_ring_has_the_layout_of_the_header(tmp_path: Path) -> None:
+    expected = {
+        "sizeof(struct bounce_ring)": bounce.HEADER.size,
+        "sizeof(struct bounce_descriptor)": bounce.DESCRIPTOR.size,
+        "__builtin_offsetof(struct bounce_ring, used)": bounce.USED_OFFSET,
+        "__builtin_offsetof(struct bounce_descriptor, sector)": 8,
+        "__builtin_offsetof(struct bounce_descriptor, length)": 16,
+        "__builtin_offsetof(struct bounce_descriptor, operation)": 20,
+        "__builtin_offsetof(struct bounce_descriptor, status)": bounce.STATUS_OFFSET,
+        "BOUNCE_MAGIC": bounce.MAGIC,
+        "BOUNCE_ENTRIES": bounce.ENTRIES,
+        "BOUNCE_DESCRIPTORS": bounce.DESCRIPTORS_OFFSET,
+        "BOUNCE_SECTOR": bounce.SECTOR,
+        "BOUNCE_DOORBELL": bounce.DOORBELL,
+        "BOUNCE_RESULT": bounce.RESULT,
+        "BOUNCE_PENDING": bounce.PENDING,
+    }
+    expected |= {f"BOUNCE_{one.name}": one for one in (*bounce.Operation, *bounce.Status)}
+    assert c_values(tmp_path, ["bounce.h"], list(expected)) == expected
+
+
+def test_technologies_are_kinds_of_vms_with_the_same_bits() -> None:
+    for technology in Technology:
+        kind = KINDS[technology.kind]
+        assert kind.shared_bit == (1 << technology.shared_bit if technology.shared_bit else 0)
+        assert kind.c_bit == (1 << technology.private_bit if technology.private_bit else 0)
 
 
 def test_stamp_log_has_the_layout_of_the_header(tmp_path: Path) -> None:
@@ -119,6 +153,7 @@ def test_pack_puts_the_ranges_behind_the_fields() -> None:
         {"ram": ()},
         {"ram": (RamRange(0, 8192), RamRange(4096, 4096))},
         {"ram": tuple(RamRange(i << 20, 4096) for i in range(17))},
+        {"technology": Technology.TDX, "ram": (RamRange(0, 3 << 20),)},
     ],
 )
 def test_impossible_machines_are_refused(changes: dict[str, object]) -> None:

@@ -18,8 +18,9 @@ from kvmsim.exits import (
     MmioExit,
     ShutdownExit,
 )
-from kvmsim.vmm.bootparams import RamRange
+from kvmsim.vmm.bootparams import RamRange, Technology
 from kvmsim.vmm.convert import Discard
+from kvmsim.vmm.launch import LaunchPage
 from kvmsim.vmm.machine import (
     FAULT_REPEATS,
     Machine,
@@ -343,3 +344,65 @@ def test_payload_is_made_private_page_by_page_before_it_is_filled() -> None:
     ]
     assert memory.private == {gpa // PAGE for gpa, _, _ in memory.populated}
     assert memory.discarded == []
+
+
+# --- guests that start in private memory -------------------------------------------------------
+
+
+def confidential(technology: Technology) -> tuple[Machine, Memory]:
+    memory = Memory()
+    ram = (RamRange(0, 8 * MIB), RamRange(8 * MIB, MIB, private=False))
+    return Machine(MachineConfig(ram, technology=technology), memory), memory
+
+
+def test_all_ram_is_private_before_the_first_page_is_added() -> None:
+    made, memory = confidential(Technology.SNP)
+    load = made.load_plan(elf(BASE))
+    private_at_first: list[int] = []
+    added: list[LaunchPage] = []
+
+    def add(page: LaunchPage) -> None:
+        private_at_first.append(len(memory.private))
+        added.append(page)
+
+    assert made.launch(load, add) == load.entries
+    assert set(private_at_first) == {8 * MIB // PAGE}
+    assert tuple(added) == load.pages
+    assert memory.populated == []
+    assert not made.is_shared(0, PAGE)
+    assert made.is_shared(8 * MIB, MIB)
+
+
+def test_without_a_processor_pages_are_populated() -> None:
+    made, memory = confidential(Technology.PKVM)
+    load = made.load_plan(elf(BASE))
+    made.launch(load)
+    assert memory.populated == [(page.gpa, page.data, True) for page in load.pages]
+
+
+@pytest.mark.parametrize("technology", [Technology.TDX, Technology.SNP, Technology.PKVM])
+def test_a_confidential_guest_is_not_booted_in_shared_memory(technology: Technology) -> None:
+    made, memory = confidential(technology)
+    with pytest.raises(ValueError, match="launch it"):
+        made.boot(elf(BASE))
+    assert memory.private == set()
+
+
+def test_half_a_conversion_leaves_no_page_to_devices() -> None:
+    class Torn(Memory):
+        def discard_private(self, gpa: int, size: int) -> None:
+            raise OSError(errno.EIO, "not freed")
+
+    memory = Torn()
+    made = Machine(MachineConfig((RamRange(0, 8 * MIB),)), memory)
+    made.handle_exit(0, HypercallExit(12, (4 * MIB, 2, ENCRYPTED, 0)))
+    assert made.handle_exit(0, HypercallExit(12, (4 * MIB, 1, 0, 0))) == Resume(u64(-errno.EIO))
+    assert not made.is_shared(4 * MIB, PAGE)
+
+
+def test_a_guest_may_give_up_by_other_means() -> None:
+    made, _ = confidential(Technology.TDX)
+    stop = made.guest_fatal(1, "memory not accepted")
+    assert (stop.reason, stop.status) == (StopReason.GUEST_FATAL, 1)
+    assert "vcpu 1" in stop.message
+    assert "memory not accepted" in stop.message
