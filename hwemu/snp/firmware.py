@@ -254,7 +254,8 @@ class Firmware:
     def md_init(self, gctx: int, page: int) -> None:
         """SNP_MD_INIT: make a Firmware page one for metadata of the guest's swapped pages."""
         asked = self._ask(Command.SNP_MD_INIT, gctx=gctx, page=page)
-        self._memory.zero(page)
+        for frame in range(page, page + self.rmp.pages(self.rmp.raw(page).size)):
+            self._memory.zero(frame)
         self.rmp.store(page, replace(self.rmp.raw(page), gpa=gctx * PAGE_SIZE))
         self._advance(asked)
 

@@ -165,7 +165,13 @@ COMMANDS: Final[dict[Command, tuple[Check[Asked], ...]]] = {
         ),
     ),
     Command.SNP_DF_FLUSH: (_PLATFORM,),
-    Command.SNP_GCTX_CREATE: (_PLATFORM, _is_firmware("the page", lambda a: a.gctx)),
+    Command.SNP_GCTX_CREATE: (
+        _PLATFORM,
+        _is_firmware("the page", lambda a: a.gctx),
+        Check(
+            "the page is small", _F.INVALID_PAGE_SIZE, lambda a: _sized(a.gctx, a), "56860; ours"
+        ),
+    ),
     Command.SNP_LAUNCH_START: (
         _PLATFORM,
         _CONTEXT,
