@@ -213,9 +213,16 @@ its TD's root, shared.
   model says that the page is not free.
 - REMOVED met by ACCEPT is a TD exit here, as FREE is.
 
-The tests compare it with a predictor that was written apart from it, on every state and in random
-sequences; 100,000 leaves take some seconds:
-`.venv/bin/python -m pytest -m slow tests/exhaustive/test_tdx_predicted.py`.
+## A CPU beside it
+
+The walk is `access`: ask it when the CPU misses, and keep what it answers (hpa, size, rights) until
+`FlushTlb` of that vCPU. A nested page table that the engine reads is such a TLB: fill it from
+`Translation`, drop it at `FlushTlb`, and give no page to anyone else but by the leaves. BLOCK and
+REMOVE tell the CPU nothing, as in hardware: that is what TRACK is for.
+
+The tests compare the model with a predictor that was written apart from it, on every state and in
+100,000 random leaves, and explore small worlds in which a TLB never forgets:
+`.venv/bin/python -m pytest tests/exhaustive -k tdx`.
 
 ## Fields that TDH.MNG.RD reads
 
