@@ -85,6 +85,8 @@ class Pamt:
         for tdmr in tdmrs:
             if tdmr.base % PAGE_SIZE or tdmr.size % PAGE_SIZE or tdmr.size <= 0:
                 raise ValueError(f"TDMR at {tdmr.base:#x}, {tdmr.size:#x} bytes: not whole pages")
+            if not tdmr.base:
+                raise ValueError("TDMR at 0: page number 0 stands for no owner")
             if tdmr.base < end:
                 raise ValueError(f"TDMR at {tdmr.base:#x}: overlaps, or is not in order")
             end = tdmr.base + tdmr.size

@@ -146,9 +146,10 @@ def test_pages_split_and_merge_with_type_and_owner() -> None:
     "tdmrs",
     [
         [Tdmr(1, 4096)],
-        [Tdmr(0, 0)],
-        [Tdmr(0, 8192), Tdmr(4096, 4096)],
-        [Tdmr(0, 8192, ((4096, 8192),))],
+        [Tdmr(4096, 0)],
+        [Tdmr(0, 4096)],
+        [Tdmr(4096, 8192), Tdmr(8192, 4096)],
+        [Tdmr(4096, 8192, ((4096, 8192),))],
     ],
 )
 def test_wrong_tdmrs_are_refused(tdmrs: list[Tdmr]) -> None:
