@@ -10,32 +10,19 @@ from typing import Any
 
 import pytest
 from snp_fwpredictor import FirmwarePredictor
+from snp_machine import Nothing
 from test_snp_rmp import model, predicted, same
 
 from hwemu.snp.firmware import Firmware
 from hwemu.snp.fwstatus import FirmwareRefused
 from hwemu.snp.guestcontext import Policy
 from hwemu.snp.rmp import Rmp
-from hwemu.snp.rmpentry import PAGE_SIZE
 
 pytestmark = pytest.mark.exhaustive
 
 FRAMES, GROUP, MAX_ASID = 12, 2, 3
 POLICY = int(Policy.MUST_BE_ONE | Policy.SMT)
 Operation = tuple[Any, ...]
-
-
-class Nothing:
-    """A memory whose contents nobody looks at."""
-
-    def read(self, pfn: int) -> bytes:
-        return bytes(PAGE_SIZE)
-
-    def write(self, pfn: int, contents: bytes) -> None: ...
-
-    def zero(self, pfn: int) -> None: ...
-
-    def copy(self, source: int, target: int) -> None: ...
 
 
 def command(firmware: Firmware, name: str, operands: list[int]) -> int:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Final
 
 import pytest
+from snp_machine import Nothing
 
 from hwemu.snp import access, fwrules, guestops, hostops
 from hwemu.snp.access import Granted, GuestAccess, HostAccess, Kind, guest_access, host_access
@@ -35,19 +36,6 @@ GCTX: Final = 2
 #: The addresses that guests have: the first begins a page of "2M".
 ADDRESSES: Final = {1: (0, 1), 2: (0,)}
 Event = tuple[Hashable, ...]
-
-
-class Nothing:
-    """A memory whose contents nobody looks at."""
-
-    def read(self, pfn: int) -> bytes:
-        return bytes(PAGE_SIZE)
-
-    def write(self, pfn: int, contents: bytes) -> None: ...
-
-    def zero(self, pfn: int) -> None: ...
-
-    def copy(self, source: int, target: int) -> None: ...
 
 
 def news() -> Iterator[tuple[int, int, int, int, bool]]:

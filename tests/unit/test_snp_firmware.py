@@ -4,83 +4,33 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable
-from typing import Any
 
 import pytest
+from snp_machine import (
+    ASID,
+    GCTX,
+    LARGE,
+    OTHER,
+    PAGE,
+    POLICY,
+    Pages,
+    assign,
+    launched,
+    machine,
+    refused,
+)
 
-from hwemu.snp import cpuidpage, report
+from hwemu.snp import cpuidpage
 from hwemu.snp.asids import AsidState
 from hwemu.snp.firmware import Firmware, VmplMasks
-from hwemu.snp.fwstatus import FirmwareRefused, FwStatus
+from hwemu.snp.fwstatus import FwStatus
 from hwemu.snp.guestcontext import GuestState, IdBlock, Policy
-from hwemu.snp.guestmessage import REPORT_REQUEST, REPORT_RESPONSE, Message, MessageType, unseal
 from hwemu.snp.guestops import Leaf, Vcpu, pvalidate
-from hwemu.snp.hostops import HYPERVISOR, NewState, psmash, rmpupdate
+from hwemu.snp.hostops import HYPERVISOR, psmash, rmpupdate
 from hwemu.snp.launch import NO_DIGEST, PageType
 from hwemu.snp.outcome import Returned
 from hwemu.snp.rmp import Rmp
 from hwemu.snp.rmpentry import PAGE_SIZE, PageState
-
-GCTX, PAGE, OTHER, LARGE = 1, 2, 3, 4
-POLICY = int(Policy.MUST_BE_ONE | Policy.SMT)
-ASID = 5
-
-
-class Pages:
-    """A memory of few pages."""
-
-    def __init__(self) -> None:
-        self.pages: dict[int, bytes] = {}
-
-    def read(self, pfn: int) -> bytes:
-        return self.pages.get(pfn, bytes(PAGE_SIZE))
-
-    def write(self, pfn: int, contents: bytes) -> None:
-        assert len(contents) == PAGE_SIZE
-        self.pages[pfn] = contents
-
-    def zero(self, pfn: int) -> None:
-        self.pages.pop(pfn, None)
-
-    def copy(self, source: int, target: int) -> None:
-        self.pages[target] = self.read(source)
-
-
-def assign(rmp: Rmp, pfn: int, **fields: int) -> None:
-    new = NewState(True, fields.get("size", 0), bool(fields.get("immutable", 0)),
-                   fields.get("gpa", 0), fields.get("asid", 0))  # fmt: skip
-    assert rmpupdate(rmp, pfn, new).ok
-
-
-def machine(cpuid: cpuidpage.CpuidLimits | None = None) -> tuple[Firmware, Pages]:
-    memory = Pages()
-    firmware = Firmware(Rmp(16, group=4, max_asid=9), memory, cpuid=cpuid)
-    firmware.init()
-    return firmware, memory
-
-
-def launched(cpuid: cpuidpage.CpuidLimits | None = None) -> tuple[Firmware, Pages]:
-    """A guest in LAUNCH with an ASID, and a Pre-Guest page for it."""
-    firmware, memory = machine(cpuid)
-    assign(firmware.rmp, GCTX, immutable=1)
-    firmware.gctx_create(GCTX)
-    firmware.launch_start(GCTX, POLICY)
-    firmware.activate(GCTX, ASID)
-    assign(firmware.rmp, PAGE, immutable=1, gpa=0x5000, asid=ASID)
-    return firmware, memory
-
-
-def refused(
-    firmware: Firmware, command: Callable[..., object], *operands: Any, **options: Any
-) -> FwStatus:
-    """The status of a command that must be refused and change nothing."""
-    before = firmware.key()
-    with pytest.raises(FirmwareRefused) as caught:
-        command(*operands, **options)
-    assert firmware.key() == before
-    assert caught.value.status.name in str(caught.value)
-    return caught.value.status
-
 
 # -- the life of a guest
 
@@ -322,146 +272,7 @@ def test_a_cpuid_page_that_claims_too_much_is_corrected_and_refused() -> None:
     )
 
 
-# -- pages that are lent
-
-
-def test_reclaim_lends_back_what_it_lent() -> None:
-    firmware, _ = launched()
-    rmp = firmware.rmp
-    firmware.page_reclaim(PAGE)
-    assert rmp.state(PAGE) is PageState.GUEST_INVALID
-    before = rmp.key()
-    firmware.page_reclaim(PAGE)  # not immutable: nothing to do
-    firmware.page_reclaim(OTHER)
-    assert rmp.key() == before
-    assert refused(firmware, firmware.page_reclaim, 99) is FwStatus.INVALID_ADDRESS
-    assert refused(firmware, firmware.page_reclaim, PAGE, 1) is FwStatus.INVALID_PAGE_SIZE
-    assert refused(firmware, firmware.page_reclaim, GCTX) is FwStatus.INVALID_PAGE_STATE
-    assign(rmp, OTHER, immutable=1)
-    firmware.md_init(GCTX, OTHER)
-    assert rmp.state(OTHER) is PageState.METADATA
-    firmware.page_reclaim(OTHER)
-    assert rmp.state(OTHER) is PageState.RECLAIM
-    assert refused(firmware, firmware.md_init, GCTX, 9) is FwStatus.INVALID_PAGE_STATE
-
-
-def test_small_pages_become_a_large_one_again() -> None:
-    firmware, _ = launched()
-    rmp = firmware.rmp
-    assign(rmp, LARGE, size=1, gpa=0x8000, asid=ASID, immutable=1)
-    firmware.launch_update(GCTX, LARGE, PageType.NORMAL, size=1)
-    whole = rmp.key()
-    assert psmash(rmp, LARGE).ok
-    assert refused(firmware, firmware.page_unsmash, LARGE) is FwStatus.INVALID_PAGE_STATE
-    assert refused(firmware, firmware.page_unsmash, LARGE + 1) is FwStatus.INVALID_PARAM
-    for odd in ("pfn", "none"):
-        for step in range(4):
-            gpa = 0x8000 + step * 0x1000 + (0x9000 if odd == "pfn" and step == 2 else 0)
-            rmp.store(LARGE + step, type(rmp.raw(LARGE))(
-                True, 0, True, gpa, ASID, validated=True, permissions=(15, 0, 0, 0)))  # fmt: skip
-        if odd == "pfn":
-            assert refused(firmware, firmware.page_unsmash, LARGE) is FwStatus.INVALID_PAGE_STATE
-    firmware.page_unsmash(LARGE)
-    assert rmp.state(LARGE) is PageState.PRE_SWAP
-    firmware.page_reclaim(LARGE, 1)
-    assert rmp.key() == whole
-
-
-def test_a_page_moves_with_its_address_and_permissions() -> None:
-    firmware, memory = launched()
-    rmp = firmware.rmp
-    memory.write(PAGE, b"m" * PAGE_SIZE)
-    assign(rmp, OTHER, gpa=0x7000, asid=ASID, immutable=1)
-    assert refused(firmware, firmware.page_move, GCTX, PAGE, PAGE) is FwStatus.INVALID_PAGE_STATE
-    rmp.store(PAGE, type(rmp.raw(PAGE))(
-        True, 0, True, 0x5000, ASID, validated=True, permissions=(15, 3, 0, 0)))  # fmt: skip
-    firmware.page_move(GCTX, PAGE, OTHER)
-    assert (rmp.state(PAGE), rmp.state(OTHER)) == (PageState.GUEST_INVALID, PageState.GUEST_VALID)
-    assert (rmp.entry(OTHER).gpa, rmp.entry(OTHER).permissions) == (0x5000, (15, 3, 0, 0))
-    assert memory.read(OTHER) == b"m" * PAGE_SIZE
-    assert refused(firmware, firmware.page_move, GCTX, PAGE, OTHER) is FwStatus.INVALID_PAGE_STATE
-    assert refused(firmware, firmware.page_move, GCTX, PAGE, OTHER, 1) is FwStatus.INVALID_PAGE_SIZE
-    for pfn, asid in ((8, 6), (9, ASID)):
-        assign(rmp, pfn, gpa=0x5000, asid=asid, immutable=1)
-    assert refused(firmware, firmware.page_move, GCTX, 8, 9) is FwStatus.INVALID_PAGE_OWNER
-
-
-def test_metadata_pages_move_too() -> None:
-    firmware, _ = launched()
-    for pfn in (8, 9):
-        assign(firmware.rmp, pfn, immutable=1)
-    firmware.md_init(GCTX, 8)
-    firmware.page_move(GCTX, 8, 9)
-    assert firmware.rmp.state(8) is PageState.FIRMWARE
-    assert firmware.rmp.state(9) is PageState.METADATA
-
-
-# -- attestation
-
-
-def running() -> tuple[Firmware, Pages]:
-    firmware, memory = launched()
-    firmware.launch_update(GCTX, PAGE, PageType.NORMAL)
-    block = IdBlock(firmware.guest_status(GCTX).digest, POLICY, guest_svn=4)
-    firmware.launch_finish(GCTX, host_data=b"h" * 32, id_block=block)
-    return firmware, memory
-
-
-def ask(firmware: Firmware, vmpck: int, sequence: int, vmpl: int, *, kind: int = 5) -> bytes:
-    payload = REPORT_REQUEST.pack(b"nonce".ljust(64, b"\0"), vmpl)
-    return Message(kind, payload, vmpck, sequence).seal(firmware.guest_status(GCTX).keys[vmpck])
-
-
-def test_a_report_vouches_for_the_launch() -> None:
-    firmware, _ = running()
-    answer = firmware.guest_request(GCTX, ask(firmware, 0, 1, 2))
-    message = unseal(answer, firmware.guest_status(GCTX).keys[0])
-    assert message is not None
-    assert (message.kind, message.sequence) == (MessageType.REPORT_RSP, 2)
-    status, size = REPORT_RESPONSE.unpack_from(message.payload)
-    raw = message.payload[REPORT_RESPONSE.size :]
-    assert (status, size, len(raw)) == (0, 0x4A0, 0x4A0)
-    digest = firmware.guest_status(GCTX).digest
-    assert raw[0x90:0xC0] == digest
-    assert raw[0x50:0x90] == b"nonce".ljust(64, b"\0")
-    assert raw[0xC0:0xE0] == b"h" * 32
-    assert struct.unpack_from("<IIQ", raw) == (2, 4, POLICY)
-    assert struct.unpack_from("<II", raw, 0x30) == (2, 0)
-    assert report.verify(raw, firmware.report_key())
-    assert not report.verify(raw[:0x90] + b"!" + raw[0x91:], firmware.report_key())
-    assert not report.verify(raw, Firmware(firmware.rmp, Pages(), secret=b"other").report_key())
-    assert report.unpack(raw).measurement == digest
-    assert report.pack(report.unpack(raw), firmware.report_key()) == raw
-
-
-def test_messages_have_a_key_an_order_and_a_rank() -> None:
-    firmware, _ = running()
-    first = ask(firmware, 1, 1, 1)
-    torn = first[:-1] + bytes([first[-1] ^ 1])
-    status = refused(firmware, firmware.guest_request, GCTX, torn)
-    assert status is FwStatus.BAD_MEASUREMENT
-    for bad in (b"", ask(firmware, 1, 2, 1), ask(firmware, 1, 1, 1, kind=1)):
-        assert refused(firmware, firmware.guest_request, GCTX, bad) is FwStatus.INVALID_PARAM
-    firmware.guest_request(GCTX, first)
-    assert refused(firmware, firmware.guest_request, GCTX, first) is FwStatus.INVALID_PARAM
-    higher = firmware.guest_request(GCTX, ask(firmware, 1, 3, 0))
-    message = unseal(higher, firmware.guest_status(GCTX).keys[1])
-    assert message is not None
-    assert REPORT_RESPONSE.unpack(message.payload) == (FwStatus.INVALID_PARAM, 0)
-
-
-def test_reports_are_for_running_guests() -> None:
-    firmware, _ = launched()
-    request = ask(firmware, 0, 1, 0)
-    status = refused(firmware, firmware.guest_request, GCTX, request)
-    assert status is FwStatus.INVALID_GUEST_STATE
-
-
-def test_keys_stay_out_of_what_is_printed() -> None:
-    firmware, _ = running()
-    guest = firmware.guest_status(GCTX)
-    assert guest.keys[0].hex() not in repr(guest)
-    assert str(guest.keys[0]) not in repr(guest)
+# -- small worlds
 
 
 def test_a_copy_is_independent() -> None:
