@@ -10,14 +10,22 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from kvmsim.hostmem import SharedRam
 from kvmsim.memoryuse import Allocated, allocated_by_slot
 from kvmsim.memslot import Memslot
 from kvmsim.mmu import Mmu
 from kvmsim.private import PrivateMemory
+from kvmsim.region import SharedSide
 
 Runs = tuple[tuple[int, int], ...]
+
+
+class _Shared(SharedSide, Protocol):
+    """The shared side of slots."""
+
+    def runs(self, start: int, end: int) -> Iterable[tuple[int, int]]:
+        """The runs of pages of [start, end) that are backed by memory, in order."""
 
 
 @dataclass(slots=True)
@@ -37,7 +45,7 @@ class Gathered:
 
 
 def held(
-    lock: threading.Lock, mmu: Mmu, private: PrivateMemory, ram: SharedRam
+    lock: threading.Lock, mmu: Mmu, private: PrivateMemory, ram: _Shared
 ) -> dict[int, Allocated]:
     """Return what every slot holds, in pages, by slot id; no lock may be held.
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from kvmsim.api.mapping import Mapping, allocate_pages
-from kvmsim.api.transport import IoctlError, Pin, request_name
+from kvmsim.api.transport import IoctlError, Pin
+from kvmsim.device.table import request_name
 from kvmsim.uapi import (
     KVM_CREATE_GUEST_MEMFD,
     KVM_CREATE_VCPU,

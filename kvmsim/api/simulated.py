@@ -15,11 +15,12 @@ from typing import Literal
 
 from kvmsim.api.hostside import InHand, SharedIndices
 from kvmsim.api.mapping import Mapping, allocate_pages
-from kvmsim.api.transport import IoctlError, Memory, Pin, request_name
+from kvmsim.api.transport import IoctlError, Memory, Pin
 from kvmsim.device.capabilities import VM_TYPES
 from kvmsim.device.local import HostRange, LocalCaller, LocalProcess
 from kvmsim.device.results import Begun, Failure, Pending, Value
 from kvmsim.device.system import KvmDevice
+from kvmsim.device.table import request_name
 from kvmsim.emulator import prepare_process
 from kvmsim.fallocate import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 from kvmsim.running import RunningVm

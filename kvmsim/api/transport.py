@@ -12,12 +12,6 @@ import os
 from typing import Literal, Protocol, Self
 
 from kvmsim import uapi
-from kvmsim.device.table import NAMES
-
-
-def request_name(request: int) -> str:
-    """The name of an ioctl request, its number if kvmsim.uapi does not know it."""
-    return NAMES.get(request, f"ioctl {request:#x}")
 
 
 class IoctlError(OSError):

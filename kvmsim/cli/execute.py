@@ -4,23 +4,40 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 
 import click
 
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.cli.failure import Failure, explained
 from kvmsim.cli.verbosity import Verbosity, verbose_options
+from kvmsim.control import Control
+from kvmsim.device.capabilities import OFFERED
+from kvmsim.device.capabilities import vm_types as offered
 from kvmsim.device.system import KvmDevice
 from kvmsim.emulator import prepare_process
 from kvmsim.exec.memory import NoMount, temporary_mount
 from kvmsim.exec.refusals import Refused
 from kvmsim.exec.run import LaunchFailed, run
+from kvmsim.kind import VmKind
 from kvmsim.running import RunningVm
 from kvmsim.trace import FORMATS
 from kvmsim.tracedvm import traced
 from kvmsim.tracefile import TraceFile
 from kvmsim.uapi import ABIS, Abi
 from privfs.notifier.lane import find_socket
+
+
+def _types(
+    context: click.Context, parameter: click.Parameter, given: str | None
+) -> Mapping[int, VmKind] | None:
+    if given is None:
+        return None
+    try:
+        return offered(given.split(","))
+    except KeyError as error:
+        known = ", ".join(OFFERED)
+        raise click.BadParameter(f"no VM type {error}; there are: {known}") from None
 
 
 @click.command(
@@ -38,9 +55,14 @@ from privfs.notifier.lane import find_socket
     help="The interface of today, or that of the 2022 series.",
 )  # fmt: skip
 @click.option(
+    "--vm-types", metavar="LIST", callback=_types,
+    help=f"What KVM_CREATE_VM takes, with commas between: {', '.join(OFFERED)} "
+    "(default,sw-protected,shared-bit).",
+)  # fmt: skip
+@click.option(
     "--in-place", is_flag=True,
     help="guest_memfds convert in place and keep the types (KVM_SET_MEMORY_ATTRIBUTES2).",
-)
+)  # fmt: skip
 @click.option(
     "--trace", "trace_path", metavar="FILE", type=click.Path(dir_okay=False),
     help="Write what happens in its VMs to FILE.",
@@ -51,6 +73,7 @@ def execute(
     program: tuple[str, ...],
     memory: str | None,
     abi: Abi,
+    vm_types: Mapping[int, VmKind] | None,
     in_place: bool,
     trace_path: str | None,
     trace_format: str | None,
@@ -64,6 +87,8 @@ def execute(
     verbosity.log_to_stderr()
     if in_place and abi == "v7":
         raise click.UsageError("--in-place: the interface of 2022 has no conversion in place")
+    if vm_types is not None and abi == "v7":
+        raise click.UsageError("--vm-types: the interface of 2022 has no VM types")
     with contextlib.ExitStack() as stack:
         running: type[RunningVm] = RunningVm
         if trace_path is not None:
@@ -76,8 +101,12 @@ def execute(
         except NoMount as error:
             raise Failure(Exit.MEMORY, str(error)) from error
         prepare_process()
+        control = Control()
+        stack.callback(control.close)
         device = stack.enter_context(
-            KvmDevice(place, abi=abi, running=running, in_place=in_place)
+            KvmDevice(
+                place, abi=abi, running=running, in_place=in_place, types=vm_types, control=control
+            )
         )
         try:
             status = run(program, device)

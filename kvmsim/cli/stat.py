@@ -65,7 +65,6 @@ def stat_lines(vm: dict[str, Any], *, in_bytes: bool) -> list[str]:
     """Return what one VM is and holds as lines."""
     size: Callable[[int], str] = str if in_bytes else tables.size
     types, counters = vm["attributes"], vm["counters"]
-    vmm = counters["vmm"]
     states = ", ".join(f"{vcpu['vcpu']} {vcpu['state']}" for vcpu in vm["vcpus"])
     rows = {
         "VM": f"{vm['vm']} (pid {vm['pid']}), {vm['state']}",
@@ -75,9 +74,7 @@ def stat_lines(vm: dict[str, Any], *, in_bytes: bool) -> list[str]:
         "Held": ", ".join(
             f"{_held(vm, side, size)} {'on ' if side == 'both' else ''}{side}" for side in SIDES
         ),
-        "Conversions": f"{vmm['conversions_explicit']} explicit, {vmm['conversions_implicit']} "
-        f"implicit, {vmm['conversions_refused']} refused; {size(vmm['discarded_bytes'])} "
-        f"discarded (discard={vm['discard']})",
+        "Conversions": _conversions(vm, size),
         "Faults": f"{counters['vm']['faults']}, {counters['vm']['exits']} exits, "
         f"{counters['vm']['retries']} retries, {counters['runner']['pages_asked']} pages asked",
         "Zaps": f"{counters['vm']['invalidations']}, {counters['vm']['zapped_leaves']} leaves, "
@@ -101,6 +98,17 @@ def stat_lines(vm: dict[str, Any], *, in_bytes: bool) -> list[str]:
         "",
         *tables.columns(head, slots, "> >>>>> "),
     ]
+
+
+def _conversions(vm: dict[str, Any], size: Callable[[int], str]) -> str:
+    vmm = vm["counters"]["vmm"]
+    if vmm is None:  # of a program under kvmsim exec
+        return "the program's own"
+    return (
+        f"{vmm['conversions_explicit']} explicit, {vmm['conversions_implicit']} implicit, "
+        f"{vmm['conversions_refused']} refused; {size(vmm['discarded_bytes'])} discarded "
+        f"(discard={vm['discard']})"
+    )
 
 
 def _held(row: dict[str, Any], side: str, size: Callable[[int], str]) -> str:

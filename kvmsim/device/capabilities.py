@@ -8,7 +8,7 @@ of arch/x86/kvm/x86.c (v6.18). A capability that no table has is 0.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
@@ -56,7 +56,22 @@ VM_TYPES: Final[Mapping[Abi, Mapping[int, VmKind]]] = MappingProxyType(
         "v7": MappingProxyType({0: KINDS["shared-bit"]}),
     }
 )
-"""The argument of KVM_CREATE_VM."""
+"""The argument of KVM_CREATE_VM, where nothing else was asked for."""
+
+OFFERED: Final[Mapping[str, int]] = MappingProxyType(
+    {
+        name: KVMSIM_SHARED_BIT_VM if name == "shared-bit" else kind.vm_type
+        for name, kind in KINDS.items()
+        if kind.vm_type < KVMSIM_SHARED_BIT_VM  # pKVM's is a flag of Arm's argument, no number
+    }
+)
+"""Types that a device can be told to have, by the name of their kind."""
+
+
+def vm_types(names: Iterable[str]) -> Mapping[int, VmKind]:
+    """The types of these names (:data:`OFFERED`, else KeyError) and no others."""
+    return MappingProxyType({OFFERED[name]: KINDS[name] for name in names})
+
 
 CLOCK_FLAGS: Final = cap.KVM_CLOCK_TSC_STABLE | cap.KVM_CLOCK_REALTIME | cap.KVM_CLOCK_HOST_TSC
 
@@ -71,6 +86,9 @@ class Asked:
     """GUEST_MEMFD_FLAG_* of the mount, None: there is none."""
     in_place: bool = False
     """Whether files convert in place, and keep the types (gmem_in_place_conversion)."""
+
+    types: Mapping[int, VmKind] | None = None
+    """The types of VMs if they are not those of the interface."""
 
     @property
     def upstream(self) -> bool:
@@ -98,7 +116,8 @@ def gmem_flags(asked: Asked) -> int:
 
 
 def _types(asked: Asked) -> int:
-    return sum(1 << number for number in VM_TYPES[asked.abi]) if asked.upstream else 0
+    types = VM_TYPES[asked.abi] if asked.types is None else asked.types
+    return sum(1 << number for number in types) if asked.upstream else 0
 
 
 _ONE: Final = (

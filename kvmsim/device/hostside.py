@@ -90,6 +90,14 @@ class HostSide:
         page = piece.start >> PAGE_SHIFT
         return _Placed(page, page + (piece.length >> PAGE_SHIFT), hpa, piece.writable)
 
+    def runs(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield the runs of pages of [start, end) that are backed by memory, in order."""
+        for piece in list(self._over(start, end)):
+            first, last = max(start, piece.start), min(end, piece.end)
+            hpa = piece.hpa + (first - piece.start << PAGE_SHIFT)
+            for lower, upper in self._host.resident(hpa, last - first << PAGE_SHIFT):
+                yield first + lower, first + upper
+
     def discard(self, pieces: list[_Placed]) -> None:
         """Take back what was placed and never added."""
         for piece in pieces:

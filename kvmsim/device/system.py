@@ -9,14 +9,17 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Final, Self
 
+from kvmsim.control import Control
 from kvmsim.device import cpuid, msrs
 from kvmsim.device.caller import Caller
 from kvmsim.device.capabilities import VM_TYPES, Asked, check_extension
 from kvmsim.device.gmem import GuestMemfds
 from kvmsim.device.gmemfile import IN_PLACE_FLAGS, GmemFile
+from kvmsim.device.report import vm_report
 from kvmsim.device.results import FdKind, NewFd, Result
 from kvmsim.device.table import Call, Level, Row, dispatch, table
 from kvmsim.device.vcpustate import MCE_CAP_SUPPORTED
@@ -46,7 +49,9 @@ class KvmDevice:
     interface, or that of the 2022 series. ``host``: the arena to use; of the process, if it has
     one. ``running``: the class that runs the VMs. ``in_place``: guest_memfds convert in place and
     keep the types (kvm.gmem_in_place_conversion of the series that is not merged), for all VMs.
-    Any number of descriptors may stand for one device.
+    ``types``: what KVM_CREATE_VM takes, by number, if not what the interface has.
+    ``control``: who tells ``kvmsim stat`` of the VMs. Any number of descriptors may stand for one
+    device.
     """
 
     def __init__(
@@ -57,10 +62,16 @@ class KvmDevice:
         host: HostMemory | None = None,
         running: type[RunningVm] = RunningVm,
         in_place: bool = False,
+        types: Mapping[int, VmKind] | None = None,
+        control: Control | None = None,
     ) -> None:
         if in_place and abi == "v7":
             raise ValueError("v7 has no conversion in place")
+        if types is not None and abi == "v7":
+            raise ValueError("v7 has no VM types")
+        self.types = VM_TYPES[abi] if types is None else types
         self.in_place = in_place
+        self._control = control
         self.abi: Abi = abi
         self.running = running
         self._owns_host = host is None
@@ -85,6 +96,11 @@ class KvmDevice:
 
     def release(self) -> None:
         """A descriptor is gone: nothing goes with it."""
+
+    def ends(self, vm: VmDevice) -> None:
+        """The VM is about to be no more."""
+        if self._control is not None:
+            self._control.remove(vm.running.label)
 
     def forget(self, vm: VmDevice) -> None:
         """The VM is no more."""
@@ -113,12 +129,14 @@ class KvmDevice:
 
     def create_vm(self, call: Call) -> NewFd:
         """KVM_CREATE_VM."""
-        kind = VM_TYPES[self.abi].get(call.argument)
+        kind = self.types.get(call.argument)
         if kind is None:
             raise call.refused(errno.EINVAL, f"VM type {call.argument} is not there")
         vm = VmDevice(self, kind, call.caller)
         with self._lock:
             self._vms.add(vm)
+        if self._control is not None:
+            self._control.add(vm.running.label, partial(vm_report, vm))
         return NewFd(FdKind.CONTROL, "anon_inode:kvm-vm", vm)
 
     def check_extension(self, call: Call) -> int:
@@ -130,7 +148,7 @@ class KvmDevice:
         flags = None
         if self.gmem is not None:
             flags = IN_PLACE_FLAGS if self.in_place else self.gmem.flags
-        return Asked(self.abi, kind, flags, self.in_place)
+        return Asked(self.abi, kind, flags, self.in_place, self.types)
 
     def get_vcpu_mmap_size(self, call: Call) -> int:
         """KVM_GET_VCPU_MMAP_SIZE."""

@@ -57,6 +57,39 @@ NAMES: Final[Mapping[int, str]] = MappingProxyType(
     }
 )
 
+#: What is not simulated, for logs: by the low byte of the request (include/uapi/linux/kvm.h).
+_OTHER_NAMES: Final[Mapping[int, str]] = MappingProxyType(
+    {
+        0x40: "KVM_SET_MEMORY_REGION",
+        0x65: "KVM_GET_PIT",
+        0x66: "KVM_SET_PIT",
+        0x7A: "KVM_XEN_HVM_CONFIG",
+        0xAB: "KVM_GET_ONE_REG",
+        0xAC: "KVM_SET_ONE_REG",
+        0xB0: "KVM_GET_REG_LIST",
+        0xB2: "KVM_SET_PMU_EVENT_FILTER",
+        0xBD: "KVM_HYPERV_EVENTFD",
+        0xBE: "KVM_GET_NESTED_STATE",
+        0xBF: "KVM_SET_NESTED_STATE",
+        0xC1: "KVM_GET_SUPPORTED_HV_CPUID",
+        0xC6: "KVM_X86_SET_MSR_FILTER",
+        0xC7: "KVM_RESET_DIRTY_RINGS",
+        0xC8: "KVM_XEN_HVM_GET_ATTR",
+        0xC9: "KVM_XEN_HVM_SET_ATTR",
+        0xCA: "KVM_XEN_VCPU_GET_ATTR",
+        0xCB: "KVM_XEN_VCPU_SET_ATTR",
+        0xD0: "KVM_XEN_HVM_EVTCHN_SEND",
+    }
+)
+
+
+def request_name(request: int) -> str:
+    """The kernel's name of a request, its number if it has none here."""
+    name = NAMES.get(request)
+    if name is None and request >> 8 & 0xFF == KVMIO:
+        name = _OTHER_NAMES.get(request & 0xFF)
+    return name or f"ioctl {request:#x}"
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -124,7 +157,7 @@ def dispatch(
     """Do one ioctl."""
     request &= _NUMBER
     row = rows.get(request)
-    name = NAMES.get(request, f"ioctl {request:#x}")
+    name = request_name(request)
     if row is None:
         number = UNKNOWN[level]
         log.warning("%s on a %s descriptor is not simulated", name, level.value)

@@ -97,6 +97,7 @@ class VmDevice:
             self._pins -= 1
             last = self._pins == 0
         if last:
+            self.system.ends(self)
             self.running.close()
             self.memory.close()
             self.system.forget(self)

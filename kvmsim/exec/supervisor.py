@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
+from kvmsim.device.caller import PrivateFd
+from kvmsim.device.gmemfile import GmemFile
 from kvmsim.device.results import DeviceObject, Failure, NewFd, Pending, Result, Value
 from kvmsim.device.system import KvmDevice
 from kvmsim.exec.filter import MADVISE
@@ -32,6 +34,7 @@ from privfs.notifier.fds import thread_group
 log = logging.getLogger(__name__)
 
 _SIGNAL_SECONDS: Final = 0.002
+_Device = DeviceObject | GmemFile
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +147,12 @@ class Supervisor:
             identity = thread.identify(fd)
             if not self._listener.valid(call.id):
                 return  # the thread died, and what was looked at may be another's
-        device = self._objects.known.get(identity) if identity is not None else None
+        device: _Device | None = None
+        if identity is not None:
+            device = self._objects.known.get(identity)
+        if device is None and identity in self._device.owners:  # a guest_memfd of a VM
+            found = thread.fd(fd)
+            device = self._device.private_file(found.fd) if isinstance(found, PrivateFd) else None
         if device is None:
             self._listener.let_go(call.id)
             return
@@ -217,7 +225,7 @@ class Supervisor:
     # --- memory -------------------------------------------------------------------------------
 
     def _remap(
-        self, call: Notification, thread: Thread, device: DeviceObject, plan: list[Replacement]
+        self, call: Notification, thread: Thread, device: _Device, plan: list[Replacement]
     ) -> None:
         """Put memfds in the place of private memory, then let the ioctl return; or let it fail."""
         with self._lock:
@@ -287,7 +295,7 @@ class Supervisor:
         return code
 
     def _take_slot_back(
-        self, device: DeviceObject, thread: Thread, plan: list[Replacement], code: int
+        self, device: _Device, thread: Thread, plan: list[Replacement], code: int
     ) -> None:
         """Memory of a new slot cannot be shared: there is no slot."""
         log.warning(

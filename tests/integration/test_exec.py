@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import signal
@@ -131,6 +132,65 @@ def test_a_killed_supervisor_leaves_no_program_that_hangs(
     with spinning(vmm, mount().path) as (supervisor, program):
         supervisor.kill()
         program.wait(30)  # its KVM_RUN fails with ENOSYS, which it complains of and ends
+
+
+def test_stat_shows_its_vms(
+    vmm: Path, mount: Mounter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: None
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", os.fspath(tmp_path))
+    with spinning(vmm, mount().path) as (supervisor, _):
+        asked = [sys.executable, "-m", "kvmsim", "stat"]
+        done = run([*asked, "--json", str(supervisor.pid)])
+        (found,) = json.loads(done.stdout)
+        assert (found["vm"], found["kind"], found["state"]) == ("kvm1", "default", "running")
+        (slot,) = found["slots"]
+        assert (slot["gpa"], slot["size"]) == (0, 4 << 20)
+        assert slot["allocated"]["shared"] == 5 * 4096  # three tables, the code, what it counts
+        assert "the program's own" in run(asked).stdout
+        supervisor.terminate()
+        supervisor.wait(30)
+    assert list(tmp_path.glob("kvmsim/*")) == []
+
+
+_TYPES = """
+import fcntl
+kvm = open("/dev/kvm", "rb+", buffering=0)
+print(fcntl.ioctl(kvm, 0xAE03, 235))  # KVM_CHECK_EXTENSION, KVM_CAP_VM_TYPES
+for number in 0, 1:
+    try:
+        print(fcntl.ioctl(kvm, 0xAE01, number) > 0)  # KVM_CREATE_VM
+    except OSError as error:
+        print(error.errno)
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ((), [1 | 1 << 1 | 1 << 30, True, True]),
+        (("--vm-types", "default"), [1, True, errno.EINVAL]),
+        (("--vm-types", "sw-protected,shared-bit"), [1 << 1 | 1 << 30, errno.EINVAL, True]),
+    ],
+)
+def test_the_types_of_vms_can_be_chosen(
+    given: tuple[str, ...], said: list[object], mount: Mounter, left: None
+) -> None:
+    before = [sys.executable, "-m", "kvmsim", "exec", *given, "--memory", os.fspath(mount().path)]
+    done = run([*before, "--", sys.executable, "-c", _TYPES])
+    assert done.stdout.split() == list(map(str, said)), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--vm-types", "default,arm"], "no VM type 'arm'"),
+        (["--vm-types", "default", "--abi", "v7"], "2022 has no VM types"),
+    ],
+)
+def test_types_that_are_not_there(options: list[str], said: str) -> None:
+    done = run([sys.executable, "-m", "kvmsim", "exec", *options, "--", "true"])
+    assert done.returncode == 2
+    assert said in done.stderr
 
 
 def test_the_real_device_is_seen_by_nobody_inside(mount: Mounter, left: None) -> None:

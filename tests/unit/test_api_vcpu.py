@@ -13,7 +13,7 @@ import pytest
 from kvmsim import exits
 from kvmsim.api import IoctlError, Kvm, Memory, Regs, Vcpu
 from kvmsim.api.guest import BOOT_PAGE, BOOT_SIZE, PML4, SHARED_VIEW, BootPage, Guest, Hypercall
-from kvmsim.api.transport import request_name
+from kvmsim.device.table import request_name
 from kvmsim.uapi import (
     EHWPOISON,
     KVM_CREATE_GUEST_MEMFD,
@@ -372,7 +372,9 @@ def test_one_that_was_forgotten_says_so(script: Script) -> None:
 
 def test_requests_have_names() -> None:
     assert request_name(KVM_RUN) == "KVM_RUN"
+    assert request_name(0x4080AEBF) == "KVM_SET_NESTED_STATE"
     assert request_name(0xAEFF) == "ioctl 0xaeff"
+    assert request_name(0xBF) == "ioctl 0xbf"
 
 
 # --- the kit ------------------------------------------------------------------------------------
