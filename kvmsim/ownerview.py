@@ -72,6 +72,14 @@ class OwnerView:
         """Return the names of a file's users; LinkError if the owner does not answer."""
         return tuple(self._ask("stat", ino=ino)["users"])
 
+    def host_mappable(self) -> bool:
+        """Return whether files of the mount can be made that the host may map; LinkError."""
+        return bool(self._ask("status").get("host_mappable"))
+
+    def map_by_host(self, ino: int, shared: bool) -> None:
+        """Let the host map a new file, with its pages if ``shared``; LinkError."""
+        self._ask("map_by_host", ino=ino, shared=shared)
+
     def _ask(self, question: str, **arguments: Any) -> dict[str, Any]:
         if self._why:
             raise LinkError(errno.ENOTCONN, self._why)

@@ -23,7 +23,7 @@ from kvmsim.region import PrivateFile
 from kvmsim.uapi import PAGE_SIZE
 from privfs.notifier.lane import Lane, LinkError, find_socket
 from privfs.notifier.user import ExtentArrived, Granted, User, Zap
-from privfs.notifier.wire import Reason
+from privfs.notifier.wire import MAX_PAGES, Reason
 
 _INODE_BITS = 48
 _INODE_MASK = (1 << _INODE_BITS) - 1
@@ -188,9 +188,13 @@ class Session:
             if any(piece.start <= start < piece.end for piece in extent.pieces):
                 continue
             offset, length = (start - extent.start) * PAGE_SIZE, (end - start) * PAGE_SIZE
-            hpa = self._host.place_private(
-                extent.fd, offset, length, self._guest.trespassed, writable=self.files[ino]
-            )
+            if extent.end - extent.start == MAX_PAGES:
+                # All of the file in one memfd: the host may map it, and touch what is not granted.
+                hpa = self._host.place(extent.fd, offset, length, writable=self.files[ino])
+            else:
+                hpa = self._host.place_private(
+                    extent.fd, offset, length, self._guest.trespassed, writable=self.files[ino]
+                )
             extent.pieces.append(_Piece(start, end, hpa))
             for migration in self._migrations.arrived(self.file_id(ino), start, end, hpa):
                 self._guest.migrated(migration)
@@ -246,6 +250,7 @@ class PrivateMemory:
         self._host = host
         self._label = label
         self._sessions: list[Session] = []
+        self._mounts: dict[int, Session] = {}  #: by st_dev of their files
 
     def open(self, path: str | os.PathLike[str]) -> PrivateFile:
         """Become a user of the private file at ``path``; again for another slot is free."""
@@ -259,8 +264,13 @@ class PrivateMemory:
     def open_fd(self, fd: int) -> PrivateFile:
         """Become a user of the private file behind ``fd``, which stays the caller's.
 
-        LinkError if it lies on no privfs mount, or the owner refuses it.
+        Again for another slot is one request to the mount: for the size. LinkError if it lies on
+        no privfs mount, or the owner refuses it.
         """
+        status = os.fstat(fd)
+        session = self._mounts.get(status.st_dev)
+        if session is not None and session.lane.alive and status.st_ino in session.files:
+            return PrivateFile(session.file_id(status.st_ino), status.st_size // PAGE_SIZE)
         socket = find_socket(os.readlink(f"/proc/self/fd/{fd}"))
         if os.stat(os.path.dirname(socket)).st_dev != os.fstat(fd).st_dev:
             raise LinkError(errno.EXDEV, f"descriptor {fd} is no file of the mount at {socket}")
@@ -276,6 +286,7 @@ class PrivateMemory:
         if status.st_ino not in session.files:
             registered = session.lane.register(fd, self._host.purpose)
             session.files[registered.ino] = registered.writable
+        self._mounts[status.st_dev] = session
         return PrivateFile(session.file_id(status.st_ino), status.st_size // PAGE_SIZE)
 
     def forget(self, file: int) -> None:

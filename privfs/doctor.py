@@ -88,7 +88,8 @@ def trial_mount() -> Check:
     mount = json.loads(done.stdout)[0]
     busy = "; umount(8) finds it busy, privfs umount does not" if mount.get("pinned") else ""
     if mount["mode"] == "passthrough":
-        return passed(name, "works; the kernel itself refuses read, write and mmap (passthrough)")
+        return passed(name, "works; the kernel itself refuses read, write and mmap (passthrough), and "
+            "guest_memfds can be made that the host maps")
     reason = mount["passthrough_errno"]
     mend = {
         errno.EPERM: "mount as root of the machine, not of a container",
@@ -97,7 +98,8 @@ def trial_mount() -> Check:
         errno.ENOSPC: "sysctl -w fs.mqueue.queues_max=1024",
     }.get(reason, "see dmesg")
     text = f"works, but without passthrough ({os.strerror(reason)}): a private mapping is made "
-    return skipped(name, f"{text}and answers SIGBUS{busy}", mend)
+    flags = ", and no guest_memfd can be mapped by the host"
+    return skipped(name, f"{text}and answers SIGBUS{flags}{busy}", mend)
 
 
 def stale_mounts() -> Check:

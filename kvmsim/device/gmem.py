@@ -9,31 +9,63 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
+import stat
+from collections.abc import Callable
+from contextlib import closing
+from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
+from kvmsim.ownerview import OwnerView
+from kvmsim.uapi import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP
+from privfs.notifier.lane import LinkError, find_socket
+
+log = logging.getLogger(__name__)
+
+FLAGS: Final = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
 _numbers: Final = itertools.count(1)
+_T = TypeVar("_T")
 
 
 class GuestMemfds:
-    """Makes files on the mount of ``folder``. ``flags``: the GUEST_MEMFD_FLAG_* that it has."""
+    """Makes files on the mount of ``folder``; no other flags than ``offered`` (GUEST_MEMFD_FLAG_*).
 
-    flags = 0
+    ``made``: the flags of every file, by (st_dev, st_ino).
+    """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], offered: int = FLAGS) -> None:
         self.folder = Path(folder)
+        self.made: dict[tuple[int, int], int] = {}
+        self._offered = offered
 
-    def create(self, size: int) -> int:
+    @cached_property
+    def flags(self) -> int:
+        """What the mount has of the flags offered: all or none.
+
+        To be mapped by the host a file needs FUSE passthrough, and us to be the mount's user.
+        """
+        try:
+            with closing(self._owner()) as owner:
+                possible = owner.host_mappable()
+        except LinkError as error:
+            log.info("%s: no files that can be mapped: %s", self.folder, error)
+            possible = False
+        return self._offered if possible else 0
+
+    def create(self, size: int, flags: int = 0) -> int:
         """A descriptor of a new file of ``size`` bytes that has no name; OSError."""
-        while True:
-            path = self.folder / f"kvm-gmem.{os.getpid()}.{next(_numbers)}"
-            try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                break
-            except OSError as error:
-                if error.errno != errno.EEXIST:
-                    raise
+        fd = self._mappable(size, flags) if flags & GUEST_MEMFD_FLAG_MMAP else self._plain(size)
+        status = os.fstat(fd)
+        self.made[status.st_dev, status.st_ino] = flags
+        return fd
+
+    def _owner(self) -> OwnerView:
+        return OwnerView(find_socket(self.folder))
+
+    def _plain(self, size: int) -> int:
+        path, fd = self._new(_open_new)
         try:
             os.unlink(path)
             os.ftruncate(fd, size)
@@ -41,3 +73,27 @@ class GuestMemfds:
             os.close(fd)
             raise
         return fd
+
+    def _mappable(self, size: int, flags: int) -> int:
+        """A file that is told how it may be mapped before it is opened for the first time."""
+        path, _ = self._new(lambda path: os.mknod(path, stat.S_IFREG | 0o600))
+        try:
+            os.truncate(path, size)
+            with closing(self._owner()) as owner:
+                owner.map_by_host(path.stat().st_ino, bool(flags & GUEST_MEMFD_FLAG_INIT_SHARED))
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        finally:
+            os.unlink(path)
+
+    def _new(self, make: Callable[[Path], _T]) -> tuple[Path, _T]:
+        while True:
+            path = self.folder / f"kvm-gmem.{os.getpid()}.{next(_numbers)}"
+            try:
+                return path, make(path)
+            except OSError as error:
+                if error.errno != errno.EEXIST:
+                    raise
+
+
+def _open_new(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -148,7 +148,8 @@ class LocalCaller:
         except OSError as error:  # of a mount that is dead, say
             return NotOurs.CLOSED if error.errno == errno.EBADF else NotOurs.OTHER
         regular = stat.S_ISREG(status.st_mode)
-        return PrivateFd(number) if regular and on_fuse(number) else NotOurs.OTHER
+        found = regular and on_fuse(number, status.st_dev)
+        return PrivateFd(number) if found else NotOurs.OTHER
 
     def host_range(self, start: int, size: int) -> Sequence[HostPiece]:
         """See :class:`~kvmsim.device.caller.Caller`."""
@@ -163,10 +164,22 @@ class _Statfs(ctypes.Structure):
     _fields_ = (("f_type", ctypes.c_long), ("rest", ctypes.c_char * 256))
 
 
-def on_fuse(fd: int) -> bool:
-    """Whether a descriptor of this process is on a FUSE filesystem, as all private files are."""
+_fuse: Final[set[int]] = set()
+
+
+def on_fuse(fd: int, dev: int | None = None) -> bool:
+    """Whether a descriptor of this process is on a FUSE filesystem, as all private files are.
+
+    ``dev``, its st_dev, saves all questions but the first: statfs(2) is a request to the mount.
+    """
+    if dev in _fuse:
+        return True
     status = _Statfs()
-    return not _LIBC.fstatfs(fd, ctypes.byref(status)) and status.f_type == _FUSE_SUPER_MAGIC
+    if _LIBC.fstatfs(fd, ctypes.byref(status)) or status.f_type != _FUSE_SUPER_MAGIC:
+        return False
+    if dev is not None:
+        _fuse.add(dev)
+    return True
 
 
 class LocalProcess:

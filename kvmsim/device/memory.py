@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from hwemu.arena import ArenaError
@@ -116,6 +117,8 @@ class VmMemory:
         first = region.userspace_addr >> PAGE_SHIFT
         last = first + (region.memory_size >> PAGE_SHIFT)
         writable = not region.flags & KVM_MEM_READONLY
+        if isinstance(file, PrivateFile) and file.whole:
+            last = first  # no access of the guest goes there
         try:
             made, missing = self.side.place(call.caller, first, last, writable=writable)
         except ArenaError as error:
@@ -191,6 +194,9 @@ class VmMemory:
             if self._owners.get((status.st_dev, status.st_ino), self._vm) is not self._vm:
                 return BadFd.OTHER_VM
             file = self._running.private.open_fd(found.fd)
+            gmem = self._vm.system.gmem
+            if gmem is not None:
+                file = replace(file, flags=gmem.made.get((status.st_dev, status.st_ino), 0))
             if self.files is not None:
                 file = self.files.describe(file, (status.st_dev, status.st_ino))
             return file
@@ -238,16 +244,20 @@ class VmMemory:
             self._running.flush_zapped(zapped)
             self.side.retire(dropped)
 
-    def read_word(self, gpa: int) -> int | None:
+    def read_word(self, gpa: int, *, caller: Caller) -> int | None:
         """The 64-bit word at a guest-physical address, through the userspace side."""
         with self._running.lock:
             slot = self._running.vm.mmu.slots.find(gpa >> PAGE_SHIFT)
             hpa = None if slot is None else self.side.hpa(slot.shared_page(gpa >> PAGE_SHIFT))
-        if hpa is None:
-            return None
         try:
-            data = self._vm.host.read(hpa + gpa % PAGE_SIZE, 8)
-        except ArenaError as error:
+            if slot is not None and slot.whole:  # its memory is nowhere here
+                at = slot.userspace_addr + gpa - (slot.base_gfn << PAGE_SHIFT)
+                data = caller.read(at, 8)
+            elif hpa is None:
+                return None
+            else:
+                data = self._vm.host.read(hpa + gpa % PAGE_SIZE, 8)
+        except (ArenaError, Efault) as error:
             log.info("word at gpa %#x: %s", gpa, error)
             return None
         return int.from_bytes(data, "little")
@@ -287,7 +297,7 @@ class VmMemory:
         if not 0 < size < 1 << 63 or size % PAGE_SIZE:
             raise call.refused(errno.EINVAL, f"size {size:#x}: not a positive number of pages")
         try:
-            fd = gmem.create(size)
+            fd = gmem.create(size, flags if self.files is None else 0)
         except OSError as error:
             raise call.refused(error.errno or errno.EIO, f"{gmem.folder}: {error}") from error
         status = os.fstat(fd)

@@ -8,6 +8,7 @@ arch/x86/kvm/cpuid.c (v6.18). The vCPU does not run while one of these is at wor
 from __future__ import annotations
 
 import errno
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from kvmsim.device import cpuid
@@ -206,7 +207,8 @@ def _reset_lapic(id: int) -> bytes:
 def translate_address(vcpu: VcpuDevice, call: Call) -> None:
     """KVM_TRANSLATE: through the guest's own tables."""
     linear, *_ = call.read(structs.TRANSLATION)
-    gpa = translate(vcpu.cpu.get_sregs(), linear, vcpu.vm.memory.read_word)
+    read_word = partial(vcpu.vm.memory.read_word, caller=call.caller)
+    gpa = translate(vcpu.cpu.get_sregs(), linear, read_word)
     valid = gpa is not None
     found = gpa if gpa is not None else 0xFFFF_FFFF_FFFF_FFFF
     call.write(structs.TRANSLATION.pack(linear, found, valid, 1, 0))

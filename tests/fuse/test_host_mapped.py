@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
-import signal
 import stat
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from host_mapping import SIGBUS, fallocate, touch
 from mounts import Mounted, Mounter
 
 from privfs import control
@@ -24,22 +21,6 @@ pytestmark = pytest.mark.fuse
 
 PAGES = 4
 KEEP, PUNCH = 1, 3
-#: As guest_memfd_test does: touch and be killed, or not.
-TOUCH = """
-import ctypes, mmap, sys
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int,
-                      ctypes.c_long)
-fd, length, at, store = map(int, sys.argv[1:])
-place = libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
-if place == ctypes.c_void_p(-1).value:
-    sys.exit(ctypes.get_errno())
-byte = ctypes.c_char.from_address(place + at)
-if store:
-    byte.value = b"x"
-byte.value
-"""
 
 
 @pytest.fixture
@@ -66,21 +47,6 @@ def shared(mounted: Mounted) -> Iterator[int]:
     fd = make(mounted, shared=True)
     yield fd
     os.close(fd)
-
-
-def fallocate(fd: int, mode: int, start: int, end: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
-    if libc.fallocate(fd, mode, start * PAGE, (end - start) * PAGE):
-        raise OSError(ctypes.get_errno(), "fallocate")
-
-
-def touch(fd: int, at: int, *, store: bool = False, length: int = PAGES * PAGE) -> int:
-    arguments = (fd, length, at, int(store))
-    done = subprocess.run(
-        [sys.executable, "-c", TOUCH, *map(str, arguments)], pass_fds=[fd], timeout=60, check=False
-    )
-    return done.returncode
 
 
 def touch_of(path: Path) -> int:
@@ -132,15 +98,15 @@ def test_madv_remove_is_a_punch(shared: int) -> None:
 
 
 def test_beyond_the_end_is_sigbus(shared: int) -> None:
-    assert touch(shared, PAGES * PAGE, length=2 * PAGES * PAGE) == -signal.SIGBUS
+    assert touch(shared, PAGES * PAGE, length=2 * PAGES * PAGE) == SIGBUS
 
 
 def test_without_pages_every_touch_is_sigbus(mounted: Mounted) -> None:
     fd = make(mounted, shared=False)
     try:
-        assert touch(fd, 0) == touch(fd, 3 * PAGE, store=True) == -signal.SIGBUS
+        assert touch(fd, 0) == touch(fd, 3 * PAGE, store=True) == SIGBUS
         fallocate(fd, KEEP, 0, PAGES)
-        assert touch(fd, 0) == -signal.SIGBUS, "allocated or not"
+        assert touch(fd, 0) == SIGBUS, "allocated or not"
         assert os.fstat(fd).st_blocks == PAGES * PAGE // 512
     finally:
         os.close(fd)

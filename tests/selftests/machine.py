@@ -35,7 +35,7 @@ from privfs import control
 
 MAPPABLE: Final = GUEST_MEMFD_FLAG_MMAP | GUEST_MEMFD_FLAG_INIT_SHARED
 KEEP, PUNCH = 1, 3
-NO_MAPPING: Final = "a file of a mount is never mapped (mmap: ENODEV, as for flags 0)"
+NO_MAPPING: Final = "the mount has no FUSE passthrough (root, Linux 6.9)"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
