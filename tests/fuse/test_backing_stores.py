@@ -19,9 +19,11 @@ from pathlib import Path
 
 import pytest
 from mounts import Mounted, Mounter, privfs
+from pyroaring import BitMap
 
 from privfs.backing import Backing, BackingError, choose
 from privfs.backing.hugetlb import Hugetlb
+from privfs.backing.moving import copy_extent
 from privfs.backing.secretmem import Secretmem
 from privfs.backing.store import _call_fallocate
 
@@ -365,6 +367,27 @@ def test_the_audit_counts_huge_pages_that_came_back(pool: int) -> None:
         with mmap.mmap(backing.fd(7, 0), 4 * HUGE) as memory:
             memory[HUGE] = 1
             assert [f.name for f in backing.audit(7, 3 * UNIT, lambda s, e: True)] == ["held"]
+    finally:
+        backing.close()
+
+
+def test_huge_pages_move_and_the_pool_gets_the_old_ones_back(pool: int) -> None:
+    backing = Backing(store=Hugetlb())
+    free = huge_pages()
+    try:
+        backing.allocate(7, 0, 2 * UNIT)
+        backing.allocate(7, 5 * UNIT, 6 * UNIT)
+        with mmap.mmap(backing.fd(7, 0), 6 * HUGE) as memory:
+            memory[HUGE + 5], memory[6 * HUGE - 1] = 17, 18
+        pages = BitMap(range(2 * UNIT)) | BitMap(range(5 * UNIT, 6 * UNIT))
+        old = backing.extent(7, 0)
+        copy_extent(backing, 7, 0, pages, lambda count: True)
+        assert huge_pages() == free - 6
+        backing.swap(7, 0)
+        assert backing.extent(7, 0).generation != old.generation
+        with mmap.mmap(backing.fd(7, 0), 6 * HUGE) as memory:
+            assert (memory[HUGE + 5], memory[6 * HUGE - 1]) == (17, 18)
+        assert (huge_pages(), backing.blocks(7) * 512) == (free - 3, 3 * HUGE)
     finally:
         backing.close()
 
