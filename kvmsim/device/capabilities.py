@@ -167,6 +167,8 @@ _VALUES: Final[Mapping[int, Callable[[Asked], int]]] = MappingProxyType(
         ),
         cap.KVM_CAP_NR_VCPUS: lambda asked: min(os.cpu_count() or 1, MAX_VCPUS),
         cap.KVM_CAP_MAX_VCPUS: lambda asked: MAX_VCPUS,
+        # As of any KVM on x86: QEMU asks, and goes without where it makes no KVM_CREATE_IRQCHIP.
+        cap.KVM_CAP_IRQ_ROUTING: lambda asked: cap.KVM_MAX_IRQ_ROUTES,
         cap.KVM_CAP_MAX_VCPU_ID: lambda asked: KVM_MAX_VCPU_IDS,
         cap.KVM_CAP_MCE: lambda asked: cap.KVM_MAX_MCE_BANKS,
         cap.KVM_CAP_ADJUST_CLOCK: lambda asked: CLOCK_FLAGS,

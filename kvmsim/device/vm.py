@@ -246,6 +246,10 @@ class VmDevice:
         if call.argument not in (0, self.clock.tsc_khz):
             raise call.refused(errno.EINVAL, "the time stamp counter cannot be scaled")
 
+    def set_gsi_routing(self, call: Call) -> None:
+        """KVM_SET_GSI_ROUTING: kvm_arch_can_set_irq_routing() wants a controller."""
+        raise call.refused(errno.EINVAL, "there is no interrupt controller to route to")
+
     def create_device(self, call: Call) -> None:
         """KVM_CREATE_DEVICE."""
         kind, *_ = call.read(structs.CREATE_DEVICE)

@@ -70,6 +70,8 @@ TABLE: Final = table(
         Row(requests.KVM_IRQ_LINE, _of_vm("irq_line"), "nothing",
             "ENXIO: no KVM_CREATE_IRQCHIP; else EOPNOTSUPP"),
         Row(requests.KVM_IRQ_LINE_STATUS, _of_vm("irq_line"), "nothing", "as KVM_IRQ_LINE"),
+        Row(requests.KVM_SET_GSI_ROUTING, _of_vm("set_gsi_routing"), "no routes",
+            "EINVAL: always, as where there is no KVM_CREATE_IRQCHIP"),
         Row(requests.KVM_SET_TSS_ADDR, _of_vm("set_tss_addr"), "checked, not needed",
             "EINVAL: beyond 4 GiB"),
         Row(requests.KVM_SET_IDENTITY_MAP_ADDR, _of_vm("set_identity_map_addr"),

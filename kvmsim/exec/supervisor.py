@@ -186,7 +186,8 @@ class Supervisor:
         if isinstance(result, Value):
             self._listener.answer(call.id, result.value)
         elif isinstance(result, Failure):
-            log.debug("ioctl %#x of thread %d: %s", call.second, call.tid, result.reason)
+            request = call.second & 0xFFFF_FFFF
+            log.debug("ioctl %#x of thread %d: %s", request, call.tid, result.reason)
             self._listener.answer(call.id, -result.errno)
         elif isinstance(result, NewFd):
             self._give(call, result)
