@@ -14,6 +14,7 @@ from kvmsim.cli.verbosity import Verbosity, verbose_options
 from kvmsim.control import Control
 from kvmsim.device.capabilities import OFFERED
 from kvmsim.device.capabilities import vm_types as offered
+from kvmsim.device.gmem import FLAGS
 from kvmsim.device.system import KvmDevice
 from kvmsim.emulator import prepare_process
 from kvmsim.exec.memory import NoMount, temporary_mount
@@ -64,6 +65,10 @@ def _types(
     help="guest_memfds convert in place and keep the types (KVM_SET_MEMORY_ATTRIBUTES2).",
 )  # fmt: skip
 @click.option(
+    "--no-gmem-flags", is_flag=True,
+    help="Offer no flags of guest_memfds, as kernels before 6.18: the host maps none.",
+)  # fmt: skip
+@click.option(
     "--trace", "trace_path", metavar="FILE", type=click.Path(dir_okay=False),
     help="Write what happens in its VMs to FILE.",
 )  # fmt: skip
@@ -75,6 +80,7 @@ def execute(
     abi: Abi,
     vm_types: Mapping[int, VmKind] | None,
     in_place: bool,
+    no_gmem_flags: bool,
     trace_path: str | None,
     trace_format: str | None,
     verbosity: Verbosity,
@@ -105,7 +111,13 @@ def execute(
         stack.callback(control.close)
         device = stack.enter_context(
             KvmDevice(
-                place, abi=abi, running=running, in_place=in_place, types=vm_types, control=control
+                place,
+                abi=abi,
+                running=running,
+                in_place=in_place,
+                types=vm_types,
+                control=control,
+                gmem_flags=0 if no_gmem_flags else FLAGS,
             )
         )
         try:

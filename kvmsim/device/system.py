@@ -17,7 +17,7 @@ from kvmsim.control import Control
 from kvmsim.device import cpuid, msrs
 from kvmsim.device.caller import Caller
 from kvmsim.device.capabilities import VM_TYPES, Asked, check_extension
-from kvmsim.device.gmem import GuestMemfds
+from kvmsim.device.gmem import FLAGS, GuestMemfds
 from kvmsim.device.gmemfile import IN_PLACE_FLAGS, GmemFile
 from kvmsim.device.report import vm_report
 from kvmsim.device.results import FdKind, NewFd, Result
@@ -50,7 +50,8 @@ class KvmDevice:
     one. ``running``: the class that runs the VMs. ``in_place``: guest_memfds convert in place and
     keep the types (kvm.gmem_in_place_conversion of the series that is not merged), for all VMs.
     ``types``: what KVM_CREATE_VM takes, by number, if not what the interface has.
-    ``control``: who tells ``kvmsim stat`` of the VMs. Any number of descriptors may stand for one
+    ``control``: who tells ``kvmsim stat`` of the VMs. ``gmem_flags``: GUEST_MEMFD_FLAG_* that are
+    offered where the mount has them. Any number of descriptors may stand for one
     device.
     """
 
@@ -64,6 +65,7 @@ class KvmDevice:
         in_place: bool = False,
         types: Mapping[int, VmKind] | None = None,
         control: Control | None = None,
+        gmem_flags: int = FLAGS,
     ) -> None:
         if in_place and abi == "v7":
             raise ValueError("v7 has no conversion in place")
@@ -76,7 +78,7 @@ class KvmDevice:
         self.running = running
         self._owns_host = host is None
         self.host = HostMemory() if host is None else host
-        self.gmem = None if memory is None else GuestMemfds(memory)
+        self.gmem = None if memory is None else GuestMemfds(memory, gmem_flags)
         self.owners: dict[tuple[int, int], object] = {}
         self._lock = threading.Lock()
         self._vms: set[VmDevice] = set()
