@@ -24,6 +24,7 @@ from kvmsim.confidential.kinds import make_guard
 from kvmsim.confidential.platform import Platform
 from kvmsim.holdings import held
 from kvmsim.hostmem import HostMemory, SharedRam
+from kvmsim.inplacememory import InPlaceMemory
 from kvmsim.kind import KINDS
 from kvmsim.memoryuse import Allocated
 from kvmsim.region import PrivateFile, Region
@@ -170,7 +171,8 @@ class Emulator:
         self.outcome: Outcome | None = None
         self._on_output = on_output
         self._paths: dict[int, str] = {}
-        self.running = running(host, config.vcpus, config.label, kind=kind)
+        in_place = config.technology is Technology.PKVM
+        self.running = running(host, config.vcpus, config.label, kind=kind, in_place=in_place)
         try:
             self.guard = make_guard(kind, platform, self.running)
             if self.guard is not None:
@@ -180,7 +182,8 @@ class Emulator:
             self.running.close()
             raise
         try:
-            self.memory = VmMemory(self.running, self.shared)
+            memory = InPlaceMemory if in_place else VmMemory
+            self.memory = memory(self.running, self.shared)
             for region, backend in layout.slots:
                 self._add_slot(region, backend)
             for backend in config.memory:
