@@ -163,12 +163,18 @@ static long tdx_report(const u8 *data, u8 *out)
 /* A device access through the shared side; private memory without a page is never one. */
 static u32 do_mmio(struct trap_frame *f, u64 gpa)
 {
-	struct instruction i = decode_mov(f);
-	struct tdcall r = { .r11 = VMCALL_MMIO, .r12 = i.size, .r13 = i.write,
-			    .r14 = gpa & ~shared_mask, .r15 = i.write ? i.value : 0 };
+	struct tdcall r = { .r11 = VMCALL_MMIO, .r14 = gpa & ~shared_mask };
+	struct instruction i;
 
-	if (!i.length || !(gpa & shared_mask))
+	/* First, since the page that is missing may be the one with the instruction. */
+	if (!(gpa & shared_mask))
 		return 0;
+	i = decode_mov(f);
+	if (!i.length)
+		return 0;
+	r.r12 = i.size;
+	r.r13 = i.write;
+	r.r15 = i.write ? i.value : 0;
 	vmcall(&r);
 	if (r.r10)
 		return 0;
