@@ -8,13 +8,15 @@ not gets SIGBUS or an exit.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from selftests.inplace import FILE, GPA, File
 from selftests.machine import MAPPABLE, code
+from selftests.mountedfile import MountedFile
 
 from kvmsim.effect import Access, Retry, RetryReason
 from kvmsim.fault import Fault
@@ -30,6 +32,8 @@ from kvmsim.uapi import (
 ZERO = KVM_SET_MEMORY_ATTRIBUTES2_ZERO
 PRESERVE = KVM_SET_MEMORY_ATTRIBUTES2_PRESERVE
 KINDS = ["sw-protected", "pkvm"]  #: who sees the same bytes on both sides
+MOUNT = pytest.param("mount", marks=pytest.mark.fuse)
+COMMON = ["sw-protected", MOUNT]
 
 
 @pytest.fixture(params=["simulated"])
@@ -38,9 +42,21 @@ def target(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest, target: str) -> str:
-    return str(request.param)
+Make = Callable[..., "File | MountedFile"]
+
+
+@pytest.fixture(params=[*KINDS, MOUNT])
+def make(request: pytest.FixtureRequest, target: str) -> Iterator[Make]:
+    """What makes a file (npages, flags): the machine alone, or the device over a mount."""
+    with contextlib.ExitStack() as stack:
+
+        def made(npages: int, flags: int) -> File | MountedFile:
+            if request.param != "mount":
+                return File(npages, flags, request.param)
+            folder = request.getfixturevalue("mounted").path
+            return stack.enter_context(contextlib.closing(MountedFile(folder, npages, flags)))
+
+        yield made
 
 
 # --- host and guest take turns ------------------------------------------------------------------
@@ -49,7 +65,7 @@ def kind(request: pytest.FixtureRequest, target: str) -> str:
 class Turns:
     """A byte per page that host and guest count up in turns."""
 
-    def __init__(self, file: File) -> None:
+    def __init__(self, file: File | MountedFile) -> None:
         self.file = file
         self.values: dict[int, int] = {}
 
@@ -86,9 +102,9 @@ class Turns:
             assert self.file.is_private(one) == private
 
 
-def test_init_private(kind: str) -> None:
+def test_init_private(make: Make) -> None:
     """Private from birth: the guest has it, the host only after a conversion."""
-    turns = Turns(File(1, GUEST_MEMFD_FLAG_MMAP, kind))
+    turns = Turns(make(1, GUEST_MEMFD_FLAG_MMAP))
     turns.both(0)
     turns.convert(0, private=False)
     turns.both(0)
@@ -96,9 +112,9 @@ def test_init_private(kind: str) -> None:
     turns.both(0)
 
 
-def test_init_shared(kind: str) -> None:
+def test_init_shared(make: Make) -> None:
     """Shared from birth: both have it until a conversion."""
-    turns = Turns(File(1, MAPPABLE, kind))
+    turns = Turns(make(1, MAPPABLE))
     turns.both(0)
     turns.convert(0, private=True)
     turns.both(0)
@@ -107,9 +123,9 @@ def test_init_shared(kind: str) -> None:
 
 
 @pytest.mark.parametrize("page", range(4))
-def test_indexing(kind: str, page: int) -> None:
+def test_indexing(make: Make, page: int) -> None:
     """A conversion is precise: no other page changes its type or bytes."""
-    turns = Turns(File(4, MAPPABLE, kind))
+    turns = Turns(make(4, MAPPABLE))
     others = [other for other in range(4) if other != page]
     for each in range(4):
         turns.both(each)
@@ -123,17 +139,17 @@ def test_indexing(kind: str, page: int) -> None:
         turns.both(each)
 
 
-def test_before_allocation_shared(kind: str) -> None:
+def test_before_allocation_shared(make: Make) -> None:
     """What has no page yet has a type already: to private."""
-    turns = Turns(File(1, MAPPABLE, kind))
+    turns = Turns(make(1, MAPPABLE))
     turns.convert(0, private=True)
     assert turns.file.pages == {}
     turns.both(0)
 
 
-def test_before_allocation_private(kind: str) -> None:
+def test_before_allocation_private(make: Make) -> None:
     """What has no page yet has a type already: to shared."""
-    turns = Turns(File(1, GUEST_MEMFD_FLAG_MMAP, kind))
+    turns = Turns(make(1, GUEST_MEMFD_FLAG_MMAP))
     turns.convert(0, private=False)
     assert turns.file.pages == {}
     turns.both(0)
@@ -149,9 +165,10 @@ def layouts() -> Iterator[frozenset[int]]:
     "allocated",
     [pytest.param(layout, id=f"{sum(1 << n for n in layout):04b}") for layout in layouts()],
 )
-def test_unallocated_folios(target: str, allocated: frozenset[int]) -> None:
+@pytest.mark.parametrize("make", COMMON, indirect=True)
+def test_unallocated_folios(make: Make, allocated: frozenset[int]) -> None:
     """One conversion over any mixture of pages that are there and pages that are not."""
-    turns = Turns(File(4, MAPPABLE))
+    turns = Turns(make(4, MAPPABLE))
     for page in allocated:
         turns.host(page)
     turns.convert(0, 4, private=True)
@@ -168,9 +185,9 @@ def test_unallocated_folios(target: str, allocated: frozenset[int]) -> None:
         turns.both(page)
 
 
-def test_truncate(kind: str) -> None:
+def test_truncate(make: Make) -> None:
     """A punch frees the page and leaves its type."""
-    turns = Turns(File(1, MAPPABLE, kind))
+    turns = Turns(make(1, MAPPABLE))
     for private in (False, True, False):
         turns.convert(0, private=private)
         turns.both(0)
@@ -180,9 +197,9 @@ def test_truncate(kind: str) -> None:
         turns.both(0)
 
 
-def test_forked_accesses(kind: str) -> None:
+def test_forked_accesses(make: Make) -> None:
     """Two mappings of the host: what one may touch the other may, before and after."""
-    file = File(1, MAPPABLE, kind)
+    file = make(1, MAPPABLE)
     mine, other = Turns(file), Turns(file)
     other.values = mine.values
     mine.host(0)
@@ -197,9 +214,9 @@ def test_forked_accesses(kind: str) -> None:
 
 
 @pytest.mark.parametrize("page", range(4))
-def test_elevated_refcount(kind: str, page: int) -> None:
+def test_elevated_refcount(make: Make, page: int) -> None:
     """A page that someone has in hand: EAGAIN, where it is, and nothing is changed."""
-    file = File(4, MAPPABLE, kind)
+    file = make(4, MAPPABLE)
     file.write(0, b"A" * 4 * PAGE_SIZE)
     pinned = file.pin(page * PAGE_SIZE, PAGE_SIZE)
     with pytest.raises(ConversionError) as caught:
@@ -216,17 +233,17 @@ def test_elevated_refcount(kind: str, page: int) -> None:
     assert file.guest_read(0, 4 * PAGE_SIZE) == b"A" * 4 * PAGE_SIZE
 
 
-def test_elevated_refcount_to_shared(kind: str) -> None:
+def test_elevated_refcount_to_shared(make: Make) -> None:
     """To shared nobody of the host can have a page in hand; a redundant conversion is none."""
-    file = File(1, MAPPABLE, kind)
+    file = make(1, MAPPABLE)
     pinned = file.pin(0, PAGE_SIZE)
     file.convert(0, PAGE_SIZE, private=False)
     file.unpin(pinned)
 
 
-def test_zero_not_to_private(kind: str) -> None:
+def test_zero_not_to_private(make: Make) -> None:
     """Nobody promises a guest zeros that it would have to trust the host for."""
-    file = File(2, MAPPABLE, kind)
+    file = make(2, MAPPABLE)
     file.write(0, b"A" * PAGE_SIZE)
     with pytest.raises(ConversionError) as caught:
         file.convert(0, PAGE_SIZE, private=True, flags=ZERO)
@@ -235,9 +252,10 @@ def test_zero_not_to_private(kind: str) -> None:
     assert file.read(0, PAGE_SIZE) == b"A" * PAGE_SIZE
 
 
-def test_zero_to_shared(target: str) -> None:
+@pytest.mark.parametrize("make", COMMON, indirect=True)
+def test_zero_to_shared(make: Make) -> None:
     """The host finds zeros, and the guest too; what is not allocated stays so."""
-    file = File(2, GUEST_MEMFD_FLAG_MMAP)
+    file = make(2, GUEST_MEMFD_FLAG_MMAP)
     file.guest_write(0, b"A" * PAGE_SIZE)
     file.convert(0, 2 * PAGE_SIZE, private=False, flags=ZERO)
     assert set(file.pages) == {0}
@@ -246,10 +264,11 @@ def test_zero_to_shared(target: str) -> None:
 
 
 @pytest.mark.parametrize("private", [True, False], ids=["to-private", "to-shared"])
-def test_unspecified_scrambles(target: str, private: bool) -> None:
+@pytest.mark.parametrize("make", COMMON, indirect=True)
+def test_unspecified_scrambles(make: Make, private: bool) -> None:
     """Without a mode the bytes are others, also where the type was already the one."""
     for flags in (MAPPABLE, GUEST_MEMFD_FLAG_MMAP):
-        file = File(1, flags)
+        file = make(1, flags)
         file.guest_write(0, b"A" * PAGE_SIZE)
         file.convert(0, PAGE_SIZE, private=private, flags=0)
         found = file.guest_read(0, PAGE_SIZE)
@@ -257,7 +276,8 @@ def test_unspecified_scrambles(target: str, private: bool) -> None:
         assert found != bytes(PAGE_SIZE), "zeros would be taken for a promise"
 
 
-def test_faults_wait(kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_faults_wait(target: str, kind: str) -> None:
     """Between begin and end neither side gets the page of a conversion."""
     file = File(2, MAPPABLE, kind)
     file.write(0, b"A" * PAGE_SIZE)
