@@ -250,14 +250,17 @@ class VmMemory:
             slot = self._running.vm.mmu.slots.find(gpa >> PAGE_SHIFT)
             hpa = None if slot is None else self.side.hpa(slot.shared_page(gpa >> PAGE_SHIFT))
         try:
-            if slot is not None and slot.whole:  # its memory is nowhere here
+            if slot is not None and slot.file is not None and self.files is not None:
+                page = slot.private_page(gpa >> PAGE_SHIFT)
+                data = self.files.read_slot(slot.file, page, gpa % PAGE_SIZE, 8)
+            elif slot is not None and slot.whole:  # its memory is nowhere here
                 at = slot.userspace_addr + gpa - (slot.base_gfn << PAGE_SHIFT)
                 data = caller.read(at, 8)
             elif hpa is None:
                 return None
             else:
                 data = self._vm.host.read(hpa + gpa % PAGE_SIZE, 8)
-        except (ArenaError, Efault) as error:
+        except (ArenaError, Efault, KvmError) as error:
             log.info("word at gpa %#x: %s", gpa, error)
             return None
         return int.from_bytes(data, "little")

@@ -510,3 +510,17 @@ def test_without_its_owner_nothing_converts(mount: Mounter) -> None:
         answer = file.ioctl(KVM_SET_MEMORY_ATTRIBUTES2, ctypes.addressof(space), caller)
         assert isinstance(answer, Failure)
         assert answer.errno == errno.EIO
+
+
+def test_tables_of_the_guest_are_read_where_they_are_shared(boot: Boot) -> None:
+    """KVM_TRANSLATE walks them through the file; what is private it does not see."""
+    program = boot()
+    gmem = with_file(program)
+    with pin(program, gmem, 0, 2) as held:
+        held.write(PAGE - 8, (0x1234).to_bytes(8, "little"))
+    memory = program.process.caller.objects[program.vm].memory  # type: ignore[attr-defined]
+    caller = program.process.caller
+    assert memory.read_word(HIGH + PAGE - 8, caller=caller) == 0x1234
+    assert convert(program, gmem, 0, 1, private=True) == DONE
+    assert memory.read_word(HIGH + PAGE - 8, caller=caller) is None
+    assert memory.read_word(HIGH + PAGE, caller=caller) == 0
