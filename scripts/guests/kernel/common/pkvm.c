@@ -14,13 +14,13 @@
 static long each_page(u64 function, u64 gpa, u64 npages)
 {
 	if (gpa & (PAGE_SIZE - 1) || !npages || npages > 1UL << (39 - PAGE_SHIFT))
-		return NO_LEAF;
+		return INVALID_ARGUMENT;
 	for (u64 i = 0; i < npages; i++) {
 		long ret = plain_call(function, gpa + (i << PAGE_SHIFT), 0, 0);
 
 		if (ret) {
 			platform_status = (u64)ret;
-			return ret == SMCCC_RET_INVALID_PARAMETER ? NO_LEAF : ret;
+			return ret == SMCCC_RET_INVALID_PARAMETER ? INVALID_ARGUMENT : ret;
 		}
 	}
 	return 0;

@@ -68,8 +68,8 @@ extern volatile u64 platform_status;
 #define KVM_HC_MAP_GPA_RANGE 12
 #define KVM_MAP_GPA_RANGE_ENCRYPTED (1UL << 4)
 
-#define NO_LEAF (-22L) /* -EINVAL */
-#define NO_SYSTEM_CALL (-38L) /* -ENOSYS */
+#define INVALID_ARGUMENT (-22L) /* -EINVAL */
+#define NO_SUCH_CALL (-38L) /* -ENOSYS */
 #define IO_ERROR (-5L) /* -EIO */
 
 /* KVM's own call (Documentation/virt/kvm/x86/hypercalls.rst). */

@@ -72,10 +72,10 @@ static long list_change(volatile struct psc *list)
 	while (list->current <= list->last) {
 		before = list->current * 4096U + (u32)(list->entry[list->current] & 0xfff);
 		if (ghcb_exit(NAE_PSC, 0, 0))
-			return NO_LEAF;
+			return INVALID_ARGUMENT;
 		platform_status = ghcb_get(GHCB_EXIT_INFO_2);
 		if (platform_status)
-			return NO_LEAF;
+			return INVALID_ARGUMENT;
 		if (list->current > PSC_ENTRIES)
 			return IO_ERROR;
 		if (list->current <= list->last &&
@@ -94,7 +94,7 @@ static long change(u64 gpa, u64 npages, u64 operation)
 
 	if (gpa & (PAGE_SIZE - 1) || !npages || npages > 1UL << (39 - PAGE_SHIFT) ||
 	    end > 1UL << 39)
-		return NO_LEAF;
+		return INVALID_ARGUMENT;
 	if (!spoken)
 		return msr_change(gpa, npages, operation);
 	while (!ret && gpa < end) {
@@ -174,7 +174,7 @@ static long snp_call(u64 nr, u64 a0, u64 a1, u64 a2)
 	ghcb_put(GHCB_RDX, a2);
 	ghcb_put(GHCB_RSI, 0);
 	if (ghcb_exit(SVM_EXIT_VMMCALL, 0, 0))
-		return NO_SYSTEM_CALL;
+		return NO_SUCH_CALL;
 	return (long)ghcb_get(GHCB_RAX);
 }
 

@@ -96,7 +96,7 @@ static void tdx_halt(void)
 static long map_gpa(u64 gpa, u64 size, u64 side)
 {
 	if (!size)
-		return NO_LEAF;
+		return INVALID_ARGUMENT;
 	for (;;) {
 		struct tdcall r = { .r11 = VMCALL_MAP_GPA, .r12 = gpa | side, .r13 = size };
 		u64 next;
@@ -106,7 +106,7 @@ static long map_gpa(u64 gpa, u64 size, u64 side)
 			return 0;
 		platform_status = r.r10;
 		if (r.r10 == VMCALL_INVALID_OPERAND || r.r10 == VMCALL_ALIGN_ERROR)
-			return NO_LEAF;
+			return INVALID_ARGUMENT;
 		next = r.r11 & ~shared_mask;
 		/* A host that makes no progress, or goes elsewhere, is not followed. */
 		if (r.r10 != VMCALL_RETRY || next <= gpa || next >= gpa + size)
