@@ -54,6 +54,11 @@ class GuestMemfds:
             possible = False
         return self._offered if possible else 0
 
+    @property
+    def mapped(self) -> set[tuple[int, int]]:
+        """The files that the host may map."""
+        return {key for key, flags in self.made.items() if flags & GUEST_MEMFD_FLAG_MMAP}
+
     def create(self, size: int, flags: int = 0) -> int:
         """A descriptor of a new file of ``size`` bytes that has no name; OSError."""
         fd = self._mappable(size, flags) if flags & GUEST_MEMFD_FLAG_MMAP else self._plain(size)

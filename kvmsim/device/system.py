@@ -96,6 +96,11 @@ class KvmDevice:
         vm = self.owners.get((status.st_dev, status.st_ino))
         return GmemFile(vm, fd) if isinstance(vm, VmDevice) else None
 
+    @property
+    def mapped(self) -> set[tuple[int, int]]:
+        """The files that the host may map, by (st_dev, st_ino)."""
+        return set() if self.gmem is None else self.gmem.mapped
+
     def release(self) -> None:
         """A descriptor is gone: nothing goes with it."""
 

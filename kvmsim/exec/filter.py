@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The seccomp filter: ioctls of KVM's type are asked about, and MADV_DONTNEED; all else runs.
+"""The seccomp filter: KVM's ioctls are asked about, a little of madvise and mmap; all else runs.
 
 A program of classic BPF over ``struct seccomp_data`` (linux/seccomp.h, seccomp(2)).
 """
@@ -27,27 +27,36 @@ IOCTL: Final = 16  # arch/x86/entry/syscalls/syscall_64.tbl
 MADVISE: Final = 28
 _DONTNEED: Final = 4  # MADV_DONTNEED
 _DONTNEED_LOCKED: Final = 24  # Linux 5.18
+COLLAPSE: Final = 25  # MADV_COLLAPSE, Linux 6.1
+MMAP: Final = 9
+_MAP_TYPE, _MAP_PRIVATE, _MAP_ANONYMOUS, _MAP_DENYWRITE = 0xF, 0x2, 0x20, 0x800
 _ALLOW: Final = 0x7FFF0000
 _NOTIFY: Final = 0x7FC00000
 
 
 def program() -> bytes:
-    """Return the instructions: notified are two system calls of 64 bits with certain arguments.
+    """Return the instructions: notified are three system calls of 64 bits with certain arguments.
 
-    An ioctl(2) whose request has KVM's type byte, and an madvise(2) that gives back memory.
+    An ioctl(2) whose request has KVM's type byte, an madvise(2) that gives back memory or collapses
+    it, and an mmap(2) that is private and of a file, but for the loader's, which say MAP_DENYWRITE.
     """
     listing = (
         (_LOAD, 0, 0, _ARCH),
-        (_EQUAL, 0, 10, _ARCH_X86_64),
+        (_EQUAL, 0, 15, _ARCH_X86_64),
         (_LOAD, 0, 0, _NR),
         (_EQUAL, 0, 3, IOCTL),
         (_LOAD, 0, 0, _ARGS + 8),  # the request's low half; the kernel ignores the rest
         (_AND, 0, 0, 0xFF00),
-        (_EQUAL, 4, 5, KVMIO << 8),
+        (_EQUAL, 9, 10, KVMIO << 8),
         (_EQUAL, 0, 4, MADVISE),
         (_LOAD, 0, 0, _ARGS + 16),  # the advice: an int
-        (_EQUAL, 1, 0, _DONTNEED),
-        (_EQUAL, 0, 1, _DONTNEED_LOCKED),
+        (_EQUAL, 6, 0, _DONTNEED),
+        (_EQUAL, 5, 0, _DONTNEED_LOCKED),
+        (_EQUAL, 4, 5, COLLAPSE),
+        (_EQUAL, 0, 4, MMAP),
+        (_LOAD, 0, 0, _ARGS + 24),  # the flags
+        (_AND, 0, 0, _MAP_TYPE | _MAP_ANONYMOUS | _MAP_DENYWRITE),
+        (_EQUAL, 0, 1, _MAP_PRIVATE),
         (_RETURN, 0, 0, _NOTIFY),
         (_RETURN, 0, 0, _ALLOW),
     )

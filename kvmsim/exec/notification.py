@@ -10,7 +10,7 @@ from struct import Struct
 from typing import Final, NamedTuple
 
 # id, pid; flags, nr, arch, instruction pointer; three arguments of six
-_NOTIF: Final = Struct("<QI4xi12xQQQ24x")
+_NOTIF: Final = Struct("<QI4xi12xQQQ8xQ8x")
 _EMPTY: Final = bytes(_NOTIF.size)  # what the kernel wants to find there
 _RESPONSE: Final = Struct("<QqiI")  # id, value, error, flags
 _ADDFD: Final = Struct("<QIIII")  # id, flags, source, new number, flags of the new one
@@ -25,7 +25,7 @@ _ADD_AND_SEND: Final = 2
 
 
 class Notification(NamedTuple):
-    """A system call that waits: ``tid`` made call ``nr``, whose arguments begin so."""
+    """A system call that waits: ``tid`` made call ``nr``, with these of its arguments."""
 
     id: int
     tid: int
@@ -33,6 +33,7 @@ class Notification(NamedTuple):
     first: int
     second: int
     third: int
+    fifth: int
 
 
 class Gone(Exception):

@@ -22,7 +22,8 @@ from kvmsim.device.caller import PrivateFd
 from kvmsim.device.gmemfile import GmemFile
 from kvmsim.device.results import DeviceObject, Failure, NewFd, Pending, Result, Value
 from kvmsim.device.system import KvmDevice
-from kvmsim.exec.filter import MADVISE
+from kvmsim.exec.filemappings import collapses, maps_privately
+from kvmsim.exec.filter import COLLAPSE, MADVISE, MMAP
 from kvmsim.exec.notification import Gone, Listener, Notification
 from kvmsim.exec.objects import Objects
 from kvmsim.exec.process import Identity, Process, Repeating, Thread, pending_signals
@@ -120,7 +121,12 @@ class Supervisor:
         except Gone:
             return
         try:
-            if call.nr == MADVISE:
+            if call.nr == MMAP:
+                self._unless(call, maps_privately(self._device.mapped, call.tid, call.fifth))
+            elif call.nr == MADVISE and call.third == COLLAPSE:
+                start, size = call.first, call.second
+                self._unless(call, collapses(self._device.mapped, call.tid, start, size))
+            elif call.nr == MADVISE:
                 self._discard(call)
             else:
                 self._ioctl(call)
@@ -137,6 +143,13 @@ class Supervisor:
         if process is not None:
             process.slots.discard(call.first, call.second)
         self._listener.let_go(call.id)
+
+    def _unless(self, call: Notification, refused: bool) -> None:
+        """Let the kernel do what is asked, or answer as it does for a guest_memfd: EINVAL."""
+        if refused:
+            self._listener.answer(call.id, -errno.EINVAL)
+        else:
+            self._listener.let_go(call.id)
 
     def _ioctl(self, call: Notification) -> None:
         fd = call.first & 0xFFFF_FFFF
