@@ -19,6 +19,7 @@ from kvmsim.cli.boot import boot
 from kvmsim.cli.execute import execute
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.cli.failure import Failure
+from kvmsim.cli.leaving import unwind_on
 from kvmsim.cli.run import run
 from kvmsim.cli.stat import stat
 from kvmsim.cli.verbosity import Verbosity
@@ -60,8 +61,7 @@ for _command in (boot, run, stat, execute):
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the program and exit."""
     _open_standard_streams()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+    unwind_on(signal.SIGTERM, signal.SIGHUP)  # so that VMs end and nothing is left behind
     sys.exit(call(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -72,11 +72,6 @@ def _open_standard_streams() -> None:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number, which is fd
-
-
-def _leave(number: int, frame: object) -> None:
-    """Unwind, so that VMs end and nothing is left behind."""
-    raise SystemExit(Exit.SIGNAL + number)
 
 
 def call(arguments: list[str]) -> int:

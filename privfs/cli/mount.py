@@ -18,6 +18,7 @@ from privfs.backing import StoreError, default_size
 from privfs.cli import child, options, supervisor, tables
 from privfs.cli.exitcodes import Exit
 from privfs.cli.failure import Failure, mount_failed
+from privfs.cli.leaving import unwind_on
 from privfs.cli.verbosity import Verbosity, verbose_options
 
 if TYPE_CHECKING:
@@ -65,8 +66,8 @@ def mount(
         start_daemon(directory, wishes, verbosity, log_file)
         return
     verbosity.log_to(log_file, syslog=detach)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+    # so that what is mounted already gets unmounted; trio takes over when it runs
+    unwind_on(signal.SIGTERM, signal.SIGHUP)
     if life_fd is not None:
         child.end_with_parent(life_fd)
 
@@ -93,11 +94,6 @@ def mount(
         if remove:
             with contextlib.suppress(OSError):
                 os.rmdir(directory)
-
-
-def _leave(number: int, frame: object) -> None:
-    """Unwind, so that what is mounted already gets unmounted; trio takes over when it runs."""
-    raise SystemExit(Exit.SIGNAL + number)
 
 
 def _serve(

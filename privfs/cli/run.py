@@ -20,6 +20,7 @@ import click
 from privfs.cli import child, options
 from privfs.cli.exitcodes import Exit
 from privfs.cli.failure import Failure
+from privfs.cli.leaving import unwind_on
 from privfs.cli.mount import option_arguments
 from privfs.cli.verbosity import Verbosity, verbose_options
 
@@ -53,16 +54,11 @@ def run(
 @contextlib.contextmanager
 def _signals_unwind() -> Iterator[None]:
     """Let signals that would end us clean up on the way."""
-
-    def leave(number: int, frame: object) -> None:
-        raise SystemExit(Exit.SIGNAL + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    put_back = unwind_on(signal.SIGTERM, signal.SIGHUP)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        put_back()
 
 
 @contextlib.contextmanager

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 
 _HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_AGAIN_SECONDS = 0.01
 
 
 class Interrupted(BaseException):
@@ -29,6 +31,17 @@ class Signals:
         self._waiting = 0
         for number in _HANDLED:
             signal.signal(number, self._arrive)
+        signal.signal(signal.SIGALRM, lambda number, frame: self._arrive(self._lost, frame))
+        self._lost = 0
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
+
+    def _unraisable(self, what: sys.UnraisableHookArgs) -> None:
+        """A finalizer or the like had the signal's exception: it comes again, elsewhere."""
+        if isinstance(what.exc_value, Interrupted):
+            self._lost = what.exc_value.number
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+        else:
+            self._hook(what)
 
     def _arrive(self, number: int, frame: object) -> None:
         if self._held:
@@ -53,5 +66,5 @@ class Signals:
 
     def ignore(self) -> None:
         """Hear no more signals."""
-        for number in _HANDLED:
+        for number in (*_HANDLED, signal.SIGALRM):
             signal.signal(number, signal.SIG_IGN)
