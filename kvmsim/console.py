@@ -14,10 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+from kvmsim.confidential.platform import Platform
 from kvmsim.emulator import Emulator, MemoryBackend, Outcome, VmConfig
 from kvmsim.exits import Exit, IoExit
 from kvmsim.hostmem import HostMemory
 from kvmsim.running import RunningVm
+from kvmsim.vmm.bounce import Disk
 from kvmsim.vmm.prealloc import Progress
 
 
@@ -73,9 +75,14 @@ class ConsoleVm(Emulator):
         on_end: Callable[[], None],
         *,
         running: type[RunningVm] = RunningVm,
+        platform: Platform | None = None,
+        disk: Disk | None = None,
         on_prealloc: Callable[[MemoryBackend, Progress], None] = lambda backend, progress: None,
     ) -> None:
-        super().__init__(host, config, on_output, running=running, on_prealloc=on_prealloc)
+        super().__init__(
+            host, config, on_output, running=running, platform=platform, disk=disk,
+            on_prealloc=on_prealloc,
+        )  # fmt: skip
         self._on_end = on_end
         self._input_ended = False
         self._end: End | None = None

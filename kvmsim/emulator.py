@@ -171,6 +171,7 @@ class Emulator:
         self.outcome: Outcome | None = None
         self._on_output = on_output
         self._paths: dict[int, str] = {}
+        self._launched = False
         in_place = config.technology is Technology.PKVM
         self.running = running(host, config.vcpus, config.label, kind=kind, in_place=in_place)
         try:
@@ -244,6 +245,7 @@ class Emulator:
         entries = self.machine.launch(load, lambda page: self.memory.load(page, guard))
         with self.running.lock:
             guard.finish(entries)
+            self._launched = True
         return entries
 
     def feed(self, data: bytes) -> None:
@@ -287,9 +289,11 @@ class Emulator:
     def report(self) -> dict[str, Any]:
         """What it is and holds now, in plain values; from a thread as for :meth:`allocated`.
 
-        ``error`` says why ``allocated`` is None.
+        ``error`` says why ``allocated`` is None; ``hardware`` is what the VM's confidential
+        hardware says of it, None before the launch, after the end, and without such.
         """
         running, found, error = self.running, None, ""
+        hardware: dict[str, Any] | None = None
         try:
             found = self.allocated()
         except LinkError as lost:
@@ -297,6 +301,8 @@ class Emulator:
         with running.lock:
             memory = memory_report(running.vm.mmu, found, self._paths)
             counters = asdict(running.vm.statistics())
+            if self.guard is not None and self._launched:
+                hardware = self.guard.describe()
             vcpus = [
                 {"vcpu": vcpu.index, "state": vcpu.state.value, "faults": vcpu.faults}
                 for vcpu in running.vcpus
@@ -309,6 +315,8 @@ class Emulator:
             "vm": self.config.label,
             "pid": os.getpid(),
             "state": state,
+            "kind": running.vm.kind.name,
+            "hardware": hardware,
             "fence": running.host.fence.kind.text,
             "discard": self.config.discard.value,
             "vcpus": vcpus,
@@ -327,6 +335,8 @@ class Emulator:
 
     def close(self) -> None:
         """Stop if need be, give back all memory, leave the owners."""
+        with self.running.lock:
+            self._launched = False
         self.running.close()
         self.shared.close()
 

@@ -16,14 +16,20 @@ from typing import Final
 from kvmsim.scriptvalues import DISCARDS, Memory, ScriptError, parse_size, parse_switch
 
 BACKEND: Final = "memory-backend-memfd-private"
-GUEST: Final = "shared-bit-guest"
+
+#: Guest objects, and the kind of VM that each makes.
+GUESTS: Final[Mapping[str, str]] = {
+    "shared-bit-guest": "shared-bit",
+    "tdx-guest": "tdx",
+    "sev-snp-guest": "snp",
+}
 
 #: Every object: its keys, and those that must be given.
 OBJECTS: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
     BACKEND: (
         ("id", "size", "mem-path", "offset", "prealloc", "share"), ("id", "size", "mem-path"),
     ),
-    GUEST: (("id", "discard"), ("id",)),
+    **dict.fromkeys(GUESTS, (("id", "discard"), ("id",))),
 }  # fmt: skip
 MACHINES: Final = ("q35", "none")
 MACHINE_KEYS: Final = ("type", "memory-backend", "confidential-guest-support")
@@ -33,10 +39,11 @@ _COMMA: Final = re.compile(r"(?<!,)((?:,,)*),(?!,)")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What the options ask for; ``discard`` None: they do not say."""
+    """What the options ask for; ``discard`` and ``kind`` None: they do not say."""
 
     memory: tuple[Memory, ...] = ()
     discard: str | None = None
+    kind: str | None = None
 
 
 def parse_options(objects: Sequence[str], machine: str | None) -> Options:
@@ -50,23 +57,27 @@ def parse_options(objects: Sequence[str], machine: str | None) -> Options:
     wanted = _machine(machine) if machine is not None else {}
     used: set[str] = set()
 
-    def named(key: str, kind: str) -> dict[str, str] | None:
+    def named(key: str, *kinds: str) -> tuple[str, dict[str, str]] | None:
         name = wanted.get(key)
         if name is None:
             return None
-        if name not in made or made[name][0] != kind:
-            known = ", ".join(n for n, (of, _) in made.items() if of == kind) or "none"
-            raise ScriptError(f"-machine {key}={name}: no {kind} of that id; there is {known}")
+        if name not in made or made[name][0] not in kinds:
+            known = ", ".join(n for n, (of, _) in made.items() if of in kinds) or "none"
+            what = " or ".join(kinds)
+            raise ScriptError(f"-machine {key}={name}: no {what} of that id; there is {known}")
         used.add(name)
-        return made[name][1]
+        return made[name]
 
-    backend, guest = named("memory-backend", BACKEND), named("confidential-guest-support", GUEST)
+    backend = named("memory-backend", BACKEND)
+    guest = named("confidential-guest-support", *GUESTS)
     for name, (kind, _) in made.items():
         if name not in used:
             key = "memory-backend" if kind == BACKEND else "confidential-guest-support"
             raise ScriptError(f"{kind} {name} is not used: write -machine q35,{key}={name}")
-    memory = () if backend is None else (_memory(backend),)
-    return Options(memory, None if guest is None else guest.get("discard"))
+    memory = () if backend is None else (_memory(backend[1]),)
+    if guest is None:
+        return Options(memory)
+    return Options(memory, guest[1].get("discard"), GUESTS[guest[0]])
 
 
 def _object(text: str) -> tuple[str, dict[str, str]]:

@@ -14,6 +14,7 @@ from typing import Final
 
 from kvmsim.scriptvalues import (
     DISCARDS,
+    KINDS,
     Memory,
     Payload,
     ScriptError,
@@ -27,6 +28,10 @@ WITHIN: Final = 10.0
 
 #: What ``holds`` counts: the fields of :class:`kvmsim.memoryuse.Allocated`.
 SIDES: Final = ("private", "shared", "both", "stale")
+
+#: Words of ``vm`` that come once: those without a value, and all.
+_SWITCHES: Final = ("selftest", "eager")
+_WORDS: Final = ("vcpus", "kernel", "discard", "kind", "disk", *_SWITCHES)
 
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _VARIABLE: Final = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
@@ -47,6 +52,9 @@ class Vm:
     discard: str = "both"
     selftest: bool = False
     payload: tuple[Payload, ...] = ()
+    kind: str = "shared-bit"
+    disk: str | None = None
+    eager: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +199,8 @@ def _vm(rest: str, state: _State) -> Vm:
             memory.append(parse_memory(value))
         elif key == "payload" and value:
             payload.append(parse_payload(value))
-        elif key in ("vcpus", "kernel", "discard", "selftest") and key not in other:
-            if bool(given) == (key == "selftest"):
+        elif key in _WORDS and key not in other:
+            if bool(given) == (key in _SWITCHES) or (given and not value):
                 raise ScriptError(f"{word!r}: see {GRAMMAR['vm'].form}")
             other[key] = value
         else:
@@ -205,10 +213,13 @@ def _vm(rest: str, state: _State) -> Vm:
     discard = other.get("discard", "both")
     if discard not in DISCARDS:
         raise ScriptError(f"discard={discard}: one of {', '.join(DISCARDS)}")
+    kind = other.get("kind", KINDS[0])
+    if kind not in KINDS:
+        raise ScriptError(f"kind={kind}: one of {', '.join(KINDS)}")
     state.vms.append(name)
     return Vm(
         name, tuple(memory), int(vcpus), other.get("kernel"), discard, "selftest" in other,
-        tuple(payload),
+        tuple(payload), kind, other.get("disk"), "eager" in other,
     )  # fmt: skip
 
 
@@ -309,7 +320,8 @@ class Form:
 GRAMMAR: Final[dict[str, Form]] = {
     "vm": Form(
         "vm NAME memory=FILE[,offset=N][,size=N][,slots=N][,prealloc=on|off]… [vcpus=N]"
-        " [kernel=ELF] [payload=FILE@GPA]… [discard=none|private|shared|both] [selftest]",
+        " [kernel=ELF] [payload=FILE@GPA]… [discard=none|private|shared|both]"
+        " [kind=shared-bit|sw-protected|tdx|snp|pkvm] [disk=FILE] [eager] [selftest]",
         "boots a VM", _vm,
     ),
     "send": Form("send [VM] TEXT", "types a line on its console", _send),

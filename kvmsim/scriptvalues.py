@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 DISCARDS: Final = ("none", "private", "shared", "both")
+KINDS: Final = ("shared-bit", "sw-protected", "tdx", "snp", "pkvm")
 SWITCH: Final = {"on": True, "off": False}
 
 _SUFFIXES: Final = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}

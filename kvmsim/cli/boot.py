@@ -18,18 +18,27 @@ from kvmsim.cli.failure import Failure, check_memory, ended_badly, explained
 from kvmsim.cli.hosts import fence_option, make_host, movable_option
 from kvmsim.cli.progress import PreallocProgress
 from kvmsim.cli.verbosity import Verbosity, verbose_options
-from kvmsim.cli.vms import make_vm
+from kvmsim.cli.vms import make_vm, opened_disk
 from kvmsim.console import ConsoleVm, Ending
 from kvmsim.control import Control, NoControl, answering
 from kvmsim.images import read_kernel
-from kvmsim.qemuoptions import Options, parse_options
+from kvmsim.qemuoptions import GUESTS, Options, parse_options
 from kvmsim.running import RunningVm
 from kvmsim.script import Vm
-from kvmsim.scriptvalues import DISCARDS, Memory, Payload, ScriptError, parse_memory, parse_payload
+from kvmsim.scriptvalues import (
+    DISCARDS,
+    KINDS,
+    Memory,
+    Payload,
+    ScriptError,
+    parse_memory,
+    parse_payload,
+)
 from kvmsim.trace import FORMATS
 from kvmsim.tracedvm import traced
 from kvmsim.tracefile import TraceFile
 from kvmsim.vmm.bootparams import MAX_VCPUS
+from kvmsim.vmm.bounce import Disk
 
 _UNIX: Final = "unix:"
 
@@ -70,15 +79,22 @@ def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
 )  # fmt: skip
 @click.option("-object", "objects", metavar="TYPE,id=ID,…", multiple=True,
               help="As QEMU: memory-backend-memfd-private,id=,size=,mem-path=[,offset=,prealloc=], "
-              "or shared-bit-guest,id=[,discard=].")  # fmt: skip
+              f"or {', '.join(GUESTS)} with id=[,discard=].")  # fmt: skip
 @click.option("-machine", "machine", metavar="q35,memory-backend=ID,…",
               help="As QEMU: uses the objects; also confidential-guest-support=ID.")  # fmt: skip
+@click.option("--kind", type=click.Choice(KINDS),
+              help="What makes its memory private; of tdx, snp and pkvm models of the hardware "
+              "join in.  [default: shared-bit]")  # fmt: skip
 @click.option("--vcpus", type=click.IntRange(1, MAX_VCPUS), default=2, show_default=True)
 @click.option("--name", default="vm0", show_default=True, help="Name in `privfs map` and status.")
 @click.option("--kernel", metavar="ELF", type=click.Path(), help="Guest kernel.")
 @click.option(
     "--discard", type=click.Choice(DISCARDS), help="The side that a conversion frees (both).",
 )  # fmt: skip
+@click.option("--disk", metavar="FILE", type=click.Path(),
+              help="What the guest's bounce buffers move to and from.")  # fmt: skip
+@click.option("--eager", is_flag=True,
+              help="The guest accepts all memory before it prompts, not on first use.")  # fmt: skip
 @click.option("--selftest", is_flag=True, help="The guest tests its memory before it prompts.")
 @click.option(
     "--console", "where", metavar="stdio|unix:PATH", callback=_place, default="stdio",
@@ -104,10 +120,13 @@ def boot(
     payload: tuple[Payload, ...],
     objects: tuple[str, ...],
     machine: str | None,
+    kind: str | None,
     vcpus: int,
     name: str,
     kernel: str | None,
     discard: str | None,
+    disk: str | None,
+    eager: bool,
     selftest: bool,
     where: str,
     fence: str,
@@ -126,14 +145,17 @@ def boot(
     """
     verbosity.log_to_stderr()
     also = _qemu(objects, machine)
-    if also.discard and discard:
-        raise click.UsageError(
-            "--discard and the discard of -object: give one of them.", click.get_current_context()
-        )
+    for word, ours, theirs in (("discard", discard, also.discard), ("kind", kind, also.kind)):
+        if ours and theirs:
+            raise click.UsageError(
+                f"--{word} and the {word} of -object: give one of them.",
+                click.get_current_context(),
+            )
     if not (memory := memory + also.memory):
         raise click.UsageError("Missing option '--memory'.", click.get_current_context())
     discard = discard or also.discard or "both"
-    wanted = Vm(name, memory, vcpus, kernel, discard, selftest, payload)
+    kind = kind or also.kind or KINDS[0]
+    wanted = Vm(name, memory, vcpus, kernel, discard, selftest, payload, kind, disk, eager)
     if trace_format and not trace_path:
         raise click.UsageError("--trace-format needs --trace FILE.", click.get_current_context())
     with contextlib.ExitStack() as stack:
@@ -145,6 +167,7 @@ def boot(
             place = stack.enter_context(streams.listening(where.removeprefix(_UNIX)))
         ending, vm = _live(
             wanted, place, timeout, running, fence, stack.enter_context(answering()),
+            stack.enter_context(opened_disk(wanted.disk)),
             movable=movable, as_json=as_json, quiet=quiet or as_json,
         )  # fmt: skip
         code = exit_code(ending) if ending else Exit.TIMEOUT
@@ -180,6 +203,7 @@ def _live(
     running: type[RunningVm],
     fence: str,
     control: Control | NoControl,
+    disk: Disk | None,
     *,
     movable: bool,
     as_json: bool,
@@ -187,7 +211,7 @@ def _live(
 ) -> tuple[Ending | None, ConsoleVm]:
     """Run a VM from birth to end; its ending, None if its time was over."""
     for memory in wanted.memory:
-        check_memory(memory)
+        check_memory(memory, wanted.kind)
     with explained():
         image = read_kernel(wanted.kernel)
     host = make_host(fence, movable=movable)
@@ -199,8 +223,9 @@ def _live(
         progress = PreallocProgress(wanted.name, as_json=as_json, quiet=quiet)
         with explained(), progress:
             vm = make_vm(
-                host, wanted, to_person, outlet.ring, running=running, on_prealloc=progress.told
-            )
+                host, wanted, to_person, outlet.ring, running=running, disk=disk,
+                on_prealloc=progress.told,
+            )  # fmt: skip
         control.add(wanted.name, vm.report)
         try:
             with explained():
@@ -232,16 +257,16 @@ def _announce(wanted: Vm, place: streams.Place, fence: str, *, as_json: bool, qu
             for memory, size in zip(wanted.memory, sizes, strict=True)
         ]
         line = streams.event(
-            "boot", vm=wanted.name, pid=os.getpid(), vcpus=wanted.vcpus, memory=memory,
-            fence=fence,
+            "boot", vm=wanted.name, pid=os.getpid(), kind=wanted.kind, vcpus=wanted.vcpus,
+            memory=memory, fence=fence,
         )  # fmt: skip
         click.echo(line, nl=False)
     elif not quiet:
         files = ", ".join(memory.path for memory in wanted.memory)
         how = "Ctrl-C ends it" if isinstance(place, streams.Standard) else f"pid {os.getpid()}"
         click.echo(
-            f"kvmsim: {wanted.name}: {wanted.vcpus} vCPUs, {sum(sizes) >> 10} KiB of private "
-            f"memory in {files}, fence {fence}; {how}",
+            f"kvmsim: {wanted.name}: {wanted.kind}, {wanted.vcpus} vCPUs, {sum(sizes) >> 10} KiB "
+            f"of private memory in {files}, fence {fence}; {how}",
             err=True,
         )
 

@@ -13,9 +13,11 @@ from typing import Final
 from kvmsim.cli import tables
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.console import End, Ending
+from kvmsim.guard import GuardRefusal
 from kvmsim.images import NoImage
 from kvmsim.scriptvalues import Memory
-from kvmsim.uapi import PAGE_SIZE
+from kvmsim.uapi import PAGE_SIZE, KvmError
+from kvmsim.vmm.bootparams import UNIT_SIZE, Technology
 from kvmsim.vmm.elf import ImageError
 from kvmsim.vmm.loader import PayloadError
 from kvmsim.vmm.prealloc import PreallocError
@@ -44,8 +46,8 @@ def ended_badly(ending: Ending) -> str:
     return f"{ending.message}; {following}" if following else ""
 
 
-def check_memory(memory: Memory) -> None:
-    """Refuse a path that cannot be guest memory, before any request; raises Failure."""
+def check_memory(memory: Memory, kind: str) -> None:
+    """Refuse what cannot be a guest's memory, before any request; raises Failure."""
     path = memory.path
     try:
         status = os.stat(path)
@@ -71,6 +73,25 @@ def check_memory(memory: Memory) -> None:
             f"{path} has {status.st_size} bytes, less than offset {memory.offset} and size "
             f"{memory.size} need; make it longer with truncate -s",
         )
+    if Technology[kind.upper().replace("-", "_")].accepts:
+        _check_units(memory, memory.size or status.st_size - memory.offset, kind)
+
+
+def _check_units(memory: Memory, size: int, kind: str) -> None:
+    """A guest that accepts its memory does so by 2 MiB, so it has no piece of that."""
+    if size >= UNIT_SIZE and size % UNIT_SIZE == 0:
+        return
+    whole = max(size // UNIT_SIZE, 1) * UNIT_SIZE
+    remedy = f"give size={whole >> 20}M"
+    if not memory.size:
+        remedy = f"make it so with: truncate -s {memory.offset + whole >> 10}K {memory.path}"
+        if memory.offset == 0:
+            remedy += f", or give size={whole >> 20}M"
+    raise Failure(
+        Exit.MEMORY,
+        f"{memory.path}: a {kind} guest accepts memory by 2 MiB, and {size} bytes are no multiple "
+        f"of that; {remedy}",
+    )
 
 
 @contextlib.contextmanager
@@ -80,6 +101,11 @@ def explained() -> Iterator[None]:
         yield
     except PreallocError as error:
         raise Failure(Exit.MEMORY, _prealloc_text(error)) from error
+    except GuardRefusal as error:
+        name = errno.errorcode.get(error.errno, str(error.errno))
+        raise Failure(Exit.MEMORY, f"the guest cannot be launched: {name}: {error}") from error
+    except KvmError as error:
+        raise Failure(Exit.MEMORY, str(error)) from error
     except LinkError as error:
         raise Failure(Exit.MEMORY, _link_text(error)) from error
     except NoImage as error:

@@ -18,7 +18,8 @@ from typing import Final
 from kvmsim.cli.exitcodes import Exit, exit_code
 from kvmsim.cli.failure import Failure, check_memory, explained
 from kvmsim.cli.hosts import make_host
-from kvmsim.cli.vms import make_vm
+from kvmsim.cli.vms import make_vm, opened_disk
+from kvmsim.confidential.platform import Platform
 from kvmsim.console import ConsoleVm, Lines
 from kvmsim.control import Control, NoControl, answering
 from kvmsim.images import read_kernel
@@ -90,6 +91,8 @@ class Session:
         self._variables = dict(variables)
         self._say = say
         self._host = make_host(fence)
+        self._platform = Platform(self._host)
+        self._disks = contextlib.ExitStack()
         self._vms: dict[str, tuple[ConsoleVm, Console]] = {}
         self._output = ""
         self._groups: list[int] = []
@@ -127,11 +130,15 @@ class Session:
 
     def _boot(self, wanted: Vm) -> None:
         for memory in wanted.memory:
-            check_memory(memory)
+            check_memory(memory, wanted.kind)
+        disk = self._disks.enter_context(opened_disk(wanted.disk))
         console = Console()
         with explained():
             image = read_kernel(wanted.kernel)
-            vm = make_vm(self._host, wanted, console.output, console.end)
+            vm = make_vm(
+                self._host, wanted, console.output, console.end,
+                platform=self._platform, disk=disk,
+            )  # fmt: skip
         self._vms[wanted.name] = (vm, console)
         self._control.add(wanted.name, vm.report)
         with explained():
@@ -234,6 +241,7 @@ class Session:
     def close(self) -> None:
         """End every VM and every process that a host command left in its group."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._disks)  # last of all: no VM uses them any more
             stack.callback(self._host.close)
             for name, (vm, _) in self._vms.items():
                 stack.callback(vm.close)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -68,6 +69,7 @@ def stat_lines(vm: dict[str, Any], *, in_bytes: bool) -> list[str]:
     states = ", ".join(f"{vcpu['vcpu']} {vcpu['state']}" for vcpu in vm["vcpus"])
     rows = {
         "VM": f"{vm['vm']} (pid {vm['pid']}), {vm['state']}",
+        **_hardware(vm),
         "vCPUs": states,
         "Fence": vm["fence"],
         "Attributes": f"{size(types['private'])} private, {size(types['shared'])} shared",
@@ -98,6 +100,27 @@ def stat_lines(vm: dict[str, Any], *, in_bytes: bool) -> list[str]:
         "",
         *tables.columns(head, slots, "> >>>>> "),
     ]
+
+
+def _hardware(vm: dict[str, Any]) -> dict[str, str]:
+    """What kind it is, and what its confidential hardware says of it, a line for each table."""
+    rows = {"Kind": vm["kind"]}
+    for name, value in (vm.get("hardware") or {}).items():
+        if name == "technology":
+            rows["Kind"] += f" ({value})"
+        elif isinstance(value, dict):
+            rows[name] = ", ".join(f"{of} {count}" for of, count in value.items()) or "none"
+        elif isinstance(value, list):
+            rows[name] = _repeated(value)
+        else:
+            rows[name] = str(value)
+    return rows
+
+
+def _repeated(values: list[Any]) -> str:
+    """A list in a line, equal neighbours counted."""
+    runs = [(str(value), len(list(same))) for value, same in itertools.groupby(values)]
+    return ", ".join(value if count == 1 else f"{count} × {value}" for value, count in runs)
 
 
 def _conversions(vm: dict[str, Any], size: Callable[[int], str]) -> str:

@@ -36,7 +36,8 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def report(name: str = "a", **changes: Any) -> dict[str, Any]:
     held = {"private": 5 * PAGE, "shared": 2 * PAGE, "both": PAGE, "stale": PAGE}
     return {
-        "vm": name, "pid": 42, "state": "running", "fence": "uffd", "discard": "none",
+        "vm": name, "pid": 42, "state": "running", "kind": "shared-bit", "hardware": None,
+        "fence": "uffd", "discard": "none",
         "vcpus": [{"vcpu": 0, "state": "halted", "faults": 3}],
         "attributes": {"private": 32 << 20, "shared": 2 << 20, "unbacked": 0},
         "allocated": held,
@@ -196,6 +197,19 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         assert "20480 private, 8192 shared, 4096 on both" in capsys.readouterr().out
         assert call(["stat", "--json", "a"]) == Exit.OK
         assert json.loads(capsys.readouterr().out) == [report()]
+
+
+def test_what_its_hardware_says_of_a_vm() -> None:
+    said = {"technology": "TDX 1.5", "mrtd": "0a1b", "rtmr": ["00", "00", "07"],
+            "pamt_pages": {"TDCX": 11, "REG": 512}, "frames": {}}  # fmt: skip
+    shown = stat_lines(report(kind="tdx", hardware=said), in_bytes=False)
+    assert shown[1:6] == [
+        "Kind:        tdx (TDX 1.5)",
+        "mrtd:        0a1b",
+        "rtmr:        2 × 00, 07",
+        "pamt_pages:  TDCX 11, REG 512",
+        "frames:      none",
+    ]
 
 
 def test_an_owner_that_does_not_answer_is_said() -> None:

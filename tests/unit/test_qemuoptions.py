@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import pytest
 
+from kvmsim import kind
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.cli.main import call
-from kvmsim.qemuoptions import Options, parse_options
-from kvmsim.scriptvalues import DISCARDS, Memory, ScriptError
+from kvmsim.qemuoptions import GUESTS, Options, parse_options
+from kvmsim.scriptvalues import DISCARDS, KINDS, Memory, ScriptError
+from kvmsim.vmm.bootparams import Technology
 from kvmsim.vmm.convert import Discard
 
 RAM = "memory-backend-memfd-private,id=ram0,size=1G,mem-path=/m/ram"
@@ -19,7 +21,15 @@ def test_a_command_line_of_the_series() -> None:
         [f"{RAM},prealloc=on,share=on", "shared-bit-guest,id=cgs0,discard=shared"],
         "q35,memory-backend=ram0,confidential-guest-support=cgs0",
     )
-    assert found == Options((Memory("/m/ram", 0, 1 << 30, prealloc=True),), "shared")
+    memory = (Memory("/m/ram", 0, 1 << 30, prealloc=True),)
+    assert found == Options(memory, "shared", "shared-bit")
+
+
+@pytest.mark.parametrize(("guest", "kind"), GUESTS.items())
+def test_a_guest_object_says_the_kind(guest: str, kind: str) -> None:
+    found = parse_options([f"{guest},id=c"], "q35,confidential-guest-support=c")
+    assert found == Options(kind=kind)
+    assert Technology[kind.upper().replace("-", "_")].kind == kind
 
 
 def test_what_may_be_left_out() -> None:
@@ -39,6 +49,11 @@ def test_two_commas_are_one() -> None:
 
 def test_discards_are_the_vmm_s() -> None:
     assert list(DISCARDS) == [discard.value for discard in Discard]
+
+
+def test_kinds_are_those_that_a_guest_can_be_booted_as() -> None:
+    assert list(KINDS) == [technology.kind for technology in Technology]
+    assert set(KINDS) <= set(kind.KINDS)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +93,8 @@ def test_what_is_refused(objects: list[str], machine: str | None, why: str) -> N
         (["-object", f"{RAM},prealloc=on", "-object", "shared-bit-guest,id=c,discard=none",
           "-machine", "q35,memory-backend=ram0,confidential-guest-support=c", "--discard", "both"],
          "--discard and the discard of -object"),
+        (["-object", "tdx-guest,id=c", "-machine", "q35,confidential-guest-support=c",
+          "--kind", "tdx"], "--kind and the kind of -object"),
     ],
 )  # fmt: skip
 def test_wrong_usage(arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:

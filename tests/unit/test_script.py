@@ -93,6 +93,13 @@ def test_a_vm_with_everything() -> None:
     )
 
 
+def test_a_vm_of_a_kind_with_a_disk() -> None:
+    text = "vm a memory=b kind=sw-protected disk=$DIR/d eager"
+    assert only(text, DIR="/x") == Vm(
+        "a", (Memory("b"),), kind="sw-protected", disk="/x/d", eager=True
+    )
+
+
 def test_a_vm_with_nothing_but_memory() -> None:
     assert only(UP) == Vm("a", (Memory("ram"),))
 
@@ -189,6 +196,10 @@ def test_comments_blank_lines_and_numbers() -> None:
         ("vm a memory=x selftest=yes", "selftest"),
         ("vm a memory=x vcpus", "vcpus"),
         ("vm a memory=x discard=all", "one of none, private"),
+        ("vm a memory=x kind=sev", "one of shared-bit, sw-protected, tdx, snp, pkvm"),
+        ("vm a memory=x kind=", "kind="),
+        ("vm a memory=x disk=", "disk="),
+        ("vm a memory=x eager=yes", "eager"),
         ("vm a memory='x", "quotation"),
         (UP + "vm a memory=y", "up already"),
         ("send hello", "no VM is up"),
