@@ -261,13 +261,13 @@ class PrivateMemory:
         finally:
             os.close(fd)
 
-    def open_fd(self, fd: int) -> PrivateFile:
+    def open_fd(self, fd: int, status: os.stat_result | None = None) -> PrivateFile:
         """Become a user of the private file behind ``fd``, which stays the caller's.
 
-        Again for another slot is one request to the mount: for the size. LinkError if it lies on
-        no privfs mount, or the owner refuses it.
+        Again for another slot is one request to the mount, for ``status`` (fstat(2)). LinkError if
+        it lies on no privfs mount, or the owner refuses it.
         """
-        status = os.fstat(fd)
+        status = os.fstat(fd) if status is None else status
         session = self._mounts.get(status.st_dev)
         if session is not None and session.lane.alive and status.st_ino in session.files:
             return PrivateFile(session.file_id(status.st_ino), status.st_size // PAGE_SIZE)

@@ -193,7 +193,7 @@ class VmMemory:
             status = os.fstat(found.fd)
             if self._owners.get((status.st_dev, status.st_ino), self._vm) is not self._vm:
                 return BadFd.OTHER_VM
-            file = self._running.private.open_fd(found.fd)
+            file = self._running.private.open_fd(found.fd, status)
             gmem = self._vm.system.gmem
             if gmem is not None:
                 file = replace(file, flags=gmem.made.get((status.st_dev, status.st_ino), 0))
