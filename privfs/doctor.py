@@ -88,8 +88,11 @@ def trial_mount() -> Check:
     mount = json.loads(done.stdout)[0]
     busy = "; umount(8) finds it busy, privfs umount does not" if mount.get("pinned") else ""
     if mount["mode"] == "passthrough":
-        return passed(name, "works; the kernel itself refuses read, write and mmap (passthrough), and "
-            "guest_memfds can be made that the host maps")
+        return passed(
+            name,
+            "works; the kernel itself refuses read, write and mmap (passthrough), and "
+            "guest_memfds can be made that the host maps",
+        )
     reason = mount["passthrough_errno"]
     mend = {
         errno.EPERM: "mount as root of the machine, not of a container",
