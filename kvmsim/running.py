@@ -37,7 +37,7 @@ from kvmsim.fault import (
     RetryReason,
 )
 from kvmsim.fence import FencedStage2
-from kvmsim.guard import Again, Answer, Guard, Inject, Leave, Resolve, Verdict
+from kvmsim.guard import Guard
 from kvmsim.hostmem import HostMemory
 from kvmsim.kind import SHARED_BIT_KIND, VmKind
 from kvmsim.level import MAX_LEVEL
@@ -45,6 +45,7 @@ from kvmsim.migration import Migration
 from kvmsim.private import PrivateMemory, Session
 from kvmsim.uapi import KVM_INTERNAL_ERROR_EMULATION, Abi
 from kvmsim.vcpus import Handler, RunnerStatistics, State, Supervisor, Vcpu
+from kvmsim.verdicts import Verdicts
 from kvmsim.vm import Vm, Zapped
 from privfs.notifier.lane import LinkError
 from privfs.notifier.user import Granted
@@ -109,6 +110,7 @@ class RunningVm:
         self._ticker: threading.Thread | None = None
         self._ended = threading.Event()
         self.guard: Guard | None = None
+        self._verdicts: Verdicts | None = None
         for _ in range(vcpus):
             self.add_vcpu()
 
@@ -134,6 +136,7 @@ class RunningVm:
     def protect(self, guard: Guard) -> None:
         """Let a confidential processor's tables decide; before any vCPU runs or slot is made."""
         self.guard = self.vm.mmu.gate = guard
+        self._verdicts = Verdicts(self, guard)
         for vcpu in self.vcpus:
             vcpu.cpu.protect(guard.instructions)
 
@@ -243,9 +246,9 @@ class RunningVm:
         zapped = self.vm.invalidate_file(file, start, end)
         self.vm.freed(file, start, end)  # they are another's once this is acknowledged
         self.statistics.shootdowns += 1
-        return self._request_flush(zapped) if zapped.leaves else self.shootdown.epoch
+        return self.request_flush(zapped) if zapped.leaves else self.shootdown.epoch
 
-    def _request_flush(self, zapped: Zapped) -> int:
+    def request_flush(self, zapped: Zapped) -> int:
         """Tell every vCPU what it must forget before its next entry, then take the epoch."""
         for vcpu in self.vcpus:
             vcpu.zapped.extend(zapped.ranges)
@@ -271,7 +274,7 @@ class RunningVm:
     def flush_zapped(self, zapped: Zapped) -> None:
         """Request and prove a flush of every vCPU (no lock held)."""
         with self.lock:
-            epoch = self._request_flush(zapped)
+            epoch = self.request_flush(zapped)
         self.drain(epoch)
 
     def released(self, hpa: int, size: int) -> None:
@@ -377,7 +380,7 @@ class RunningVm:
     def _turn(self, vcpu: Vcpu) -> None:
         if vcpu.exit is not None:
             left, vcpu.exit = vcpu.exit, None
-            self._deliver(vcpu, left)
+            self.deliver(vcpu, left)
             return
         if vcpu.settling and vcpu.awaited is None:
             settled = self._in_guest(vcpu, vcpu.cpu.settle)
@@ -390,7 +393,7 @@ class RunningVm:
                 vcpu.interrupted = vcpu.settling = False
                 vcpu.awaited = None
                 vcpu.state = State.HALTED
-            self._deliver(vcpu, exits.InterruptedExit())
+            self.deliver(vcpu, exits.InterruptedExit())
             return
         if self._supervisor is not None and not self._supervisor.enter(vcpu.index):
             return
@@ -435,34 +438,28 @@ class RunningVm:
         match left:
             case cpu_api.KickExit():
                 return
-            case cpu_api.Stage2Fault() if vcpu.verdict is not None:
-                verdict, vcpu.verdict = vcpu.verdict, None
-                self._decided(vcpu, verdict)
+            case cpu_api.Stage2Fault() if self._verdicts and vcpu.verdict is not None:
+                self._verdicts.stopped(vcpu)
             case cpu_api.Stage2Fault():
-                assert vcpu.stopped_at is not None
-                fault, effect = vcpu.stopped_at
-                vcpu.stopped_at = None
-                self._faulted(vcpu, fault, effect)
+                self.stopped(vcpu)
             case cpu_api.InterceptExit():
-                assert self.guard is not None
-                with self.lock:
-                    verdict = self.guard.instruction(vcpu.index, left, vcpu.cpu.get_regs())
-                self._decided(vcpu, verdict)
+                assert self._verdicts is not None
+                self._verdicts.intercepted(vcpu, left)
             case cpu_api.IoExit(port, size, is_write, data):
-                self._deliver(vcpu, exits.IoExit(port, size, is_write, data))
+                self.deliver(vcpu, exits.IoExit(port, size, is_write, data))
             case cpu_api.MmioExit(gpa, size, is_write, data):
                 gpa &= ~self.vm.kind.side_bit
-                self._deliver(vcpu, exits.MmioExit(gpa, size, is_write, data))
+                self.deliver(vcpu, exits.MmioExit(gpa, size, is_write, data))
             case cpu_api.HltExit():
-                self._deliver(vcpu, exits.HltExit())
+                self.deliver(vcpu, exits.HltExit())
             case cpu_api.HypercallExit(nr, args, instruction):
                 if instruction in ("vmmcall", "vmcall"):
-                    self._deliver(vcpu, exits.HypercallExit(nr, args))
+                    self.deliver(vcpu, exits.HypercallExit(nr, args))
                 else:
                     log.warning(
                         "%s: vCPU %d: %s is not modelled", self.label, vcpu.index, instruction
                     )
-                    self._deliver(vcpu, exits.InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION))
+                    self.deliver(vcpu, exits.InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION))
             case cpu_api.MsrExit():
                 value = self._supervisor.msr(vcpu.index, left) if self._supervisor else None
                 if value is None:
@@ -470,79 +467,33 @@ class RunningVm:
                 elif not left.is_write:
                     vcpu.cpu.complete(value)
             case cpu_api.ShutdownExit():
-                self._deliver(vcpu, exits.ShutdownExit())
+                self.deliver(vcpu, exits.ShutdownExit())
             case cpu_api.CpuError(reason):
                 log.warning("%s: vCPU %d: %s", self.label, vcpu.index, reason)
-                self._deliver(vcpu, exits.InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION))
+                self.deliver(vcpu, exits.InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION))
 
-    def _deliver(self, vcpu: Vcpu, left: exits.Exit) -> None:
+    def deliver(self, vcpu: Vcpu, left: exits.Exit) -> None:
+        """Hand an exit to the VMM, who may end the VM."""
         if not self._handler(vcpu.index, left):
             self.stop(self.stop_reason or "ended by its VMM")
-
-    # --- what a confidential processor decides -------------------------------------------------
 
     def complete(self, index: int, data: bytes | int | None) -> None:
         """Answer the last exit of a vCPU; runner thread, or one that stands in for it."""
         vcpu = self.vcpus[index]
-        if not vcpu.left_by_guard:
-            vcpu.cpu.complete(data)
-            return
-        assert self.guard is not None
-        vcpu.left_by_guard = False
-        with self.lock:
-            verdict = self.guard.complete(index, data, vcpu.cpu.get_regs())
-        if isinstance(verdict, Leave):
-            vcpu.left_by_guard, vcpu.exit = True, verdict.exit
+        if vcpu.left_by_guard and self._verdicts is not None:
+            self._verdicts.complete(vcpu, data)
         else:
-            self._decided(vcpu, verdict)
-
-    def _decided(self, vcpu: Vcpu, verdict: Verdict) -> None:
-        """Do what the guard says; no vCPU is in guest code."""
-        match verdict:
-            case Inject(vector, error_code):
-                try:
-                    vcpu.cpu.inject(vector, error_code)
-                except cpu_api.CpuStateError:  # a fault of the delivery of another: #DF at best
-                    self._deliver(vcpu, exits.ShutdownExit())
-            case Answer(regs, zapped):
-                vcpu.cpu.set_regs(regs)
-                self._forget(zapped)
-            case Again(zapped):
-                vcpu.cpu.repeat()
-                self._forget(zapped)
-            case Leave(left_with, regs):
-                vcpu.left_by_guard = regs is None
-                if regs is not None:
-                    vcpu.cpu.set_regs(regs)
-                self._deliver(vcpu, left_with)
-            case Resolve(gpa, access):
-                vcpu.cpu.repeat()
-                if not self._resolve(vcpu, gpa, access):
-                    assert vcpu.stopped_at is not None
-                    fault, effect = vcpu.stopped_at
-                    vcpu.stopped_at = None
-                    self._faulted(vcpu, fault, effect)
-
-    def _forget(self, zapped: Zapped) -> None:
-        if zapped.ranges:
-            with self.lock:
-                self._request_flush(zapped)
+            vcpu.cpu.complete(data)
 
     # --- faults -------------------------------------------------------------------------------
 
     def _on_fault(self, vcpu: Vcpu, gpa: int, access: cpu_api.Access) -> bool:
         """Resolve a fault inside the engine if nothing has to be waited for."""
-        if self.guard is not None:
-            with self.lock:
-                vcpu.verdict = self.guard.fault(vcpu.index, gpa, access)
-            if vcpu.verdict is not None:
-                if vcpu.verdict != Again():
-                    return False
-                vcpu.verdict = None
-                return True
-        return self._resolve(vcpu, gpa, access)
+        said = self._verdicts.fault(vcpu, gpa, access) if self._verdicts is not None else None
+        return self.resolve(vcpu, gpa, access) if said is None else said
 
-    def _resolve(self, vcpu: Vcpu, gpa: int, access: cpu_api.Access) -> bool:
+    def resolve(self, vcpu: Vcpu, gpa: int, access: cpu_api.Access) -> bool:
+        """Begin a fault and end it if nothing has to be waited for; False: the vCPU stops at it."""
         wanted = Access(
             write=bool(access & cpu_api.Access.WRITE), fetch=bool(access & cpu_api.Access.EXEC)
         )
@@ -556,6 +507,13 @@ class RunningVm:
         vcpu.stopped_at = (fault, effect)
         return False
 
+    def stopped(self, vcpu: Vcpu) -> None:
+        """Go on with the fault that a vCPU stopped at."""
+        assert vcpu.stopped_at is not None
+        fault, effect = vcpu.stopped_at
+        vcpu.stopped_at = None
+        self._faulted(vcpu, fault, effect)
+
     def _faulted(self, vcpu: Vcpu, fault: Fault, effect: Effect) -> None:
         vcpu.faults += 1
         match effect:
@@ -568,23 +526,15 @@ class RunningVm:
                     vcpu.awaited = fault
                     vcpu.state = State.WAITS
                 send()
-            case LeaveGuest(exits.MmioExit()) if (said := self._mmio(vcpu, fault)) is not None:
-                self._decided(vcpu, said)
             case LeaveGuest(exits.MmioExit()):
+                if self._verdicts is not None and self._verdicts.mmio(vcpu, fault):
+                    return
                 left = self._in_guest(vcpu, lambda: vcpu.cpu.run_mmio(fault.gpa))
                 self._left(vcpu, left)
             case LeaveGuest(left_with):
-                self._deliver(vcpu, left_with)
+                self.deliver(vcpu, left_with)
             case Retry() | Installed():
                 return
-
-    def _mmio(self, vcpu: Vcpu, fault: Fault) -> Verdict | None:
-        """What the processor says to an access where no memory is; None: it is emulated."""
-        if self.guard is None:
-            return None
-        wanted = cpu_api.Access.WRITE if fault.access.write else cpu_api.Access.READ
-        with self.lock:
-            return self.guard.mmio(vcpu.index, fault.gpa, wanted)
 
     # --- time ---------------------------------------------------------------------------------
 

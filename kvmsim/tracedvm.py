@@ -234,7 +234,7 @@ class TracedVm(RunningVm):
 
     # --- user space ---------------------------------------------------------------------------
 
-    def _deliver(self, vcpu: Vcpu, left: exits.Exit) -> None:
+    def deliver(self, vcpu: Vcpu, left: exits.Exit) -> None:
         match left:
             case exits.IoExit(port, size, write, data, count):
                 self._tell(
@@ -254,7 +254,7 @@ class TracedVm(RunningVm):
         else:
             told = _USERSPACE[type(left)]
         self._tell("kvm_userspace_exit", vcpu.index, reason=told[0], code=told[1])
-        super()._deliver(vcpu, left)
+        super().deliver(vcpu, left)
 
     # --- zaps ---------------------------------------------------------------------------------
 

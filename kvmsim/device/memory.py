@@ -75,7 +75,7 @@ class VmMemory:
         self._log = DirtyLog()
         mmu = self._running.vm.mmu
         mmu.stage2 = LoggingStage2(
-            mmu.stage2, self._log, vm.kind.shared_bit, lambda: self._running.storing
+            mmu.stage2, self._log, vm.kind.side_bit, lambda: self._running.storing
         )
 
     # --- slots --------------------------------------------------------------------------------
