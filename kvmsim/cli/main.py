@@ -16,6 +16,7 @@ from typing import Final, NoReturn
 import click
 
 from kvmsim.cli.boot import boot
+from kvmsim.cli.demo import demo
 from kvmsim.cli.execute import execute
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.cli.failure import Failure
@@ -54,7 +55,7 @@ def cli() -> None:
     """Virtual machines on guest-private memory, emulated."""
 
 
-for _command in (boot, run, stat, execute):
+for _command in (boot, demo, run, stat, execute):
     cli.add_command(_command)
 
 
