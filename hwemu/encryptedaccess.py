@@ -157,7 +157,7 @@ class PrivateMemory:
         self, actor: Actor, key_id: int, hpa: int, length: int, *, using: int | None = None
     ) -> Met:
         """Read pages of the guest with ``key_id``; ``using`` is the key id of another guest."""
-        if actor is Actor.OWNER and self._meets_poison(hpa, length):
+        if actor is Actor.OWNER and self.poisoned(hpa, length):
             return Met(Outcome.MACHINE_CHECK)
         outcome = RULES[self.technology, actor, Operation.READ].outcome
         if outcome is Outcome.ZEROS:
@@ -177,7 +177,7 @@ class PrivateMemory:
         self, actor: Actor, key_id: int, hpa: int, data: Buffer, *, using: int | None = None
     ) -> Met:
         """Write to pages of the guest with ``key_id``."""
-        if actor is Actor.OWNER and self._meets_poison(hpa, len(data)):
+        if actor is Actor.OWNER and self.poisoned(hpa, len(data)):
             return Met(Outcome.MACHINE_CHECK)
         outcome = RULES[self.technology, actor, Operation.WRITE].outcome
         start, end = _pages(hpa, len(data))
@@ -205,7 +205,8 @@ class PrivateMemory:
         if self._poisoned:
             self._poisoned.difference_update(range(hpa, hpa + npages * PAGE_SIZE, PAGE_SIZE))
 
-    def _meets_poison(self, hpa: int, length: int) -> bool:
+    def poisoned(self, hpa: int, length: int) -> bool:
+        """Whether the guest's access to a range is a machine check."""
         if not self._poisoned:
             return False
         start, end = _pages(hpa, length)

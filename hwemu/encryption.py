@@ -154,10 +154,11 @@ class ShadowPages:
     def __len__(self) -> int:
         return len(self._open)
 
-    def open(self, key_id: int, hpa: int) -> int:
+    def open(self, key_id: int, hpa: int, *, plain: bool = False) -> int:
         """Where the plaintext of the page at ``hpa`` lies, decrypted if it is not there yet.
 
-        `PoolFullError`, or that of the key; `KeyInUseError` if it is open under another one.
+        ``plain``: it still lies in place, and is encrypted there now. `PoolFullError`, or that of
+        the key; `KeyInUseError` if it is open under another one.
         """
         known = self._open.get(hpa)
         if known is not None:
@@ -166,9 +167,13 @@ class ShadowPages:
             return self._pool_hpa + known[0] * PAGE_SIZE
         if not self._free:
             raise PoolFullError(f"open: hpa {hpa:#x}: all {len(self._open)} pages are in use")
-        plain = self._keys.decrypt(key_id, hpa, self._memory.read(hpa, PAGE_SIZE))
+        data = self._memory.read(hpa, PAGE_SIZE)
+        if plain:
+            self._memory.write(hpa, self._keys.encrypt(key_id, hpa, data))
+        else:
+            data = self._keys.decrypt(key_id, hpa, data)
         page = self._free.pop()
-        self._view(page)[:] = plain
+        self._view(page)[:] = data
         self._open[hpa] = (page, key_id)
         return self._pool_hpa + page * PAGE_SIZE
 
@@ -202,6 +207,13 @@ class ShadowPages:
             if key_id in self._keys:
                 data = self._memory.read(at, PAGE_SIZE)
                 self._view(page)[:] = self._keys.decrypt(key_id, at, data)
+
+    def close(self) -> None:
+        """Let go of the pool; nothing may be open."""
+        if self._open:
+            raise EncryptionError(f"close: {len(self._open)} shadow pages are open")
+        self._free.clear()
+        self._pool.release()
 
     def _covered(self, hpa: int, end: int) -> Iterator[int]:
         if (end - hpa) // PAGE_SIZE <= len(self._open):

@@ -207,6 +207,12 @@ class Session:
                 if first < last:
                     yield piece.hpa + (first - piece.start) * PAGE_SIZE, (last - first) * PAGE_SIZE
 
+    def pieces(self) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (file, first page, end, hpa) of what is mapped (lock held)."""
+        for (ino, _), extent in self._extents.items():
+            for piece in extent.pieces:
+                yield self.file_id(ino), piece.start, piece.end, piece.hpa
+
     def _release(self, extent: _Extent) -> None:
         for piece in extent.pieces:
             size = (piece.end - piece.start) * PAGE_SIZE
@@ -312,6 +318,11 @@ class PrivateMemory:
         """Return the host-physical address of a page in extent ``extent_id`` (lock held)."""
         session, ino = self.locate(instance >> _INSTANCE_BITS)
         return session.hpa(ino, instance & _INSTANCE_MASK, page)
+
+    def pieces(self) -> Iterator[tuple[int, int, int, int]]:
+        """Yield (file, first page, end, hpa) of what is mapped of all files (lock held)."""
+        for session in self._sessions:
+            yield from session.pieces()
 
     def punch(self, file: int, start: int, end: int) -> None:
         """Punch file pages through the owner; the zap comes back like anyone else's."""

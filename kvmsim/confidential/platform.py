@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Final, TypeVar
 
+from hwemu.encryption import Buffer
 from kvmsim.hostmem import HostMemory
 from kvmsim.uapi import PAGE_SHIFT, PAGE_SIZE
 
@@ -32,10 +33,10 @@ class HpaMemory:
         self._open(hpa, size)
         return self._host.read(hpa, size)
 
-    def write(self, hpa: int, data: bytes) -> None:
+    def write(self, hpa: int, data: Buffer) -> None:
         """Store bytes at ``hpa``."""
         self._open(hpa, len(data))
-        self._host.write(hpa, data)
+        self._host.write(hpa, bytes(data))
 
     def zero(self, hpa: int, npages: int) -> None:
         """Clear ``npages`` pages."""
