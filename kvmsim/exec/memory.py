@@ -22,8 +22,11 @@ class NoMount(Exception):
 
 
 @contextlib.contextmanager
-def temporary_mount() -> Iterator[Path]:
-    """Mount in a new folder, wait until it answers, take both away at the end; NoMount."""
+def temporary_mount(options: str = OPTIONS) -> Iterator[Path]:
+    """Mount in a new folder, wait until it answers, take both away at the end; NoMount.
+
+    ``options`` are those of ``privfs mount -o``.
+    """
     with tempfile.TemporaryDirectory(prefix="kvmsim-exec.") as folder:
         place = Path(folder, "memory")
         place.mkdir()
@@ -31,7 +34,7 @@ def temporary_mount() -> Iterator[Path]:
         life_theirs, life = os.pipe()
         command = [
             sys.executable, "-m", "privfs", "mount", "-q", f"--ready-fd={theirs}",
-            f"--life-fd={life_theirs}", "-o", OPTIONS, "--", os.fspath(place),
+            f"--life-fd={life_theirs}", "-o", options, "--", os.fspath(place),
         ]  # fmt: skip
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
