@@ -15,6 +15,7 @@ from typing import Final, NoReturn
 
 import click
 
+from kvmsim.cli.attack import attack
 from kvmsim.cli.boot import boot
 from kvmsim.cli.demo import demo
 from kvmsim.cli.execute import execute
@@ -55,7 +56,7 @@ def cli() -> None:
     """Virtual machines on guest-private memory, emulated."""
 
 
-for _command in (boot, demo, run, stat, execute):
+for _command in (attack, boot, demo, run, stat, execute):
     cli.add_command(_command)
 
 
