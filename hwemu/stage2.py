@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hwemu.leafruns import leaf_runs
+from hwemu.leafruns import LeafColumns, leaf_columns, leaf_runs
 from hwemu.npt import (
     ACCESSED,
     ADDRESS_BITS,
@@ -340,6 +340,11 @@ class Stage2:
         gfn = self._check("mapped", gpa, npages)
         for at, hpa, count in leaf_runs(self._pool, gfn, gfn + npages):
             yield at << PAGE_SHIFT, hpa, count
+
+    def columns(self, gpa: int, npages: int) -> LeafColumns:
+        """A copy of the leaves of a range, an element a page."""
+        gfn = self._check("columns", gpa, npages)
+        return leaf_columns(self._pool, gfn, gfn + npages)
 
     def statistics(self) -> Stage2Statistics:
         """Counts of tables and pages now."""

@@ -4,7 +4,8 @@
 The sockets lie in a directory that only their user may enter, one a process, named by its pid;
 whoever asks must be that user or root (SO_PEERCRED).  A request is ``{"ask": "stat"}``, the answer
 ``{"ok": [{…}, …]}``, a :meth:`~kvmsim.emulator.Emulator.report` for each VM, or
-``{"errno": N, "error": TEXT}``.
+``{"errno": N, "error": TEXT}``.  ``{"ask": "map", "vm": NAME|PID|null, "table": NAME, "start": N,
+"end": N}`` asks for a table of the VMs that are meant (:mod:`kvmsim.views`).
 """
 
 from __future__ import annotations
@@ -24,9 +25,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from kvmsim.uapi import U64, KvmError
+from privfs.notifier.lane import LinkError
+
 log = logging.getLogger(__name__)
 
 Report = dict[str, Any]
+
+#: Tells of a VM's table in gpas [start, end): (table, start, end) → what it says.
+TellTable = Callable[[str, int, int], Report]
 
 _UCRED: Final = struct.Struct("3i")
 _MAX_LINE: Final = 4096
@@ -82,6 +89,7 @@ class Control:
         place.mkdir(mode=0o700, exist_ok=True)
         self.path = _private(place) / f"{os.getpid()}{_SUFFIX}"
         self._vms: dict[str, Callable[[], Report]] = {}
+        self._tables: dict[str, TellTable] = {}
         self._lock = threading.Lock()  # held while a VM is asked, so that none goes meanwhile
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._wake, self._bell = os.pipe2(os.O_CLOEXEC)
@@ -99,15 +107,18 @@ class Control:
         self._thread = threading.Thread(target=self._run, name="control")
         self._thread.start()
 
-    def add(self, name: str, report: Callable[[], Report]) -> None:
-        """Tell of a VM from now on; ``report`` is called in the control thread."""
+    def add(self, name: str, report: Callable[[], Report], tables: TellTable | None = None) -> None:
+        """Tell of a VM from now on; ``report`` and ``tables`` are called in the control thread."""
         with self._lock:
             self._vms[name] = report
+            if tables is not None:
+                self._tables[name] = tables
 
     def remove(self, name: str) -> None:
         """Tell of it no more: on return nothing of it is in use."""
         with self._lock:
             self._vms.pop(name, None)
+            self._tables.pop(name, None)
 
     def close(self) -> None:
         """Answer no more, and leave no socket behind."""
@@ -152,15 +163,39 @@ class Control:
             question = json.loads(line)
         except (ValueError, RecursionError):
             question = None
-        if not isinstance(question, dict) or question.get("ask") != "stat":
-            return _refusal(errno.EINVAL, 'ask {"ask": "stat"}')
+        ask = question.get("ask") if isinstance(question, dict) else None
         try:
             with self._lock:
-                found = [report() for report in self._vms.values()]
+                match ask:
+                    case "stat":
+                        found = [report() for report in self._vms.values()]
+                    case "map":
+                        found = self._map(question)
+                    case _:
+                        return _refusal(errno.EINVAL, 'ask {"ask": "stat"} or {"ask": "map"}')
+        except (KvmError, LinkError) as error:
+            return _refusal(error.errno or errno.EIO, str(error))
         except Exception as error:
-            log.exception("kvmsim stat: a VM cannot be told of")
+            log.exception("kvmsim %s: a VM cannot be told of", ask)
             return _refusal(errno.EIO, f"internal error: {error}")
         return json.dumps({"ok": found}).encode() + b"\n"
+
+    def _map(self, question: Report) -> list[Report]:
+        which, table = question.get("vm"), question.get("table")
+        start, end = question.get("start"), question.get("end")
+        if (
+            not (which is None or isinstance(which, str))
+            or not isinstance(table, str)
+            or type(start) is not int
+            or type(end) is not int
+            or not 0 <= start <= end <= U64
+        ):
+            raise KvmError(errno.EINVAL, "map", "vm, table, start and end say what is wanted")
+        return [
+            {"vm": name, "pid": os.getpid()} | tell(table, start, end)
+            for name, tell in self._tables.items()
+            if which in (None, name, str(os.getpid()))
+        ]
 
 
 def admitted(uid: int) -> bool:
@@ -175,7 +210,7 @@ def _refusal(number: int, text: str) -> bytes:
 class NoControl:
     """What stands in for :class:`Control` where there can be none."""
 
-    def add(self, name: str, report: Callable[[], Report]) -> None:
+    def add(self, name: str, report: Callable[[], Report], tables: TellTable | None = None) -> None:
         """Nobody will ask."""
 
     def remove(self, name: str) -> None:
@@ -209,12 +244,20 @@ class Process:
 
     def stat(self) -> list[Report]:
         """Ask about its VMs; ControlError."""
+        return self.ask({"ask": "stat"})
+
+    def map(self, vm: str | None, table: str, start: int, end: int) -> list[Report]:
+        """Ask for a table of those of its VMs that are meant; ControlError."""
+        return self.ask({"ask": "map", "vm": vm, "table": table, "start": start, "end": end})
+
+    def ask(self, question: Report) -> list[Report]:
+        """Ask something; ControlError."""
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
                 sock.settimeout(_ANSWER_SECONDS)
                 with _short(self.path) as name:
                     sock.connect(name)
-                sock.sendall(b'{"ask": "stat"}\n')
+                sock.sendall(json.dumps(question).encode() + b"\n")
                 with sock.makefile("rb") as stream:
                     reply = json.loads(stream.readline())
         except OSError as error:
@@ -242,16 +285,18 @@ def processes() -> list[Process]:
     return sorted(found, key=lambda process: process.pid)
 
 
-def everything() -> tuple[list[Report], list[ControlError]]:
+def everything(
+    ask: Callable[[Process], list[Report]] = Process.stat,
+) -> tuple[list[Report], list[ControlError]]:
     """Ask every process; what a killed one left behind is removed.
 
-    Returns the reports, and why others have not answered.
+    Returns the answers, and why others have not answered.
     """
     found: list[Report] = []
     silent: list[ControlError] = []
     for process in processes():
         try:
-            found += process.stat()
+            found += ask(process)
         except ControlError as error:
             if error.errno not in _GONE:
                 silent.append(error)

@@ -31,6 +31,7 @@ from kvmsim.region import PrivateFile, Region
 from kvmsim.report import memory_report
 from kvmsim.running import RunningVm
 from kvmsim.uapi import KVM_MEM_GUEST_MEMFD, PAGE_SHIFT, PAGE_SIZE
+from kvmsim.views.gather import vm_tables
 from kvmsim.vmm.bootparams import BootFlag, RamRange, Technology
 from kvmsim.vmm.bounce import Disk
 from kvmsim.vmm.convert import Discard
@@ -328,6 +329,13 @@ class Emulator:
             },
             "error": error,
         }
+
+    def tables(self, table: str, start: int, end: int) -> dict[str, Any]:
+        """What a table says of gpas [start, end); from a thread as for :meth:`allocated`.
+
+        KvmError if it has no such table, LinkError if an owner does not answer.
+        """
+        return vm_tables(self.running, table, start, end)
 
     def stop(self, why: str) -> None:
         """End the VM from any thread."""

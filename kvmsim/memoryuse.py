@@ -70,7 +70,7 @@ def memory_use(mmu: Mmu, start: int, end: int) -> MemoryUse:
     """Pages of slots in gfns [start, end), by attribute."""
     private = shared = unbacked = 0
     for slot, first, last in mmu.slots.find_range(start, end):
-        for span, is_private in _types(mmu, slot, first, last):
+        for span, is_private in types_of(mmu, slot, first, last):
             pages = span.end - span.start
             if not is_private:
                 shared += pages
@@ -96,7 +96,7 @@ def allocated(mmu: Mmu, slot: Memslot, holdings: Holdings) -> Allocated:
         shared = [Span(first + delta, last + delta) for first, last in pages]
     stale = 0
     if not slot.whole:
-        types = list(_types(mmu, slot, slot.base_gfn, slot.end_gfn))
+        types = list(types_of(mmu, slot, slot.base_gfn, slot.end_gfn))
         stale = _common(private, [span for span, is_private in types if not is_private])
         stale += _common(shared, [span for span, is_private in types if is_private])
     return Allocated(_pages(private), _pages(shared), _common(private, shared), stale)
@@ -107,7 +107,7 @@ def allocated_by_slot(mmu: Mmu, holdings: Holdings) -> dict[int, Allocated]:
     return {slot.id: allocated(mmu, slot, holdings) for slot in mmu.slots}
 
 
-def _types(mmu: Mmu, slot: Memslot, first: int, last: int) -> Iterator[tuple[Span, bool]]:
+def types_of(mmu: Mmu, slot: Memslot, first: int, last: int) -> Iterator[tuple[Span, bool]]:
     """The runs of gfns [first, last) of one type, and whether they are private."""
     while first < last:
         _, end = mmu.same_type(first, slot)

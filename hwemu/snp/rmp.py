@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +54,19 @@ class Run:
         whose = f" asid {self.asid} gpa {self.gpa:#x}" if self.asid else ""
         kind = "2M" if self.size else "4K"
         return f"[{self.pfn:#x}, {self.pfn + self.npages:#x}) {self.state}{whose} {kind}"
+
+
+class Columns(NamedTuple):
+    """The entries that count for some frames, an element a frame: a copy.
+
+    ``state`` uint8, an index into `STATES`, 255 for a frame without an entry; ``asid`` uint16;
+    ``gfn`` int64 that belongs to the frame; ``large`` bool.
+    """
+
+    state: npt.NDArray[np.uint8]
+    asid: npt.NDArray[np.uint16]
+    gfn: npt.NDArray[np.int64]
+    large: npt.NDArray[np.bool_]
 
 
 class Rmp:
@@ -173,8 +187,11 @@ class Rmp:
         """Return the states of a range as indices into `STATES`, uint8."""
         self._index(pfn)
         self._index(pfn + npages - 1)
-        at = self._counting(pfn - self.start, pfn - self.start + npages)
-        found = np.full(npages, 255, np.uint8)
+        return self._states(self._counting(pfn - self.start, pfn - self.start + npages))
+
+    def _states(self, at: npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """Indices into `STATES` of the entries at indices ``at``."""
+        found = np.full(len(at), 255, np.uint8)
         guest, gpa = self._asid[at] > 0, self._gfn[at] > 0
         for number, row in enumerate(STATES):
             fits = (self._assigned[at] == row.assigned) & (guest == row.guest) & (found == 255)
@@ -203,6 +220,31 @@ class Rmp:
             state = STATES[states[start]].state
             gpa = int(gfn[start]) << PAGE_SHIFT if owned[start] else 0
             yield Run(pfn + start, end - start, state, int(asid[start]), gpa, int(size[start]))
+
+    def columns(self, pfns: npt.NDArray[np.int64]) -> Columns:
+        """What counts for the frames ``pfns``, which may lie anywhere."""
+        found = Columns(
+            np.full(len(pfns), 255, np.uint8), np.zeros(len(pfns), np.uint16),
+            np.zeros(len(pfns), np.int64), np.zeros(len(pfns), np.bool_),
+        )  # fmt: skip
+        covered = np.flatnonzero((pfns >= self.start) & (pfns < self.start + self.frames))
+        index = pfns[covered] - self.start
+        first = index - index % self.group
+        at = np.where(self._large[first], first, index)
+        found.state[covered] = self._states(at)
+        found.asid[covered] = self._asid[at]
+        found.gfn[covered] = self._gfn[at].astype(np.int64) + index - at
+        found.large[covered] = self._large[at]
+        return found
+
+    def pfns_of(self, asid: int, pfn: int, npages: int) -> npt.NDArray[np.int64]:
+        """Return the frames of a range that are assigned to an ASID, in order."""
+        low, high = max(pfn - self.start, 0), min(pfn + npages - self.start, self.frames)
+        if low >= high:
+            return np.zeros(0, np.int64)
+        at = self._counting(low, high)
+        mine = np.flatnonzero(self._assigned[at] & (self._asid[at] == asid))
+        return mine + low + self.start
 
     # -- writing (for those who have asked the rules) ----------------------------------------------
 

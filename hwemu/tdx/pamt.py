@@ -15,7 +15,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from itertools import pairwise
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,14 @@ class PamtEntry:
     pt: PageType
     owner: int
     bepoch: int
+
+
+class Columns(NamedTuple):
+    """What `Pamt.walk` finds of each of some pages: ``pt``, ``level`` uint8, ``owner`` uint64."""
+
+    pt: npt.NDArray[np.uint8]
+    level: npt.NDArray[np.uint8]
+    owner: npt.NDArray[np.uint64]
 
 
 def span(level: int) -> int:
@@ -205,6 +214,40 @@ class Pamt:
                     if pt not in (PageType.NDA, PageType.RSVD) and values[pt]:
                         found[pt] = found.get(pt, 0) + int(values[pt]) * span(level)
         return found
+
+    def columns(self, hpas: npt.NDArray[np.int64]) -> Columns:
+        """What is written of the pages at ``hpas`` (bytes); NDA where no TDMR is."""
+        pages = hpas >> PAGE_SHIFT
+        found = Columns(
+            np.zeros(len(pages), np.uint8),
+            np.zeros(len(pages), np.uint8),
+            np.zeros(len(pages), np.uint64),
+        )
+        for tables in self._tables:
+            inside = (pages >= tables.first) & (pages < tables.first + tables.npages)
+            for level in reversed(LEVELS):
+                at = np.flatnonzero(inside & (found.pt == PageType.NDA))
+                rows = (pages[at] >> 9 * level) - (tables.first >> 9 * level)
+                found.pt[at] = tables.pt[level][rows]
+                found.owner[at] = tables.owner[level][rows]
+                found.level[at] = np.where(found.pt[at] > 0, level, 0)
+        return found
+
+    def owned_runs(self, owner: int) -> Iterator[tuple[int, int, int, PageType]]:
+        """The same as `owned` in runs of neighbours: (hpa, pages of 4 KiB, level, type)."""
+        for tables in self._tables:
+            for level in LEVELS:
+                used = (tables.pt[level] > PageType.RSVD) & (tables.owner[level] == owner)
+                rows = np.flatnonzero(used)
+                if not len(rows):
+                    continue
+                types = tables.pt[level][rows]
+                cut = (np.diff(rows) != 1) | (np.diff(types.astype(np.int8)) != 0)
+                edges = [0, *(np.flatnonzero(cut) + 1).tolist(), len(rows)]
+                for first, last in pairwise(edges):
+                    page = ((tables.first >> 9 * level) + int(rows[first])) << 9 * level
+                    npages = (last - first) << 9 * level
+                    yield page << PAGE_SHIFT, npages, level, PageType(int(types[first]))
 
     def owned(self, owner: int) -> Iterator[tuple[int, int, PageType]]:
         """Pages (hpa, level, type) of the TD whose TDR is page ``owner``, its TDR left out."""

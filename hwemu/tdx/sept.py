@@ -9,12 +9,22 @@ are those of the pages they map: 0 (PT, 4 KiB), 1 (PD, 2 MiB), 2 (PDPT, 1 GiB), 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from hwemu.tdx.entry import LEAVES, RWX, SeptState, decode, encode, free_table_word, hpa_of
+from hwemu.tdx.entry import (
+    HPA,
+    LEAVES,
+    RWX,
+    STATE_MASK,
+    SeptState,
+    decode,
+    encode,
+    free_table_word,
+    hpa_of,
+)
 from hwemu.tdx.pamt import ENTRIES, PAGE_SHIFT
 
 Table = npt.NDArray[np.uint64]
@@ -40,6 +50,18 @@ class Walk:
         """Replace the entry."""
         self.table[self.index] = word
         self.word = word
+
+
+class Columns(NamedTuple):
+    """Entries of pages in a row, an element a page of 4 KiB: a copy.
+
+    ``state`` uint8 of `SeptState`, ``level`` uint8 of the entry where the walk of the page ended,
+    ``hpa`` int64 of the page in bytes, -1 where the entry is of none.
+    """
+
+    state: npt.NDArray[np.uint8]
+    level: npt.NDArray[np.uint8]
+    hpa: npt.NDArray[np.int64]
 
 
 class Sept:
@@ -130,6 +152,42 @@ class Sept:
                 self._collect(hpa_of(word, level), level - 1, gpa, found)
             else:
                 found.append((gpa, level, hpa_of(word, level), state))
+
+    def columns(self, gfn: int, npages: int) -> Columns:
+        """The entries of gfns [gfn, gfn + npages): the cost follows tables and width."""
+        found = Columns(
+            np.full(npages, SeptState.FREE, np.uint8),
+            np.full(npages, self.top, np.uint8),
+            np.full(npages, -1, np.int64),
+        )
+        self._copy(self.root, self.top, 0, gfn, gfn + npages, found)
+        return found
+
+    def _copy(self, table: int, level: int, base: int, start: int, end: int, into: Columns) -> None:
+        """Copy the entries of gfns [start, end) below ``table``, whose first is of ``base``."""
+        row, shift = self._tables[table], 9 * level
+        first = max(start - base, 0) >> shift
+        last = min((end - base + (1 << shift) - 1) >> shift, ENTRIES)
+        kinds, which = np.unique(row[first:last] & np.uint64(STATE_MASK), return_inverse=True)
+        states = np.array([decode(int(kind)) for kind in kinds], np.uint8)[which]
+        if level == 0:
+            here = slice(base + first - start, base + last - start)
+            words = (row[first:last] & np.uint64(HPA)).astype(np.int64)
+            into.state[here], into.level[here] = states, 0
+            into.hpa[here] = np.where(states >= SeptState.MAPPED, words, -1)
+            return
+        for index, number in zip(range(first, last), states.tolist(), strict=True):
+            word, state, span = int(row[index]), SeptState(number), base + (index << shift)
+            if state is SeptState.NL_MAPPED:
+                self._copy(hpa_of(word, level), level - 1, span, start, end, into)
+                continue
+            lower, upper = max(start, span), min(end, span + (1 << shift))
+            here = slice(lower - start, upper - start)
+            into.state[here], into.level[here] = state, level
+            if state in LEAVES:
+                into.hpa[here] = hpa_of(word, level) + (
+                    np.arange(lower, upper, dtype=np.int64) - span << PAGE_SHIFT
+                )
 
     def set_state(self, gpa: int, level: int, state: SeptState) -> None:
         """Give the entry at ``gpa`` another state and keep its page: to load what was saved.

@@ -226,7 +226,7 @@ def _live(
                 host, wanted, to_person, outlet.ring, running=running, disk=disk,
                 on_prealloc=progress.told,
             )  # fmt: skip
-        control.add(wanted.name, vm.report)
+        control.add(wanted.name, vm.report, vm.tables)
         try:
             with explained():
                 vm.boot(image)

@@ -21,6 +21,7 @@ from kvmsim.cli.demo import demo
 from kvmsim.cli.execute import execute
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.cli.failure import Failure
+from kvmsim.cli.map import show_map
 from kvmsim.cli.leaving import unwind_on
 from kvmsim.cli.run import run
 from kvmsim.cli.stat import stat
@@ -56,7 +57,7 @@ def cli() -> None:
     """Virtual machines on guest-private memory, emulated."""
 
 
-for _command in (attack, boot, demo, run, stat, execute):
+for _command in (attack, boot, demo, run, stat, show_map, execute):
     cli.add_command(_command)
 
 

@@ -140,7 +140,7 @@ class Session:
                 platform=self._platform, disk=disk,
             )  # fmt: skip
         self._vms[wanted.name] = (vm, console)
-        self._control.add(wanted.name, vm.report)
+        self._control.add(wanted.name, vm.report, vm.tables)
         with explained():
             vm.boot(image)
 

@@ -25,6 +25,16 @@ class FrameMap:
         found = _NONE if block is None else int(block[gfn % _BLOCK])
         return None if found == _NONE else found
 
+    def columns(self, gfn: int, npages: int) -> npt.NDArray[np.int64]:
+        """The frames of gfns in a row, -1 where none is known."""
+        found = np.full(npages, _NONE, np.int64)
+        for number in range(gfn // _BLOCK, (gfn + npages - 1) // _BLOCK + 1):
+            row, base = self._blocks.get(number), number * _BLOCK
+            if row is not None:
+                first, end = max(gfn, base), min(gfn + npages, base + _BLOCK)
+                found[first - gfn : end - gfn] = row[first - base : end - base]
+        return found
+
     def set(self, gfn: int, npages: int, pfn: int) -> None:
         """``npages`` gfns from ``gfn`` on are the frames from ``pfn`` on."""
         while npages:

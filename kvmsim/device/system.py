@@ -27,6 +27,7 @@ from kvmsim.device.vm import VmDevice
 from kvmsim.hostmem import HostMemory
 from kvmsim.kind import VmKind
 from kvmsim.running import RunningVm
+from kvmsim.views.gather import vm_tables
 from kvmsim.uapi import (
     KVM_API_VERSION,
     KVM_CHECK_EXTENSION,
@@ -143,7 +144,8 @@ class KvmDevice:
         with self._lock:
             self._vms.add(vm)
         if self._control is not None:
-            self._control.add(vm.running.label, partial(vm_report, vm))
+            tables = partial(vm_tables, vm.running)
+            self._control.add(vm.running.label, partial(vm_report, vm), tables)
         return NewFd(FdKind.CONTROL, "anon_inode:kvm-vm", vm)
 
     def check_extension(self, call: Call) -> int:
