@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from kvmsim.attributes import Attributes
@@ -30,6 +31,10 @@ _OPERATION: Final = "populate"
 _LOOK: Final = 0.2
 
 
+def _never() -> bool:
+    return False
+
+
 class Populate:
     """Fills private pages of one VM that has not run."""
 
@@ -37,7 +42,6 @@ class Populate:
         self.running: RunningVm = running
         self._done = Attributes()
         self._answered = threading.Condition(running.lock)
-        self._grants: list[PageGrant] = []
 
     def __call__(self, gpa: int, source: bytes, *, measure: bool = False) -> None:
         """Copy ``source``, whole pages, to bytes [gpa, gpa + len(source)).
@@ -64,12 +68,15 @@ class Populate:
             self.running.private.allocate(*part)
         at = gpa
         while at < gpa + size:
-            at += self._fill(at, memoryview(source)[at - gpa :])
+            at += self._fill(at, memoryview(source)[at - gpa :], _never)
 
-    def load(self, page: LaunchPage, guard: Confidential) -> None:
+    def load(
+        self, page: LaunchPage, guard: Confidential, interrupted: Callable[[], bool] = _never
+    ) -> None:
         """Add a page to a guest whose hardware loads, and mostly measures, what it starts with.
 
-        Errors as of a call; KvmError too if the hardware refuses, and nothing was added.
+        Errors as of a call; KvmError too if the hardware refuses, and (EINTR) if ``interrupted``
+        becomes true while the owner lets it wait: nothing was added then.
         """
         size = len(page.data)
         with self.running.lock:
@@ -77,7 +84,12 @@ class Populate:
                 self._check(page.gpa, size)
             if not guard.stage(page):
                 return
-        self._fill(page.gpa, None)
+        try:
+            self._fill(page.gpa, None, interrupted)
+        except BaseException:
+            with self.running.lock:
+                guard.unstage(page)
+            raise
 
     # --- checks (lock held) -------------------------------------------------------------------
 
@@ -102,7 +114,7 @@ class Populate:
 
     # --- one fault ----------------------------------------------------------------------------
 
-    def _fill(self, gpa: int, source: memoryview | None) -> int:
+    def _fill(self, gpa: int, source: memoryview | None, interrupted: Callable[[], bool]) -> int:
         """Map the page at ``gpa`` and copy to it and what was mapped behind it; bytes copied.
 
         Without a source the hardware has filled the one page.
@@ -111,17 +123,20 @@ class Populate:
         fault = Fault(0, gpa | half, Access(write=True, length=PAGE_SIZE))
         again = False
         while True:
+            grants: list[PageGrant] = []
             with self._answered:
                 effect = self.running.vm.begin_fault(fault)
                 send = None
                 if isinstance(effect, NeedPage):
-                    self._grants.clear()
-                    send = self.running.ask_page(effect, self._arrived, again=again)
+                    arrived = partial(self._arrived, grants)
+                    send = self.running.ask_page(effect, arrived, again=again)
             if send is not None:
                 send()
             with self._answered:
                 if send is not None:
-                    effect = self.running.vm.page_arrived(fault, self._wait(gpa))
+                    effect = self.running.vm.page_arrived(
+                        fault, self._wait(gpa, grants, interrupted)
+                    )
                 # The copy is under the lock that a zap takes: what is invalidated is invalidated
                 # before, and then there is no leaf, or after it.
                 if isinstance(effect, Installed) and source is None:
@@ -145,16 +160,20 @@ class Populate:
         self._done.set(gpa >> PAGE_SHIFT, (gpa + count) >> PAGE_SHIFT, 1)
         return count
 
-    def _wait(self, gpa: int) -> PageGrant:
-        while not self._grants:
+    def _wait(
+        self, gpa: int, grants: list[PageGrant], interrupted: Callable[[], bool]
+    ) -> PageGrant:
+        while not grants:
             if self.running.stopping:
                 raise KvmError(errno.EIO, _OPERATION, self.running.stop_reason, start=gpa)
+            if interrupted():
+                raise KvmError(errno.EINTR, _OPERATION, "a signal is pending", start=gpa)
             self._answered.wait(_LOOK)
-        return self._grants.pop()
+        return grants.pop()
 
-    def _arrived(self, grant: PageGrant) -> None:
+    def _arrived(self, grants: list[PageGrant], grant: PageGrant) -> None:
         """Take the owner's answer (lock held)."""
-        self._grants.append(grant)
+        grants.append(grant)
         self._answered.notify_all()
 
     def _refused(self, gpa: int, left: LeaveGuest) -> KvmError:

@@ -56,7 +56,7 @@ ERRORS = [
     ("system", uapi.KVM_GET_API_VERSION, 1, errno.EINVAL),
     ("system", uapi.KVM_GET_VCPU_MMAP_SIZE, 1, errno.EINVAL),
     ("system", uapi.KVM_CREATE_VM, 2, errno.EINVAL),
-    ("system", uapi.KVM_CREATE_VM, 5, errno.EINVAL),
+    ("system", uapi.KVM_CREATE_VM, 6, errno.EINVAL),
     ("system", uapi.KVM_CREATE_VM, U64, errno.EINVAL),
     ("system", requests.KVM_GET_SUPPORTED_CPUID, structs.CPUID2.pack(0), errno.E2BIG),
     ("system", requests.KVM_GET_SUPPORTED_CPUID, structs.CPUID2.pack(1), errno.E2BIG),

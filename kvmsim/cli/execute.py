@@ -58,7 +58,7 @@ def _types(
 @click.option(
     "--vm-types", metavar="LIST", callback=_types,
     help=f"What KVM_CREATE_VM takes, with commas between: {', '.join(OFFERED)} "
-    "(default,sw-protected,shared-bit).",
+    "(all of them).",
 )  # fmt: skip
 @click.option(
     "--in-place", is_flag=True,

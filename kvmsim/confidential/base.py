@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from kvmsim.guard import Guard
-from kvmsim.views.columns import Tables
 from kvmsim.vmm.launch import LaunchPage
 from kvmsim.vmm.vmsa import EntryState
 
@@ -27,6 +26,9 @@ class Confidential(Guard, Protocol):
         False: it needs no guest page at all (SNP's VMSAs), and is loaded now.
         """
 
+    def unstage(self, page: LaunchPage) -> None:
+        """A page that was staged, and was not admitted, is not loaded after all."""
+
     def finish(self, entries: Sequence[EntryState]) -> None:
         """No page is loaded any more, and the vCPUs start so: TDH.MR.FINALIZE, SNP_LAUNCH_FINISH.
 
@@ -35,9 +37,6 @@ class Confidential(Guard, Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What a person may want to know, in plain values: measurement, states, counts."""
-
-    def tables(self) -> Tables:
-        """What its tables say of its pages, to be copied by whoever wants to show it."""
 
     def residue(self) -> dict[str, int]:
         """After `close`: the table entries that still speak of this guest, by table; all 0."""

@@ -43,7 +43,6 @@ from kvmsim.uapi import (
     PAGE_SHIFT,
     PAGE_SIZE,
 )
-from kvmsim.views.pkvm import PkvmTables
 from kvmsim.vmm.launch import LaunchPage
 from kvmsim.vmm.vmsa import EntryState
 
@@ -117,6 +116,10 @@ class PkvmGuard:
             raise GuardRefusal(errno.EINVAL, "the VM may run: its pages are its own")
         self._staged[page.gpa >> PAGE_SHIFT] = page
         return True
+
+    def unstage(self, page: LaunchPage) -> None:
+        """It is not filled."""
+        self._staged.pop(page.gpa >> PAGE_SHIFT, None)
 
     def finish(self, entries: Sequence[EntryState]) -> None:
         """The VM may run."""
@@ -278,10 +281,6 @@ class PkvmGuard:
                     if state is not PageState.NOPAGE
                 },
             }
-
-    def tables(self) -> PkvmTables:
-        """The guest's stage 2, and the host's."""
-        return PkvmTables(self._platform.lock, self._hyp, self._handle)
 
     def residue(self) -> dict[str, int]:
         """Pages that the host has not back, and VMs."""

@@ -23,7 +23,7 @@ from hwemu.snp.access import Granted, GuestAccess, Kind, guest_access
 from hwemu.snp.asids import AsidState
 from hwemu.snp.firmware import Firmware
 from hwemu.snp.fwstatus import FirmwareRefused
-from hwemu.snp.guestcontext import Policy
+from hwemu.snp.guestcontext import IdBlock, Policy
 from hwemu.snp.guestops import Leaf as NestedLeaf
 from hwemu.snp.guestops import Vcpu
 from hwemu.snp.hostops import HYPERVISOR, NewState, psmash, rmpupdate, rmpupdate_range
@@ -48,7 +48,6 @@ from kvmsim.guard import Again, Answer, GuardRefusal, Inject, Leaf, Leave, Resol
 from kvmsim.mmu import Zapped
 from kvmsim.running import RunningVm
 from kvmsim.uapi import KVM_INTERNAL_ERROR_EMULATION, PAGE_SHIFT, PAGE_SIZE
-from kvmsim.views.snp import SnpTables
 from kvmsim.vmm.launch import LaunchPage
 from kvmsim.vmm.launch import PageType as Loaded
 from kvmsim.vmm.vmsa import EntryState
@@ -119,6 +118,8 @@ class SnpGuard:
         self._vmsas: dict[int, int] = {}  #: vCPU → hpa
         self._context = 0  #: hpa of the guest context page
         self.asid = 0
+        self.status = 0  #: what the AMD-SP answered to its last command that it refused
+        self.rejected = b""  #: the page that it last refused, as it left it
         self.finished = False
 
     @property
@@ -130,14 +131,24 @@ class SnpGuard:
 
     def start(self, vcpus: int) -> None:
         """KVM_SEV_SNP_LAUNCH_START."""
+        self.launch_start(self._policy)
+
+    def launch_start(self, policy: int, gosvw: bytes = bytes(16)) -> None:
+        """KVM_SEV_SNP_LAUNCH_START (snp_launch_start()): refused, nothing is left of it."""
         with self._refusing("the guest cannot be launched"), self._platform.lock:
-            self.asid = self._free_asid()
-            self._context = self._platform.pages.take()
-            page = self._context >> PAGE_SHIFT
+            asid = self._free_asid()
+            context = self._platform.pages.take()
+            page = context >> PAGE_SHIFT
             self._update(page, NewState(assigned=True, immutable=True))
             self._firmware.gctx_create(page)
-            self._firmware.launch_start(page, self._policy)
-            self._firmware.activate(page, self.asid)
+            self._context, self.asid = context, asid
+            try:
+                self._firmware.launch_start(page, policy, gosvw=gosvw)
+                self._firmware.activate(page, asid)
+            except BaseException:
+                self.close()
+                self.asid = 0
+                raise
 
     def _free_asid(self) -> int:
         """An ASID that nobody has; what caches hold of others is flushed first if it must be
@@ -165,6 +176,10 @@ class SnpGuard:
             self._add(VMSA_GPA, hpa, page)
         return False
 
+    def unstage(self, page: LaunchPage) -> None:
+        """It is not added."""
+        self._staged.pop(page.gpa >> PAGE_SHIFT, None)
+
     def _add(self, gpa: int, hpa: int, page: LaunchPage) -> None:
         """sev_gmem_post_populate(): copy in, make it Pre-Guest, let the AMD-SP measure it."""
         pfn = hpa >> PAGE_SHIFT
@@ -176,16 +191,23 @@ class SnpGuard:
         except BaseException:  # snp_page_reclaim(): the page is the host's again
             self._firmware.page_reclaim(pfn)
             self._update(pfn, HYPERVISOR)
+            self.rejected = self._platform.memory.read(hpa, PAGE_SIZE)
             raise
 
     def finish(self, entries: Sequence[EntryState]) -> None:
         """KVM_SEV_SNP_LAUNCH_FINISH."""
+        if len(self._vmsas) != len(entries):
+            raise GuardRefusal(errno.EINVAL, f"{len(self._vmsas)} VMSAs for {len(entries)} vCPUs")
+        self.launch_finish()
+
+    def launch_finish(
+        self, *, host_data: bytes = bytes(32), id_block: IdBlock | None = None
+    ) -> None:
+        """KVM_SEV_SNP_LAUNCH_FINISH, after the VMSAs."""
         with self._refusing("the launch cannot be finished"), self._platform.lock:
-            if len(self._vmsas) != len(entries):
-                raise GuardRefusal(
-                    errno.EINVAL, f"{len(self._vmsas)} VMSAs for {len(entries)} vCPUs"
-                )
-            self._firmware.launch_finish(self._context >> PAGE_SHIFT)
+            self._firmware.launch_finish(
+                self._context >> PAGE_SHIFT, host_data=host_data, id_block=id_block
+            )
         self.finished = True
 
     # --- the second stage -----------------------------------------------------------------------
@@ -431,12 +453,6 @@ class SnpGuard:
                 "frames": self._rmp.frames_of(self.asid),
             }
 
-    def tables(self) -> SnpTables:
-        """The RMP."""
-        with self._platform.lock:
-            own = {hpa >> PAGE_SHIFT for hpa in (*self._vmsas.values(), self._context) if hpa}
-        return SnpTables(self._platform.lock, self._rmp, self.asid, self._frames, own)
-
     def residue(self) -> dict[str, int]:
         """Frames that the RMP still has for the guest, and what the AMD-SP has."""
         with self._platform.lock:
@@ -468,6 +484,7 @@ class SnpGuard:
         try:
             yield
         except FirmwareRefused as error:
+            self.status = int(error.status)
             raise GuardRefusal(errno.EIO, f"{what}: {error}") from error
         except MemoryError as error:
             raise GuardRefusal(errno.ENOMEM, f"{what}: {error}") from error

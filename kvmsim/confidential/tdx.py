@@ -34,7 +34,6 @@ from kvmsim.guard import Answer, GuardRefusal, Inject, Leaf, Leave, Resolve, Ver
 from kvmsim.kind import ADDRESS_BITS
 from kvmsim.running import RunningVm
 from kvmsim.uapi import PAGE_SHIFT, PAGE_SIZE
-from kvmsim.views.tdx import TdxTables
 from kvmsim.vmm.launch import LaunchPage
 from kvmsim.vmm.launch import PageType as Loaded
 from kvmsim.vmm.vmsa import EntryState
@@ -44,6 +43,7 @@ log = logging.getLogger(__name__)
 _UD, _VE = 6, 20
 _LARGE: Final = 512
 _CHUNK: Final = 256
+_LPS: Final = 256
 #: Instructions of a TD that the module answers with #VE (TDX module base specification, "TD
 #: Non-Root Mode Architectural State"), by the exit reason of the VE information.
 _VE_REASONS: Final = {"in": 30, "ins": 30, "out": 30, "outs": 30, "cpuid": 10, "hlt": 12,
@@ -65,8 +65,11 @@ def make(platform: Platform, running: RunningVm) -> TdxGuard:
 
 
 def make_module(platform: Platform) -> TdxModule:
-    """The module of a host: one TDMR over its memory; the SHARED bit is bit 39 for all."""
-    return TdxModule(tdmrs([platform.ram]), platform.memory, gpa_width=ADDRESS_BITS)
+    """The module of a host: one TDMR over its memory; the SHARED bit is bit 39 for all.
+
+    A vCPU stays on the logical processor of its index.
+    """
+    return TdxModule(tdmrs([platform.ram]), platform.memory, gpa_width=ADDRESS_BITS, lps=_LPS)
 
 
 class TdxGuard:
@@ -78,7 +81,7 @@ class TdxGuard:
         self._module = platform.hardware(TdxModule, make_module)
         self._ve_disable = ve_disable
         self._tdr = 0
-        self._tdvprs: list[int] = []
+        self._tdvprs: dict[int, int] = {}  #: vCPU → hpa of its TDVPR
         self._taken: list[int] = []  #: pages of the host that the module has
         self._staged: dict[int, LaunchPage] = {}
         self._blocked: dict[tuple[int, int], range] = {}  #: (gpa, level) → gfns that go
@@ -105,27 +108,44 @@ class TdxGuard:
     # --- launch ---------------------------------------------------------------------------------
 
     def start(self, vcpus: int) -> None:
-        """KVM_TDX_INIT_VM and KVM_TDX_INIT_VCPU."""
-        with self._refusing("the TD cannot be made"):
-            free = [hkid for hkid, key in self._module.keys.items() if key.state is KeyState.FREE]
-            if not free:
-                raise GuardRefusal(errno.ENOSPC, "every HKID of this host has a TD")
-            tdr = self._take()
-            self._module.mng_create(tdr, free[0])
-            self._tdr = tdr
-            self._module.mng_key_config(tdr)
-            for _ in range(self._module.config.tdcs_pages):
-                self._module.mng_addcx(tdr, self._take())
-            attributes = ATTRIBUTE_SEPT_VE_DISABLE if self._ve_disable else 0
-            with self._page(pack_params(TdParams(attributes, max_vcpus=vcpus))) as params:
-                self._module.mng_init(tdr, params)
-            for index in range(vcpus):
-                tdvpr = self._take()
-                self._module.vp_create(tdr, tdvpr)
-                self._tdvprs.append(tdvpr)
-                for _ in range(self._module.config.tdvps_pages - 1):
-                    self._module.vp_addcx(tdvpr, self._take())
-                self._module.vp_init(tdvpr, lp=index)
+        """KVM_TDX_INIT_VM and KVM_TDX_INIT_VCPU of all."""
+        attributes = ATTRIBUTE_SEPT_VE_DISABLE if self._ve_disable else 0
+        self.init_vm(TdParams(attributes, max_vcpus=vcpus))
+        for index in range(vcpus):
+            self.init_vcpu(index)
+
+    def init_vm(self, params: TdParams) -> None:
+        """KVM_TDX_INIT_VM (__tdx_td_init()): refused, nothing is left of it."""
+        with self._refusing("the TD cannot be made"), self._platform.lock:
+            try:
+                self._init_vm(params)
+            except BaseException:
+                self.close()
+                self._tdr = 0
+                raise
+
+    def _init_vm(self, params: TdParams) -> None:
+        free = [hkid for hkid, key in self._module.keys.items() if key.state is KeyState.FREE]
+        if not free:
+            raise GuardRefusal(errno.ENOSPC, "every HKID of this host has a TD")
+        tdr = self._take()
+        self._module.mng_create(tdr, free[0])
+        self._tdr = tdr
+        self._module.mng_key_config(tdr)
+        for _ in range(self._module.config.tdcs_pages):
+            self._module.mng_addcx(tdr, self._take())
+        with self._page(pack_params(params)) as page:
+            self._module.mng_init(tdr, page)
+
+    def init_vcpu(self, index: int) -> None:
+        """KVM_TDX_INIT_VCPU (tdx_td_vcpu_init())."""
+        with self._refusing(f"vCPU {index} cannot be made"), self._platform.lock:
+            tdvpr = self._take()
+            self._module.vp_create(self._tdr, tdvpr)
+            self._tdvprs[index] = tdvpr
+            for _ in range(self._module.config.tdvps_pages - 1):
+                self._module.vp_addcx(tdvpr, self._take())
+            self._module.vp_init(tdvpr, lp=index)
 
     def stage(self, page: LaunchPage) -> bool:
         """KVM_TDX_INIT_MEM_REGION, a page of it."""
@@ -133,6 +153,10 @@ class TdxGuard:
             raise GuardRefusal(errno.EINVAL, "the TD is finalized: no page is added any more")
         self._staged[page.gpa >> PAGE_SHIFT] = page
         return True
+
+    def unstage(self, page: LaunchPage) -> None:
+        """It is not added."""
+        self._staged.pop(page.gpa >> PAGE_SHIFT, None)
 
     def finish(self, entries: Sequence[EntryState]) -> None:
         """KVM_TDX_FINALIZE_VM."""
@@ -226,9 +250,11 @@ class TdxGuard:
         A large leaf that reaches out of the range is blocked as a whole, to be split; its shadow
         goes, and what of it stays the guest's is found again by the next fault.
         """
-        if not private or not self._tdr:
+        if not private:
             return
         with self._platform.lock:
+            if self._tdr not in self._module.tds:
+                return  # it is no more, or was never made
             before = len(self._blocked)
             for gpa, level, state in self._leaves(gfn, gfn + npages):
                 if STATES[state].blocked is None:
@@ -397,7 +423,7 @@ class TdxGuard:
             self._give_all()
             return
         with self._platform.lock:
-            for index, tdvpr in enumerate(self._tdvprs):
+            for index, tdvpr in self._tdvprs.items():
                 if module.vcpu(tdvpr).lp is not None:
                     module.vp_flush(tdvpr, lp=index)
             module.mng_vpflushdone(tdr)
@@ -425,10 +451,6 @@ class TdxGuard:
                 "epoch": td.epoch,
                 "pamt_pages": pages,
             }
-
-    def tables(self) -> TdxTables:
-        """S-EPT and PAMT."""
-        return TdxTables(self._platform.lock, self._module, self._tdr)
 
     def residue(self) -> dict[str, int]:
         """What the module still knows of the TD."""

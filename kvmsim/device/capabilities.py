@@ -49,6 +49,8 @@ VM_TYPES: Final[Mapping[Abi, Mapping[int, VmKind]]] = MappingProxyType(
             {
                 KINDS["default"].vm_type: KINDS["default"],
                 KINDS["sw-protected"].vm_type: KINDS["sw-protected"],
+                KINDS["snp"].vm_type: KINDS["snp"],
+                KINDS["tdx"].vm_type: KINDS["tdx"],
                 KVMSIM_SHARED_BIT_VM: KINDS["shared-bit"],
             }
         ),
@@ -120,6 +122,13 @@ def _types(asked: Asked) -> int:
     return sum(1 << number for number in types) if asked.upstream else 0
 
 
+def sync_regs(kind: VmKind | None) -> int:
+    """kvm_sync_valid_fields(): what of a vCPU travels in struct kvm_run."""
+    if kind is not None and kind.protected_state:
+        return 0
+    return KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS
+
+
 _ONE: Final = (
     KVM_CAP_USER_MEMORY,
     cap.KVM_CAP_HLT,
@@ -172,9 +181,7 @@ _VALUES: Final[Mapping[int, Callable[[Asked], int]]] = MappingProxyType(
         cap.KVM_CAP_MAX_VCPU_ID: lambda asked: KVM_MAX_VCPU_IDS,
         cap.KVM_CAP_MCE: lambda asked: cap.KVM_MAX_MCE_BANKS,
         cap.KVM_CAP_ADJUST_CLOCK: lambda asked: CLOCK_FLAGS,
-        cap.KVM_CAP_SYNC_REGS: lambda asked: (
-            KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS
-        ),
+        cap.KVM_CAP_SYNC_REGS: lambda asked: sync_regs(asked.kind),
         cap.KVM_CAP_XSAVE2: lambda asked: structs.XSAVE_SIZE,
     }
 )

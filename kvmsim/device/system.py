@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Final, Self
 
+from kvmsim.confidential.platform import Platform
 from kvmsim.control import Control
 from kvmsim.device import cpuid, msrs
 from kvmsim.device.caller import Caller
@@ -27,7 +28,6 @@ from kvmsim.device.vm import VmDevice
 from kvmsim.hostmem import HostMemory
 from kvmsim.kind import VmKind
 from kvmsim.running import RunningVm
-from kvmsim.views.gather import vm_tables
 from kvmsim.uapi import (
     KVM_API_VERSION,
     KVM_CHECK_EXTENSION,
@@ -52,8 +52,8 @@ class KvmDevice:
     keep the types (kvm.gmem_in_place_conversion of the series that is not merged), for all VMs.
     ``types``: what KVM_CREATE_VM takes, by number, if not what the interface has.
     ``control``: who tells ``kvmsim stat`` of the VMs. ``gmem_flags``: GUEST_MEMFD_FLAG_* that are
-    offered where the mount has them. Any number of descriptors may stand for one
-    device.
+    offered where the mount has them. ``platform``: the confidential hardware of ``host``, if it
+    has some. Any number of descriptors may stand for one device.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class KvmDevice:
         types: Mapping[int, VmKind] | None = None,
         control: Control | None = None,
         gmem_flags: int = FLAGS,
+        platform: Platform | None = None,
     ) -> None:
         if in_place and abi == "v7":
             raise ValueError("v7 has no conversion in place")
@@ -79,6 +80,7 @@ class KvmDevice:
         self.running = running
         self._owns_host = host is None
         self.host = HostMemory() if host is None else host
+        self.platform = Platform(self.host) if platform is None else platform
         self.gmem = None if memory is None else GuestMemfds(memory, gmem_flags)
         self.owners: dict[tuple[int, int], object] = {}
         self._lock = threading.Lock()
@@ -144,8 +146,7 @@ class KvmDevice:
         with self._lock:
             self._vms.add(vm)
         if self._control is not None:
-            tables = partial(vm_tables, vm.running)
-            self._control.add(vm.running.label, partial(vm_report, vm), tables)
+            self._control.add(vm.running.label, partial(vm_report, vm))
         return NewFd(FdKind.CONTROL, "anon_inode:kvm-vm", vm)
 
     def check_extension(self, call: Call) -> int:
@@ -226,7 +227,8 @@ TABLE: Final = table(
     (
         Row(KVM_GET_API_VERSION, KvmDevice.get_api_version, "12", "EINVAL: argument not 0"),
         Row(KVM_CREATE_VM, KvmDevice.create_vm,
-            "types 0, KVM_X86_SW_PROTECTED_VM, and 30: gpa bit 39 selects the side; v7: 0 is that",
+            "types 0, KVM_X86_SW_PROTECTED_VM, KVM_X86_SNP_VM, KVM_X86_TDX_VM, and 30: gpa bit 39 "
+            "selects the side; v7: 0 is that",
             "EINVAL: other types"),
         Row(KVM_CHECK_EXTENSION, KvmDevice.check_extension, "only what is there"),
         Row(KVM_GET_VCPU_MMAP_SIZE, KvmDevice.get_vcpu_mmap_size, "three pages",

@@ -162,8 +162,14 @@ def dispatch(
         number = UNKNOWN[level]
         log.warning("%s on a %s descriptor is not simulated", name, level.value)
         return Failure(number, f"{name}: no request of this level, or not simulated")
+    call = Call(name, request, argument, caller)
+    return answered(name, lambda: row.handler(device, call))
+
+
+def answered(name: str, work: Callable[[], Answer]) -> Result:
+    """What an ioctl of this name answers that does ``work``."""
     try:
-        answer = row.handler(device, Call(name, request, argument, caller))
+        answer = work()
     except KvmError as error:
         log.info("%s", error)
         return Failure(error.errno, str(error))

@@ -23,7 +23,7 @@ from kvmsim.device.msrs import MsrStore
 from kvmsim.device.pending import Call as PendingCall
 from kvmsim.device.pending import Outcome
 from kvmsim.device.registers import RESET_REGS, RESET_SREGS
-from kvmsim.device.results import Begun, Failure, Result, Value
+from kvmsim.device.results import Begun, Failure, Pending, Result, Value
 from kvmsim.device.runbuffer import RunBuffer
 from kvmsim.device.serial import Serial
 from kvmsim.device.table import Call, Level, dispatch
@@ -85,7 +85,7 @@ class VcpuDevice:
         self._running: PendingCall | None = None
         self._caller: Caller | None = None
         self._only_settle = False
-        self._other: PendingCall | None = None  # a call other than KVM_RUN that waits
+        self._other: Pending | None = None  # a call other than KVM_RUN that waits
         self._released = False
         self.cpu.watch_code()
         self.cpu.set_cpuid(self.cpuid)
@@ -114,7 +114,7 @@ class VcpuDevice:
             if self._released:
                 return
             self._released = True
-            waiting = self._serial.queued()
+            waiting: list[Pending] = [*self._serial.queued()]
             waiting += [pending for pending in (self._running, self._other) if pending]
         for pending in waiting:
             pending.cancel()
@@ -159,6 +159,9 @@ class VcpuDevice:
                 return self._start(call.caller, buffer, only_settle=True)
             self._save(buffer)
             return Failure(errno.EINTR, _IMMEDIATE)
+        refused = self.vm.launch.run_refused(self) if self.vm.launch is not None else ""
+        if refused:
+            raise call.refused(errno.EINVAL, refused)
         buffer.set_exit_reason(KVM_EXIT_UNKNOWN)
         if call.caller.signal_pending(self.signal_mask):
             buffer.set_exit_reason(KVM_EXIT_INTR)
@@ -186,7 +189,7 @@ class VcpuDevice:
                 self.vm.running.make_runnable(self.engine.index)
         return Begun(pending, self.signal_mask)
 
-    def wait_for(self, pending: PendingCall) -> Begun:
+    def wait_for(self, pending: Pending) -> Begun:
         """Keep the mutex until ``pending`` is over; it is no KVM_RUN."""
 
         def done(_: Outcome) -> None:
@@ -212,6 +215,16 @@ class VcpuDevice:
 
     def _answer(self, data: bytes | int) -> None:
         self.vm.running.complete(self.engine.index, data)
+
+    @property
+    def protected(self) -> bool:
+        """Whether nobody sees its registers (guest_state_protected)."""
+        launch = self.vm.launch
+        return launch is not None and launch.protected(self)
+
+    def start_up(self) -> None:
+        """Its state is defined now: it waits for no INIT."""
+        self.mp_state = KVM_MP_STATE_RUNNABLE
 
     # --- in the runner thread -----------------------------------------------------------------
 
@@ -270,11 +283,12 @@ class VcpuDevice:
             other.cancel()
 
     def _hypercall(self, left: exits.HypercallExit) -> exits.HypercallExit | None:
+        by_guard = self.engine.left_by_guard  # who asks is nobody else's to look at
         answer = hypercall(
             left.nr,
             left.args,
-            cpl=self.cpu.get_sregs().ss.attributes >> 5 & 3,
-            long_mode=self._long_mode(),
+            cpl=0 if by_guard else self.cpu.get_sregs().ss.attributes >> 5 & 3,
+            long_mode=by_guard or self._long_mode(),
             forwarded=self.vm.forwarded_hypercalls,
         )
         if isinstance(answer, Answer):

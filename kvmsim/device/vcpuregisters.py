@@ -11,6 +11,7 @@ import errno
 from typing import TYPE_CHECKING, Final
 
 from kvmsim.device import registers
+from kvmsim.device.capabilities import sync_regs
 from kvmsim.device.registers import ControlState, Invalid
 from kvmsim.device.runbuffer import SYNC_EVENTS, SYNC_REGS, SYNC_SREGS, RunBuffer
 from kvmsim.device.table import Call
@@ -24,7 +25,6 @@ from kvmsim.uapi import (
 if TYPE_CHECKING:
     from kvmsim.device.vcpu import VcpuDevice
 
-_SYNC_VALID: Final = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS
 _DR_RESERVED: Final = 0xFFFF_FFFF_0000_0000
 
 
@@ -150,7 +150,7 @@ def set_debugregs(vcpu: VcpuDevice, call: Call) -> None:
 def take_sync_regs(vcpu: VcpuDevice, buffer: RunBuffer, call: Call) -> None:
     """sync_regs(): what user space changed in struct kvm_run."""
     valid, dirty = buffer.sync
-    if (valid | dirty) & ~_SYNC_VALID:
+    if (valid | dirty) & ~sync_regs(vcpu.vm.kind):
         raise call.refused(errno.EINVAL, "kvm_valid_regs or kvm_dirty_regs has unknown bits")
     if not dirty:
         return

@@ -50,6 +50,8 @@ def get_msrs(vcpu: VcpuDevice, call: Call) -> int:
     done = []
     for index, _ in _msr_entries(call):
         value = vcpu.cpu.get_msr(index)
+        if value is not None and vcpu.protected:  # sev_es_prevent_msr_access(), tdx_get_msr()
+            break
         if value is None:
             value = vcpu.msrs.read(index)
         if value is None:
@@ -63,6 +65,8 @@ def set_msrs(vcpu: VcpuDevice, call: Call) -> int:
     """KVM_SET_MSRS: how many could be written, from the first on."""
     done = 0
     for index, value in _msr_entries(call):
+        if vcpu.protected and vcpu.cpu.get_msr(index) is not None:
+            break
         if not vcpu.cpu.set_msr(index, value) and not vcpu.msrs.write(index, value, host=True):
             break
         done += 1

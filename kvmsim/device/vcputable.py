@@ -3,46 +3,65 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from kvmsim.device import launch
 from kvmsim.device import vcpuregisters as registers
 from kvmsim.device import vcpustate as state
 from kvmsim.device.results import Result
-from kvmsim.device.table import Call, Row, table
+from kvmsim.device.table import Answer, Call, Row, table
 from kvmsim.uapi import KVM_PRE_FAULT_MEMORY, KVM_RUN, requests
 
 if TYPE_CHECKING:
     from kvmsim.device.vcpu import VcpuDevice
+
+_Handler = Callable[["VcpuDevice", Call], Answer]
 
 
 def _run(vcpu: VcpuDevice, call: Call) -> Result:
     return vcpu.run(call)
 
 
+def _seen(handler: _Handler) -> _Handler:
+    """For what nobody sees of a guest whose state is protected."""
+
+    def checked(vcpu: VcpuDevice, call: Call) -> Answer:
+        if vcpu.protected:
+            raise call.refused(errno.EINVAL, "the guest's state is protected")
+        return handler(vcpu, call)
+
+    return checked
+
+
 TABLE: Final = table(
     (
         Row(KVM_RUN, _run, "runs the guest until an exit",
             "EINTR: a signal or immediate_exit; EFAULT, EHWPOISON: with KVM_EXIT_MEMORY_FAULT, or "
-            "nothing behind an hva; EINVAL: argument, cr8, sync registers; EIO: the VM is dead"),
-        Row(requests.KVM_GET_REGS, registers.get_regs, "all"),
-        Row(requests.KVM_SET_REGS, registers.set_regs,
+            "nothing behind an hva; EINVAL: argument, cr8, sync registers, a launch that is not "
+            "over; EIO: the VM is dead"),
+        Row(requests.KVM_GET_REGS, _seen(registers.get_regs), "all"),
+        Row(requests.KVM_SET_REGS, _seen(registers.set_regs),
             "all; where RIP changes, code is translated anew"),
-        Row(requests.KVM_GET_SREGS, registers.get_sregs, "all"),
-        Row(requests.KVM_SET_SREGS, registers.set_sregs, "all",
+        Row(requests.KVM_GET_SREGS, _seen(registers.get_sregs), "all"),
+        Row(requests.KVM_SET_SREGS, _seen(registers.set_sregs), "all",
             "EINVAL: a state that the processor cannot be in, or features that it has not"),
-        Row(requests.KVM_GET_SREGS2, registers.get_sregs2, "all, without PDPTRs"),
-        Row(requests.KVM_SET_SREGS2, registers.set_sregs2, "all, without PDPTRs",
+        Row(requests.KVM_GET_SREGS2, _seen(registers.get_sregs2), "all, without PDPTRs"),
+        Row(requests.KVM_SET_SREGS2, _seen(registers.set_sregs2), "all, without PDPTRs",
             "EINVAL: as KVM_SET_SREGS; any flag"),
-        Row(requests.KVM_GET_FPU, registers.get_fpu, "x87, SSE; without last instruction and data"),
-        Row(requests.KVM_SET_FPU, registers.set_fpu, "the same"),
-        Row(requests.KVM_GET_XSAVE, registers.get_xsave, "x87, SSE: all that the processor has"),
-        Row(requests.KVM_GET_XSAVE2, registers.get_xsave, "the same 4096 bytes"),
-        Row(requests.KVM_SET_XSAVE, registers.set_xsave, "the same",
+        Row(requests.KVM_GET_FPU, _seen(registers.get_fpu),
+            "x87, SSE; without last instruction and data"),
+        Row(requests.KVM_SET_FPU, _seen(registers.set_fpu), "the same"),
+        Row(requests.KVM_GET_XSAVE, _seen(registers.get_xsave),
+            "x87, SSE: all that the processor has"),
+        Row(requests.KVM_GET_XSAVE2, _seen(registers.get_xsave), "the same 4096 bytes"),
+        Row(requests.KVM_SET_XSAVE, _seen(registers.set_xsave), "the same",
             "EINVAL: other features in xstate_bv, reserved bits of MXCSR"),
-        Row(requests.KVM_GET_XCRS, registers.get_xcrs, "there are none"),
-        Row(requests.KVM_SET_XCRS, registers.set_xcrs, "there are none", "EINVAL: always"),
-        Row(requests.KVM_GET_DEBUGREGS, registers.get_debugregs, "what was set last"),
-        Row(requests.KVM_SET_DEBUGREGS, registers.set_debugregs, "kept; no breakpoint fires",
+        Row(requests.KVM_GET_XCRS, _seen(registers.get_xcrs), "there are none"),
+        Row(requests.KVM_SET_XCRS, _seen(registers.set_xcrs), "there are none", "EINVAL: always"),
+        Row(requests.KVM_GET_DEBUGREGS, _seen(registers.get_debugregs), "what was set last"),
+        Row(requests.KVM_SET_DEBUGREGS, _seen(registers.set_debugregs), "kept; no breakpoint fires",
             "EINVAL: flags, upper halves of DR6 and DR7"),
         Row(requests.KVM_GET_MSRS, state.get_msrs, "the registers of KVM_GET_MSR_INDEX_LIST",
             "E2BIG: 256 or more"),
@@ -78,16 +97,18 @@ TABLE: Final = table(
             "EINVAL: always"),
         Row(requests.KVM_X86_SETUP_MCE, state.setup_mce, "kept in MSR_IA32_MCG_CAP",
             "EINVAL: banks, or what is not supported"),
-        Row(requests.KVM_SET_GUEST_DEBUG, state.set_guest_debug, "only to switch it off",
+        Row(requests.KVM_SET_GUEST_DEBUG, _seen(state.set_guest_debug), "only to switch it off",
             "EINVAL: any control bit"),
         Row(requests.KVM_TPR_ACCESS_REPORTING, state.tpr_access_reporting,
             "taken; there is nothing to report", "EINVAL: flags"),
         Row(requests.KVM_SET_VAPIC_ADDR, state.set_vapic_addr, "taken, not needed",
             "EINVAL: no KVM_CREATE_IRQCHIP"),
         Row(requests.KVM_ENABLE_CAP, state.enable_cap, "there is none", "EINVAL: always"),
+        Row(requests.KVM_MEMORY_ENCRYPT_OP, launch.vcpu_operation,
+            "commands of [TDs](#commands-of-a-td)", "EINVAL: a VM of another type; SNP: ENOTTY"),
         Row(KVM_PRE_FAULT_MEMORY, state.pre_fault_memory, "maps without running the guest",
             "EINVAL: flags, not aligned, size 0, wrap; ENOENT: no slot; EINTR, EAGAIN, EFAULT: "
-            "before any page"),
+            "before any page; EOPNOTSUPP: a launch that is not over"),
     )
 )  # fmt: skip
 """By request number."""

@@ -18,6 +18,7 @@ from kvmsim.device.caller import Caller
 from kvmsim.device.capabilities import CLOCK_FLAGS, MAX_VCPUS, check_extension
 from kvmsim.device.clock import Clock
 from kvmsim.device.hypercall import FORWARDABLE
+from kvmsim.device.launch import make_launch
 from kvmsim.device.memory import VmMemory
 from kvmsim.device.results import Failure, FdKind, NewFd, Result
 from kvmsim.device.table import Call, Level, dispatch
@@ -69,6 +70,7 @@ class VmDevice:
             in_place=system.in_place,
         )  # fmt: skip
         self.memory = VmMemory(self, system.owners)
+        self.launch = make_launch(self)
 
     # --- the descriptor -----------------------------------------------------------------------
 
@@ -90,6 +92,11 @@ class VmDevice:
                 return
             self._released = True
         self.unpin()
+
+    def pin(self) -> None:
+        """Something is under way that needs the VM."""
+        with self._lock:
+            self._pins += 1
 
     def unpin(self) -> None:
         """One descriptor fewer; the last takes the VM with it."""
@@ -143,6 +150,9 @@ class VmDevice:
                 raise call.refused(
                     errno.EINVAL, f"vCPU id {number}: KVM_CAP_MAX_VCPU_ID says {self._max_vcpu_ids}"
                 )
+            refused = None if self.launch is None else self.launch.vcpu_refused()
+            if refused is not None:
+                raise call.refused(*refused)
             if number in self._vcpus:
                 raise call.refused(errno.EEXIST, f"there is a vCPU {number}")
             engine = self.running.add_vcpu()
@@ -153,6 +163,11 @@ class VmDevice:
             self._pins += 1
         name = f"anon_inode:kvm-vcpu:{number}"
         return NewFd(FdKind.MAPPABLE, name, vcpu, size=KVM_RUN_MMAP_SIZE)
+
+    @property
+    def vcpus(self) -> tuple[VcpuDevice, ...]:
+        """In the order of their making, which is that of their engines."""
+        return tuple(self._by_index)
 
     def set_boot_cpu_id(self, call: Call) -> None:
         """KVM_SET_BOOT_CPU_ID."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from kvmsim.device import launch
 from kvmsim.device.table import Answer, Call, Row, table
 from kvmsim.uapi import (
     KVM_CHECK_EXTENSION,
@@ -49,10 +50,15 @@ TABLE: Final = table(
             _REGION_ERRORS + "; EBADF: guest_memfd is not open; v7: ENOTTY"),
         Row(KVM_SET_MEMORY_ATTRIBUTES, _of_memory("set_attributes"), "all",
             "EINVAL: flags, attributes that this VM type lacks, size 0, wrap, not aligned"),
-        Row(KVM_MEMORY_ENCRYPT_REG_REGION, _of_memory("encrypt_region"),
-            "v7: makes a range of gpas private", "upstream: ENOTTY (SEV's)"),
-        Row(KVM_MEMORY_ENCRYPT_UNREG_REGION, _of_memory("encrypt_region"),
-            "v7: makes a range of gpas shared", "upstream: ENOTTY (SEV's)"),
+        Row(requests.KVM_MEMORY_ENCRYPT_OP, launch.operation,
+            "commands of [TDs](#commands-of-a-td) and [SNP guests](#commands-of-an-snp-guest)",
+            "ENOTTY: a VM of another type; else the command's"),
+        Row(KVM_MEMORY_ENCRYPT_REG_REGION, launch.region,
+            "SNP guests: sees that the hvas are there; v7: makes a range of gpas private",
+            "ENOTTY: another type, or no KVM_SEV_INIT2; EINVAL: size 0, wrap; ENOMEM: a gap"),
+        Row(KVM_MEMORY_ENCRYPT_UNREG_REGION, launch.region,
+            "SNP guests: the same, back; v7: makes a range of gpas shared",
+            "ENOTTY: as above; EINVAL: no such region"),
         Row(KVM_CREATE_GUEST_MEMFD, _of_memory("create_guest_memfd"),
             "an unlinked file on the privfs mount",
             "EINVAL: size 0 or not aligned, flags that the mount lacks; ENOTTY: no mount, v7; "
@@ -61,7 +67,8 @@ TABLE: Final = table(
             "all; reading it takes the marks", "ENOENT: the slot does not log; EINVAL: slot id"),
         Row(KVM_CHECK_EXTENSION, _of_vm("check_extension"), "only what is there"),
         Row(requests.KVM_ENABLE_CAP, _of_vm("enable_cap"),
-            "KVM_CAP_EXIT_HYPERCALL, KVM_CAP_MAX_VCPU_ID", "EINVAL: others, flags, arguments"),
+            "KVM_CAP_EXIT_HYPERCALL, KVM_CAP_MAX_VCPU_ID, KVMSIM_CAP_MAP_GPA_RANGES",
+            "EINVAL: others, flags, arguments"),
         Row(requests.KVM_SET_BOOT_CPU_ID, _of_vm("set_boot_cpu_id"), "all",
             "EBUSY: there are vCPUs"),
         Row(requests.KVM_CREATE_IRQCHIP, _of_vm("create_irqchip"),

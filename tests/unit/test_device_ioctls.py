@@ -90,7 +90,7 @@ def test_the_system_says_what_it_is(shared: Program) -> None:
     )
     assert shared.ioctl(shared.vm, uapi.KVM_CHECK_EXTENSION, None, 12345) == 0
     types = shared.ioctl(shared.kvm, uapi.KVM_CHECK_EXTENSION, None, uapi.KVM_CAP_VM_TYPES)
-    assert types == 1 << 30 | 0b11
+    assert types == 1 << 30 | 0b11_0011
     khz = shared.ioctl(shared.vm, requests.KVM_GET_TSC_KHZ)
     assert 100_000 < khz < 10_000_000
     assert shared.ioctl(shared.vcpus[0], requests.KVM_GET_TSC_KHZ) == khz
