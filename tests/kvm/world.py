@@ -93,7 +93,7 @@ class World:
         return 0 if self.kind == "simulated" else SHARED
 
     def file(self, pages: int = PAGES, *, mappable_only: bool = False) -> GuestMemfd:
-        flags = self.shared & GUEST_MEMFD_FLAG_MMAP if mappable_only else self.shared
+        flags = GUEST_MEMFD_FLAG_MMAP if mappable_only else self.shared
         return self.vm.create_guest_memfd(pages * PAGE_SIZE, flags)
 
     def slot(
