@@ -14,6 +14,14 @@ from typing import Any, Final
 import click
 
 _SYSLOG: Final = "/dev/log"
+#: Where trio says that accept(2) found no descriptor free, with a traceback each time.
+_ACCEPTS: Final = logging.getLogger("trio.serve_listeners")
+
+
+def _one_line(record: logging.LogRecord) -> bool:
+    """Let a message pass without its traceback."""
+    record.exc_info = None
+    return True
 
 
 @dataclass(slots=True)
@@ -44,6 +52,8 @@ class Verbosity:
         elif self.debug:
             style = "privfs: %(relativeCreated)d ms %(name)s: %(message)s"
         handler.setFormatter(logging.Formatter(style))
+        if not self.debug:
+            _ACCEPTS.addFilter(_one_line)
         root = logging.getLogger()
         root.addHandler(handler)
         root.setLevel(level)
@@ -53,6 +63,7 @@ class Verbosity:
         """Stop logging."""
         if self.handler is not None:
             logging.getLogger().removeHandler(self.handler)
+            _ACCEPTS.removeFilter(_one_line)
             self.handler.close()
 
 

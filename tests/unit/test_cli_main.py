@@ -10,6 +10,7 @@ from privfs.cli import exitcodes, main, show
 from privfs.cli.exitcodes import MEANING, Exit
 from privfs.cli.main import call, cli
 from privfs.cli.mount import is_helper_call
+from privfs.cli.verbosity import Verbosity
 
 DOCS = Path(__file__).parents[2] / "docs" / "cli.md"
 
@@ -125,3 +126,28 @@ def test_the_call_of_mount_fuse3_is_told_from_a_mistyped_command(
     arguments: list[str], helper: bool
 ) -> None:
     assert is_helper_call(arguments, list(cli.commands)) is helper
+
+
+@pytest.mark.logs("accept returned EMFILE")
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_full_table_of_descriptors_is_a_line_in_the_log_and_no_traceback(
+    tmp_path: Path, debug: bool
+) -> None:
+    """As trio tells of it, ten times a second, each time with a traceback."""
+    verbosity, log = Verbosity(debug=debug), tmp_path / "log"
+    before = logging.getLogger().level
+    verbosity.log_to(str(log))
+    try:
+        trio = logging.getLogger("trio.serve_listeners")
+        trio.handle(
+            logging.LogRecord(
+                trio.name, logging.ERROR, "", 0, "accept returned %s", ("EMFILE",),
+                (OSError, OSError(24, "Too many open files"), None),
+            )
+        )  # fmt: skip
+    finally:
+        verbosity.close()
+        logging.getLogger().setLevel(before)
+    assert ("Too many open files" in log.read_text()) is debug
+    assert "accept returned EMFILE" in log.read_text()
+    assert not trio.filters
