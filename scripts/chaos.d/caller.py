@@ -2,8 +2,9 @@
 """Make random system calls on a file: ``caller.py PATH FIRST END COUNT SEED KIND...``.
 
 Pages [FIRST, END) are meant; KIND is ``punch``, ``allocate``, ``zero``, ``resize`` (to between
-FIRST and END pages), or of all pages ``clear`` (punch) or ``fill`` (allocate).  COUNT 0 makes each
-KIND once, in order; SIGTERM ends it after the call under way.  Prints ``did N`` now and then,
+FIRST and END pages), or of all pages ``clear`` (punch), ``fill`` (allocate) or ``compact`` (ask the
+mount to move them).  COUNT 0 makes each KIND once, in order; SIGTERM ends it after the call under
+way.  Prints ``did N`` now and then,
 ``errno N KIND`` for what fails, and ``done CALLS FAILURES`` at the end.
 """
 
@@ -15,6 +16,8 @@ import os
 import random
 import signal
 import sys
+
+from privfs.control import compact
 
 PAGE = 4096
 KEEP, PUNCH, ZERO = 0x01, 0x02, 0x10  # FALLOC_FL_*
@@ -38,6 +41,15 @@ def call(fd: int, kind: str, start: int, end: int) -> int:
     return ctypes.get_errno() if failed else 0
 
 
+def move(path: str, start: int, end: int) -> int:
+    """Let pages be moved as ``privfs compact`` does; the errno."""
+    try:
+        compact(path, start, end, lambda progress: None)
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0
+
+
 def main() -> int:
     path = sys.argv[1]
     first, end, count, seed = map(int, sys.argv[2:6])
@@ -58,17 +70,17 @@ def main() -> int:
     for i, kind in enumerate(deeds, 1):
         if enough:
             break
-        whole = kind in ("clear", "fill")
+        whole = kind in ("clear", "fill", "compact")
         start = first if whole else dice.randrange(first, end)
         last = end if whole else min(end, start + dice.choice((1, 1, 2, 8, 32)))
-        code = call(fd, kind, start, last)
+        code = move(path, start, last) if kind == "compact" else call(fd, kind, start, last)
         made = i
         if code == errno.EINTR and enough and kind not in ("punch", "clear", "resize"):
             break  # our own SIGTERM, in an allocation that waited; what frees is never interrupted
         if code:
             failures += 1
             print(f"errno {code} {kind}", flush=True)
-        if i % _EVERY == 0:
+        if i % _EVERY == 0 or kind == "compact":
             print(f"did {i}", flush=True)
     print(f"done {made} {failures}", flush=True)
     return 0

@@ -59,6 +59,10 @@ class Journal:
     def punches(self) -> int:
         return self.world.place.punches if self.world is not None else 0
 
+    @property
+    def moves(self) -> int:
+        return self.world.place.moves if self.world is not None else 0
+
     def note(self, deed: Deed) -> None:
         """A deed begins."""
         self.step += 1
@@ -221,7 +225,7 @@ def main() -> int:
         journal.close()
     print(
         f"chaos: {journal.step} steps in {journal.seconds:.0f} s, {journal.punches} punches, "
-        "nothing found", flush=True,
+        f"{journal.moves} moves, nothing found", flush=True,
     )  # fmt: skip
     return OK
 

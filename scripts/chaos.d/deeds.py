@@ -68,7 +68,7 @@ class World:
         getattr(self, deed.name)(*deed.arguments)
         self.crowd.check()
         audit.at_any_time(self.place)
-        self.place.count_punches()
+        self.place.count()
 
     def close(self) -> None:
         """Leave nothing; whoever waits for the mount can only go when it has gone."""
@@ -162,6 +162,11 @@ class World:
         self, name: str, file: str, first: int, end: int, count: int, seed: int, *kinds: str
     ) -> None:
         self.crowd.call(name, file, *map(str, (first, end, count, seed)), *kinds)
+
+    def compact(self, name: str, file: str, count: int) -> None:
+        """Move what a file holds, under its users."""
+        first, end = "0", str(FILE_PAGES)
+        self.crowd.call(name, file, first, end, str(count), "0", "compact")
 
     def finish(self, name: str) -> None:
         self.crowd.finished(name)

@@ -122,7 +122,7 @@ def main() -> int:
     kernel, label, seed, mutant, own, common = sys.argv[1:]
     prepare_process()
     # A fence would keep what mutants leave open: their touches would bring no memory back.
-    host = HostMemory("auto" if mutant == "none" else "none")
+    host = HostMemory("auto" if mutant == "none" else "none", movable=True)
     running = MUTANTS[mutant].running()
     image = Path(kernel).read_bytes()
     guest = torture.boot(host, image, Path(own), Path(common), label=label, running=running)

@@ -23,6 +23,7 @@ from privfs.notifier import link
 from privfs.notifier.owner import Owner
 from privfs.notifier.ownerstate import OwnerState
 from privfs.notifier.session import Event
+from privfs.operation import Kind
 from privfs.timers import RunningTime
 
 
@@ -132,6 +133,22 @@ def callers_eio() -> None:
     _replace(OwnerState, "_invalidate", make)
 
 
+def copy_first() -> None:
+    """Copy what moves without waiting for those who can still store to it."""
+
+    def make(invalidate: Any) -> Any:
+        def patched(self: OwnerState, ino: int, perform: Any) -> Any:
+            effects = invalidate(self, ino, perform)
+            if perform.kind is Kind.MIGRATE and self._waits[ino, perform.op].sids:
+                del self._waits[ino, perform.op]
+                return [*effects, *self._run(ino, self.files[ino].step_done(perform.op))]
+            return effects
+
+        return patched
+
+    _replace(OwnerState, "_invalidate", make)
+
+
 @dataclass(frozen=True, slots=True)
 class Mutant:
     """``mount`` patches the owner, ``vcpus`` runs the guests, ``mode`` is of the users in C."""
@@ -158,6 +175,7 @@ MUTANTS = {
     "no-park": Mutant("a fault is served while its page is being invalidated", no_park),
     "no-free": Mutant("a punch leaves the memory where it is", no_free),
     "needless-eio": Mutant("a punch that several users must acknowledge is given up", callers_eio),
+    "copy-first": Mutant("pages move before everyone has let go of them", copy_first),
     "lose-budget": Mutant("freed pages stay charged", lose_budget),
     "keep-fds": Mutant("received descriptors are never closed", keep_fds),
     "no-flush": Mutant("vCPUs keep stale translations", vcpus=NoFlush),

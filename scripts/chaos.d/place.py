@@ -54,9 +54,9 @@ class Place:
     def __init__(self, folder: Path, mutant: str) -> None:
         self.path = folder / "mount"
         self.log_path = folder / "mount.log"
-        self.punches = 0  #: of all mounts so far, as the last looks saw them
+        self.punches = self.moves = 0  #: of all mounts so far, as the last looks saw them
         self._clock = folder / "clock"
-        self._counted = 0
+        self._counted = (0, 0)
         self._mutant = mutant
         self.path.mkdir()
         self.log_path.touch()
@@ -76,7 +76,7 @@ class Place:
             answered = select.select([stream], [], [], _READY)[0]
             if not answered or not json.loads(stream.readline() or b"null"):
                 raise Breach(f"the mount did not come up: {self.log()[-500:]}")
-        self._counted = 0
+        self._counted = (0, 0)
         self.ask("audit")
         seen = []
         for _ in range(_LOOKS):  # the connection that asked may not be closed yet
@@ -99,11 +99,13 @@ class Place:
                 kinds[re.sub(r"[0-9]+", "N", os.readlink(fd))] += 1
         return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
 
-    def count_punches(self) -> None:
-        """Add what has been punched since the last look."""
-        total = self.ask("status")["invalidations"]["total"]
-        self.punches += total - self._counted
-        self._counted = total
+    def count(self) -> None:
+        """Add what has been punched and moved since the last look."""
+        status = self.ask("status")
+        punches, moves = status["invalidations"]["total"], status["moves"]
+        self.punches += punches - self._counted[0]
+        self.moves += moves - self._counted[1]
+        self._counted = (punches, moves)
 
     def freeze(self, seconds: float) -> None:
         """Let it stand still for a while: for itself, time jumps."""

@@ -14,6 +14,7 @@ from typing import Final
 
 VMS: Final = ("vm0", "vm1")
 COMMON: Final = "common"  #: a file of both VMs and of users
+FIXED: Final = "fixed"  #: how files begin whose users ask that nothing moves
 FILE_PAGES: Final = 4096
 SMALL_PAGES: Final = 1024  #: of a file that comes and goes
 #: Where users in C work; the guests have other pages of the same files.
@@ -47,6 +48,11 @@ class Deed:
 
     def __str__(self) -> str:
         return " ".join([self.name, *map(str, self.arguments)])
+
+
+def movable(file: str) -> bool:
+    """Return whether the users of a file leave its memory to be moved; VMs leave theirs."""
+    return not file.startswith(FIXED)
 
 
 def user_pages(file: str) -> tuple[int, int]:
@@ -107,6 +113,7 @@ class Plan:
             (12, self._caller, len(self.callers) < MAX_CALLERS),
             (4, self._finish, bool(self.callers)),
             (4, self._cut_down, bool(self.callers)),
+            (6, self._compact, len(self.callers) < MAX_CALLERS),
             (6, self._storm_a_guest, True),
             (3, self._fill, True),
             (3, self._create, len(self.small) < MAX_SMALL),
@@ -232,6 +239,12 @@ class Plan:
         count = self.dice.choice((20, 100, 300))
         return Deed("caller", (name, file, first, end, count, self._seed(), *kinds))
 
+    def _compact(self) -> Deed:
+        """Choose a file whose memory is to move, and how often."""
+        name, file = self._name("p"), self._file()
+        self.callers.append(name)
+        return Deed("compact", (name, file, self.dice.choice((1, 5, 20))))
+
     def _a_caller(self) -> str:
         name = self.dice.choice(self.callers)
         self.callers.remove(name)
@@ -265,7 +278,7 @@ class Plan:
         return Deed("fill", (vm, start, self.dice.randint(1, 16)))
 
     def _create(self) -> Deed:
-        name = self._name("t")
+        name = self._name(self.dice.choice(("t", FIXED)))
         self.small.append(name)
         return Deed("create", (name,))
 

@@ -21,7 +21,8 @@ MARGIN = 200
 QUICK = ("free-first", "no-flush", "liar")
 SLOW = (
     "first-ack", "eof-is-ack", "skip-hung", "no-ladder", "exit-only", "wall-clock", "no-park",
-    "no-free", "needless-eio", "lose-budget", "keep-fds", "no-drain", "early-ack", "no-ring",
+    "no-free", "needless-eio", "copy-first", "lose-budget", "keep-fds", "no-drain", "early-ack",
+    "no-ring",
 )  # fmt: skip
 
 #: Seeds under which a rare deed comes early.
@@ -72,7 +73,7 @@ def test_a_seed_decides_the_deeds() -> None:
     assert plan(1) == plan(1)
     assert plan(1) != plan(2)
     assert deeds >= {"enter", "kill", "hang", "drop", "stop", "cont", "cut_down", "remount", "calm"}
-    assert deeds >= {"freeze", "clock", "squeeze"}
+    assert deeds >= {"freeze", "clock", "squeeze", "compact"}
 
 
 def test_usage() -> None:
@@ -96,11 +97,13 @@ def test_a_minute(chaos: Chaos) -> None:
     assert code == 0
     assert "scripts/chaos --seed 1 --seconds 60" in said
     done = re.search(
-        r"^chaos: (\d+) steps in \d+ s, (\d+) punches, nothing found$", said, re.MULTILINE
-    )
+        r"^chaos: (\d+) steps in \d+ s, (\d+) punches, (\d+) moves, nothing found$",
+        said, re.MULTILINE,
+    )  # fmt: skip
     assert done
     assert int(done[1]) > 10
     assert int(done[2]) > 100
+    assert int(done[3]) > 0
 
 
 @pytest.mark.slow

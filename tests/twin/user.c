@@ -15,7 +15,8 @@
  *   crash      dies of SIGSEGV                   noring    ignores invalidations when it installs
  *   reader     good, with a read-only file
  *
- * "fenced-" before a MODE puts what it maps behind a userfaultfd, and hands that over.
+ * "fenced-" before a MODE puts what it maps behind a userfaultfd, and hands that over; "movable-"
+ * before it leaves the owner to move the file's memory, which may change no byte of it.
  *
  * Commands are lines on stdin, each answered by a line:
  *
@@ -72,7 +73,7 @@ enum op {
 enum { FLAG_FD = 1, FLAG_WRITE = 2, FLAG_EXTENT = 4 };
 /* What a file is for, as the other users of privfs say it: no access by user space, no migration,
  * no reclaim. */
-enum { PURPOSE = 7 };
+enum { ALL_PURPOSES = 7, UNMOVABLE = 2 };
 enum { FENCE_UFFD = 2 };
 enum { REASON_PUNCH = 1, REASON_TRUNCATE, REASON_MOVE, REASON_REVOKE };
 
@@ -102,6 +103,7 @@ static enum { GOOD, HUNG, LIAR, EARLY, CLOSE, CRASH, NORING, READER } mode;
 static long slow_ms;
 static int sock, slot, file_fd;
 static int uffd = -1;	/* the fence, if there is one */
+static uint64_t purpose = ALL_PURPOSES;
 static const char *path;
 static bool writable;
 static uint64_t inode;
@@ -266,6 +268,8 @@ static void note(const struct record *record)
 		floor_seq = entry->seq;
 	*entry = (struct invalidation){ record->seq, record->start, record->end };
 	ring_count++;
+	if (record->status == REASON_MOVE)
+		return;	/* what moves keeps its contents */
 	for (uint64_t page = record->start; page < record->end && page < PAGES; page++)
 		if (known[page] == CERTAIN)
 			known[page] = MAYBE;
@@ -808,6 +812,10 @@ static void find_mode(const char *name)
 	static const char *const names[] = { "good", "hung", "liar", "early", "close", "crash",
 					     "noring", "reader" };
 
+	if (!strncmp(name, "movable-", 8)) {
+		purpose &= ~UNMOVABLE;
+		name += 8;
+	}
 	if (!strncmp(name, "fenced-", 7)) {
 		open_fence();
 		name += 7;
@@ -892,7 +900,7 @@ int main(int argc, char **argv)
 		errno = answer.status;
 		die("HELLO");
 	}
-	answer = ask((struct record){ .op = REGISTER, .flags = FLAG_FD, .start = PURPOSE }, file_fd);
+	answer = ask((struct record){ .op = REGISTER, .flags = FLAG_FD, .start = purpose }, file_fd);
 	if (answer.status) {
 		errno = answer.status;
 		die("REGISTER");
