@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import secrets
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any, Final
 
+from kvmsim.cli.demos.attest import attest
 from kvmsim.cli.demos.calls import Calls, watch
-from kvmsim.cli.demos.kinds import Evidence, Shown
+from kvmsim.cli.demos.kinds import Shown
 from kvmsim.cli.demos.stage import Differs, Stage
 from kvmsim.cli.demos.talk import Talk, fields
 from kvmsim.cli.vms import make_vm
@@ -41,7 +40,6 @@ _ACCEPTED, _CONVERTED, _MOVED, _TAKEN = (0x100_0000 + index * _UNIT for index in
 _MOVED_PAGES: Final = 16
 _SECRET: Final = 0x5EC2E7_0F_4611_3579
 _PROMPT: Final = re.compile("in private memory .* vCPUs up")
-_REPORTED: Final = re.compile(r"^report 0x[0-9a-f]+: ([0-9a-f]+)$")
 _MASK: Final = (1 << 64) - 1
 
 
@@ -86,7 +84,7 @@ class Play:
                 self._come(vm, calls)
                 self._convert(vm, calls)
                 self._bounce(vm)
-                self._attest(vm, wanted)
+                attest(self._stage, self._shown, self._talk, vm, self._verifier(wanted))
                 self._take(vm, calls)
                 self._teardown(vm, platform, calls)
             finally:
@@ -240,50 +238,6 @@ class Play:
             moved,
         )
 
-    def _attest(self, vm: ConsoleVm, wanted: Vm) -> None:
-        stage, evidence = self._stage, self._shown.evidence
-        stage.title("The guest proves what it was started with")
-        if evidence is None:
-            stage.say(self._shown.none)
-            answer = self._ask("report")
-            stage.claim("kind=none bytes=0" in answer, "the guest has none either", answer)
-            return
-        stage.say("A verifier sends 64 random bytes; the report must have them, so it is fresh.")
-        nonce = secrets.token_bytes(64)
-        stage.typed(f"report {nonce.hex()}", "> ")
-        lines = self._talk.ask(f"report {nonce.hex()}")
-        stage.shown("\n".join(lines))
-        found = b"".join(
-            bytes.fromhex(m[1]) for line in lines if (m := _REPORTED.match(line.removeprefix("> ")))
-        )
-        stage.claim(len(found) == evidence.size, f"a report of {evidence.size} bytes", len(found))
-        stage.claim(found[evidence.data :][:64] == nonce, "with the verifier's bytes in it")
-        measured = found[evidence.measurement :][:48].hex()
-        guard = vm.guard
-        assert guard is not None
-        with vm.running.lock:
-            said = guard.describe()[evidence.key]
-        stage.claim(measured == said, f"it names {evidence.name} as the hardware has it", measured)
-        self._recompute(evidence, measured, "\n".join(lines), wanted)
-
-    def _recompute(self, evidence: Evidence, measured: str, report: str, wanted: Vm) -> None:
-        stage = self._stage
-        stage.say("A program that knows the manuals' rules, and nothing of this host, computes "
-                  "from the kernel's file what it has to be:")  # fmt: skip
-        options = ["--kind", wanted.kind, "--memory", f"{MEMORY_SIZE >> 20}M", "--vcpus",
-                   str(wanted.vcpus), *["--eager"] * wanted.eager, "--report", "-"]  # fmt: skip
-        stage.typed("scripts/measure " + " ".join(options))
-        done = subprocess.run(
-            [sys.executable, "-I", self._measure, *options, "--kernel", self._kernel, "--json"],
-            input=report, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
-        if done.returncode not in (0, 1):
-            raise Differs(f"scripts/measure: {done.stderr.strip()}")
-        answer = json.loads(done.stdout)
-        stage.shown(f"{evidence.name} of {answer['pages']} pages: {answer['measurement']}")
-        stage.claim(answer["same"] and answer["measurement"] == measured,
-                    "the report says the same", answer)  # fmt: skip
-
     def _take(self, vm: ConsoleVm, calls: Calls) -> None:
         stage, shown, page = self._stage, self._shown, _TAKEN
         stage.title("The host takes a private page away under the running guest")
@@ -345,6 +299,16 @@ class Play:
         mapped = platform.host.arena.statistics().placed_bytes - self._idle
         left |= {"the host's pages for firmware": platform.pages.used, "bytes mapped": mapped}
         stage.claim(not any(left.values()), "left over: " + _plain(left), left)
+
+    def _verifier(self, wanted: Vm) -> list[str]:
+        """The command line of the program that measures by itself, and its options."""
+        options = [
+            "--kind", wanted.kind, "--memory", f"{MEMORY_SIZE >> 20}M",
+            "--vcpus", str(wanted.vcpus), *["--eager"] * wanted.eager, "--report", "-",
+        ]  # fmt: skip
+        if self._kernel != self._measure.parent / "guests" / "build" / "kernel.elf":
+            options += ["--kernel", str(self._kernel)]
+        return [sys.executable, "-I", str(self._measure), *options]
 
     # --- the guest ------------------------------------------------------------------------------
 
