@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from hwemu.arena import Arena
+from kvmsim.bindings import Bindings
 from kvmsim.fallocate import punch
 from kvmsim.fence import Kind, Trespass, make_fence
 from kvmsim.migration import MOVABLE, UNMOVABLE
@@ -38,6 +39,7 @@ class HostMemory:
     def __init__(self, fence: str = "auto", *, movable: bool = False) -> None:
         self.purpose = MOVABLE if movable else UNMOVABLE
         self.arena = Arena()
+        self.bindings = Bindings()
         self._lock = threading.Lock()
         try:
             self.fence = make_fence(fence, self.arena.address, self.arena.size)
