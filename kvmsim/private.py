@@ -257,6 +257,7 @@ class PrivateMemory:
         self._label = label
         self._sessions: list[Session] = []
         self._mounts: dict[int, Session] = {}  #: by st_dev of their files
+        self.exclusive = False  #: whether its files are no other VM's (of a confidential one)
 
     def open(self, path: str | os.PathLike[str]) -> PrivateFile:
         """Become a user of the private file at ``path``; again for another slot is free."""
@@ -290,7 +291,13 @@ class PrivateMemory:
             self._sessions.append(session)
         status = os.fstat(fd)
         if status.st_ino not in session.files:
-            registered = session.lane.register(fd, self._host.purpose)
+            binding = (socket, status.st_ino)
+            self._host.bindings.take(binding, self, exclusive=self.exclusive)
+            try:
+                registered = session.lane.register(fd, self._host.purpose)
+            except BaseException:
+                self._host.bindings.drop(self, binding)
+                raise
             session.files[registered.ino] = registered.writable
         self._mounts[status.st_dev] = session
         return PrivateFile(session.file_id(status.st_ino), status.st_size // PAGE_SIZE)
@@ -299,6 +306,7 @@ class PrivateMemory:
         """Stop using a file that no slot is bound to, and no vCPU can reach (no lock held)."""
         session, ino = self.locate(file)
         session.forget(ino)
+        self._host.bindings.drop(self, (session.socket, ino))
 
     def locate(self, file: int) -> tuple[Session, int]:
         """Return the session and the inode behind a file id."""
@@ -357,3 +365,4 @@ class PrivateMemory:
         for session in self._sessions:
             session.close()
         self._sessions.clear()
+        self._host.bindings.drop(self)
