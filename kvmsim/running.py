@@ -136,6 +136,7 @@ class RunningVm:
     def protect(self, guard: Guard) -> None:
         """Let a confidential processor's tables decide; before any vCPU runs or slot is made."""
         self.guard = self.vm.mmu.gate = guard
+        self.private.exclusive = True
         self._verdicts = Verdicts(self, guard)
         for vcpu in self.vcpus:
             vcpu.cpu.protect(guard.instructions)
