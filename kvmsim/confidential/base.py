@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from kvmsim.guard import Guard
+from kvmsim.views.columns import Tables
 from kvmsim.vmm.launch import LaunchPage
 from kvmsim.vmm.vmsa import EntryState
 
@@ -37,6 +38,9 @@ class Confidential(Guard, Protocol):
 
     def describe(self) -> dict[str, Any]:
         """What a person may want to know, in plain values: measurement, states, counts."""
+
+    def tables(self) -> Tables:
+        """What its tables say of its pages, to be copied by whoever wants to show it."""
 
     def residue(self) -> dict[str, int]:
         """After `close`: the table entries that still speak of this guest, by table; all 0."""

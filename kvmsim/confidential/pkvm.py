@@ -43,6 +43,7 @@ from kvmsim.uapi import (
     PAGE_SHIFT,
     PAGE_SIZE,
 )
+from kvmsim.views.pkvm import PkvmTables
 from kvmsim.vmm.launch import LaunchPage
 from kvmsim.vmm.vmsa import EntryState
 
@@ -281,6 +282,10 @@ class PkvmGuard:
                     if state is not PageState.NOPAGE
                 },
             }
+
+    def tables(self) -> PkvmTables:
+        """The guest's stage 2, and the host's."""
+        return PkvmTables(self._platform.lock, self._hyp, self._handle)
 
     def residue(self) -> dict[str, int]:
         """Pages that the host has not back, and VMs."""

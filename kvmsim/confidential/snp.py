@@ -48,6 +48,7 @@ from kvmsim.guard import Again, Answer, GuardRefusal, Inject, Leaf, Leave, Resol
 from kvmsim.mmu import Zapped
 from kvmsim.running import RunningVm
 from kvmsim.uapi import KVM_INTERNAL_ERROR_EMULATION, PAGE_SHIFT, PAGE_SIZE
+from kvmsim.views.snp import SnpTables
 from kvmsim.vmm.launch import LaunchPage
 from kvmsim.vmm.launch import PageType as Loaded
 from kvmsim.vmm.vmsa import EntryState
@@ -452,6 +453,12 @@ class SnpGuard:
                 "measurement": status.digest.hex(),
                 "frames": self._rmp.frames_of(self.asid),
             }
+
+    def tables(self) -> SnpTables:
+        """The RMP."""
+        with self._platform.lock:
+            own = {hpa >> PAGE_SHIFT for hpa in (*self._vmsas.values(), self._context) if hpa}
+        return SnpTables(self._platform.lock, self._rmp, self.asid, self._frames, own)
 
     def residue(self) -> dict[str, int]:
         """Frames that the RMP still has for the guest, and what the AMD-SP has."""

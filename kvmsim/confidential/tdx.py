@@ -34,6 +34,7 @@ from kvmsim.guard import Answer, GuardRefusal, Inject, Leaf, Leave, Resolve, Ver
 from kvmsim.kind import ADDRESS_BITS
 from kvmsim.running import RunningVm
 from kvmsim.uapi import PAGE_SHIFT, PAGE_SIZE
+from kvmsim.views.tdx import TdxTables
 from kvmsim.vmm.launch import LaunchPage
 from kvmsim.vmm.launch import PageType as Loaded
 from kvmsim.vmm.vmsa import EntryState
@@ -451,6 +452,10 @@ class TdxGuard:
                 "epoch": td.epoch,
                 "pamt_pages": pages,
             }
+
+    def tables(self) -> TdxTables:
+        """S-EPT and PAMT."""
+        return TdxTables(self._platform.lock, self._module, self._tdr)
 
     def residue(self) -> dict[str, int]:
         """What the module still knows of the TD."""

@@ -41,6 +41,7 @@ from kvmsim.uapi import (
     requests,
     structs,
 )
+from kvmsim.views.gather import vm_tables
 
 
 class KvmDevice:
@@ -146,7 +147,8 @@ class KvmDevice:
         with self._lock:
             self._vms.add(vm)
         if self._control is not None:
-            self._control.add(vm.running.label, partial(vm_report, vm))
+            tables = partial(vm_tables, vm.running)
+            self._control.add(vm.running.label, partial(vm_report, vm), tables)
         return NewFd(FdKind.CONTROL, "anon_inode:kvm-vm", vm)
 
     def check_extension(self, call: Call) -> int:
