@@ -105,7 +105,8 @@ def _why(service: Service, ino: int, call: Call) -> str:
     """Say why an extent was not moved, and who wanted it so."""
     assert call.outcome is not None
     why = call.trouble or call.outcome.why
-    if call.outcome.errno == errno.EOPNOTSUPP:
+    file = service.owner.files.get(ino)
+    if call.outcome.errno == errno.EOPNOTSUPP and file is not None and not file.shared:
         users = service.owner.users.get(ino, set())
         names = sorted(service.owner.sessions[sid].name for sid in users)
         why += f", as {', '.join(names)} asked" if names else ""

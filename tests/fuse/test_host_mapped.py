@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import errno
+import json
 import mmap
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from host_mapping import SIGBUS, fallocate, touch
 from mounts import Mounted, Mounter
 
 from privfs import control
+from privfs.notifier.lane import connect
 from privfs.personality import PAGE_SIZE as PAGE
 
 pytestmark = pytest.mark.fuse
@@ -47,6 +50,19 @@ def shared(mounted: Mounted) -> Iterator[int]:
     fd = make(mounted, shared=True)
     yield fd
     os.close(fd)
+
+
+def compact(mounted: Mounted, fd: int) -> int:
+    """Move a file that has no name any more; return the bytes that were moved."""
+    ask = {"ask": "compact", "ino": os.fstat(fd).st_ino}
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        connect(sock, str(mounted.path / control.SOCKET))
+        sock.sendall(json.dumps(ask).encode() + b"\n")
+        with sock.makefile("rb") as stream:
+            reply = [json.loads(line) for line in stream][-1]
+    if "ok" not in reply:
+        raise control.ControlError(reply["errno"], reply["error"])
+    return int(reply["ok"]["bytes"])
 
 
 def touch_of(path: Path) -> int:
@@ -137,6 +153,33 @@ def test_a_file_is_asked_for_in_order(mounted: Mounted) -> None:
     refused(errno.EBUSY, lambda: control.ask_file(path, "map_by_host", shared=True))
     assert mounted.ask("status")["host_mappable"] is True
     path.unlink()
+
+
+def test_what_the_host_may_have_mapped_stays_where_it_is(mounted: Mounted, shared: int) -> None:
+    """A mapping of the host's goes to the memfd itself: nothing could take it away."""
+    with mmap.mmap(shared, PAGES * PAGE) as memory:
+        memory[:] = b"d" * len(memory)
+        with pytest.raises(control.ControlError, match="the host may have mapped") as caught:
+            compact(mounted, shared)
+        assert caught.value.errno == errno.EOPNOTSUPP
+        memory[0] = ord("e")
+        assert touch(shared, 0) == 0
+        with mmap.mmap(shared, PAGE) as again:
+            assert again[:2] == b"ed", "both see the same page"
+    assert mounted.ask("status")["moves"] == 0
+    assert os.fstat(shared).st_blocks == PAGES * PAGE // 512
+
+
+def test_what_the_host_maps_without_pages_moves(mounted: Mounted) -> None:
+    fd = make(mounted, shared=False)
+    try:
+        fallocate(fd, KEEP, 0, PAGES)
+        with mmap.mmap(fd, PAGES * PAGE):
+            assert compact(mounted, fd) == PAGES * PAGE
+            assert touch(fd, 0) == SIGBUS
+        assert os.fstat(fd).st_blocks == PAGES * PAGE // 512
+    finally:
+        os.close(fd)
 
 
 def test_an_end_takes_the_pages_back(mounted: Mounted) -> None:
