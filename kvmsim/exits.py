@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from kvmsim import rangelist
+from kvmsim.rangelist import MapGpaRange
 from kvmsim.uapi import (
     ABIS,
     KVM_EXIT_HLT,
@@ -29,6 +32,9 @@ from kvmsim.uapi import (
     KVM_PIO_DATA_OFFSET,
     KVM_RUN_EXIT_REASON_OFFSET,
     KVM_RUN_UNION_OFFSET,
+    KVMSIM_HC_MAP_GPA_RANGES,
+    KVMSIM_MAP_GPA_RANGES_MAX,
+    MAP_GPA_RANGE,
     RUN_EXIT_REASON,
     RUN_HYPERCALL,
     RUN_INTERNAL,
@@ -68,10 +74,21 @@ class HltExit:
 
 @dataclass(frozen=True, slots=True)
 class HypercallExit:
-    """VMCALL/VMMCALL number ``nr``, forwarded to user space (KVM_CAP_EXIT_HYPERCALL)."""
+    """VMCALL/VMMCALL number ``nr``, forwarded to user space (KVM_CAP_EXIT_HYPERCALL).
+
+    ``ranges`` is the list that goes with KVMSIM_HC_MAP_GPA_RANGES, whose arguments are its length
+    and where it lies in struct kvm_run's mapping.
+    """
 
     nr: int
     args: tuple[int, ...]
+    ranges: tuple[MapGpaRange, ...] = ()
+
+
+def map_gpa_ranges(ranges: Sequence[MapGpaRange]) -> HypercallExit:
+    """The exit that asks for many conversions; answered by how many were done, or -errno."""
+    args = (len(ranges), KVM_PIO_DATA_OFFSET)
+    return HypercallExit(KVMSIM_HC_MAP_GPA_RANGES, args, tuple(ranges))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,9 +188,12 @@ def encode(exit: Exit, run: bytearray | memoryview, abi: Abi = "upstream") -> in
                 raise ValueError(f"{exit}: length must be 1 to 8 and that of the data")
             reason = KVM_EXIT_MMIO
             payload = RUN_MMIO.pack(gpa, data, length, write)
-        case HypercallExit(nr, args):
-            if len(args) > 6:
-                raise ValueError(f"{exit}: at most 6 arguments")
+        case HypercallExit(nr, args, ranges):
+            if len(args) > 6 or len(ranges) > KVMSIM_MAP_GPA_RANGES_MAX:
+                raise ValueError(f"{exit}: at most 6 arguments and a page of ranges")
+            if ranges:
+                shown = rangelist.pack(ranges)
+                run[KVM_PIO_DATA_OFFSET : KVM_PIO_DATA_OFFSET + len(shown)] = shown
             reason = KVM_EXIT_HYPERCALL
             payload = RUN_HYPERCALL.pack(nr, *args, *[0] * (6 - len(args)), 0, 0)
         case MemoryFaultExit(gpa, size, private, number):
@@ -220,6 +240,10 @@ def decode(run: bytes | bytearray | memoryview, result: int, abi: Abi = "upstrea
         return MmioExit(gpa, length, bool(is_write), data[:length] if is_write else b"")
     if result == 0 and reason == KVM_EXIT_HYPERCALL:
         nr, *rest = RUN_HYPERCALL.unpack_from(run, at)
+        if nr == KVMSIM_HC_MAP_GPA_RANGES:
+            count, first = rest[:2]
+            listed = bytes(run[first : first + count * MAP_GPA_RANGE.size])
+            return map_gpa_ranges(rangelist.unpack(listed))
         return HypercallExit(nr, tuple(rest[:6]))
     if result == 0 and reason == KVM_EXIT_INTERNAL_ERROR:
         suberror, ndata = RUN_INTERNAL.unpack_from(run, at)

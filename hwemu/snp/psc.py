@@ -104,7 +104,7 @@ class PscList:
 
     def __init__(self, area: bytearray | memoryview) -> None:
         self._area = area
-        self._flight: list[int] = []
+        self._flights: list[list[int]] = []  # the entries of each range that is under way
         self._capacity = min(MAX_ENTRIES, max(0, (len(area) - _HEADER.size) // _ENTRY.size))
 
     def _entry(self, index: int) -> PscEntry:
@@ -117,7 +117,7 @@ class PscList:
 
     def next_range(self) -> MapGpaRange | Finished:
         """Return what to do next; ValueError while a range is under way."""
-        if self._flight:
+        if self._flights:
             raise ValueError("PSC list: the last range is not complete")
         if len(self._area) < _HEADER.size:
             return Finished(PscError.INVALID_HEADER)
@@ -141,40 +141,63 @@ class PscList:
                 return MapGpaRange(gpa, npages, private, entry.size)
             self._advance()
 
+    def further(self, limit: int) -> list[MapGpaRange]:
+        """Return up to ``limit`` ranges behind the one under way, to be done with it.
+
+        It ends before an entry that is wrong, a hint, or broken: those are `next_range`'s.
+        """
+        found: list[MapGpaRange] = []
+        _, end, _ = _HEADER.unpack_from(self._area)
+        end = min(end, self._capacity - 1)
+        while len(found) < limit and (index := self._flights[-1][-1] + 1) <= end:
+            entry = self._entry(index)
+            converts = entry.operation in (PscOp.PRIVATE, PscOp.SHARED)
+            if entry.done or entry.gfn % entry.npages or not converts:
+                break
+            gpa, npages = self._merge(index, end, entry)
+            found.append(MapGpaRange(gpa, npages, entry.operation == PscOp.PRIVATE, entry.size))
+        return found
+
     def _merge(self, index: int, end: int, entry: PscEntry) -> tuple[int, int]:
         """Take the entry and the neighbours that continue it; gpa and pages of all."""
         gfn, npages = entry.gfn + entry.done, entry.npages - entry.done
-        self._flight = [index]
+        flight = [index]
+        self._flights.append(flight)
         if entry.done:
             return gfn << 12, npages  # the rest of a broken page goes alone, by small pages
         for following in range(index + 1, end + 1):
             other = self._entry(following)
             if other != replace(entry, gfn=gfn + npages):
                 break
-            self._flight.append(following)
+            flight.append(following)
             npages += other.npages
         return gfn << 12, npages
 
-    def complete(self, *, ok: bool) -> Finished | None:
-        """Say how the range ended; an answer for the guest if that was badly.
+    @property
+    def under_way(self) -> int:
+        """How many ranges were asked for and are not complete."""
+        return len(self._flights)
 
-        ValueError without a range.
+    def complete(self, done: int) -> Finished | None:
+        """Say how many of the ranges under way were done; an answer for the guest if not all.
+
+        ValueError without a range, or for more than there are.
         """
-        if not self._flight:
-            raise ValueError("PSC list: no range is under way")
-        if not ok:
-            self._flight = []
-            return Finished(PscError.GENERIC)
-        self._advance()
-        return None
+        if not 0 <= done <= len(self._flights) or not self._flights:
+            raise ValueError(f"PSC list: {done} of {len(self._flights)} ranges complete")
+        failed = done < len(self._flights)
+        for _ in range(done):
+            self._advance()
+        self._flights.clear()
+        return Finished(PscError.GENERIC) if failed else None
 
     def _advance(self) -> None:
-        for index in self._flight:
+        flight = self._flights.pop(0)
+        for index in flight:
             entry = self._entry(index)
             done = replace(entry, done=entry.npages)
             _ENTRY.pack_into(self._area, _HEADER.size + index * _ENTRY.size, done.encode())
-        self._set_current(self._flight[-1] + 1)
-        self._flight = []
+        self._set_current(flight[-1] + 1)
 
 
 class Step(enum.Enum):

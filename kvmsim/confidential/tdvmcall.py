@@ -16,11 +16,13 @@ from hwemu.cpu import cpuid
 from hwemu.cpu.api import Regs
 from kvmsim import exits
 from kvmsim.guard import Answer, Leave, Verdict
+from kvmsim.rangelist import MapGpaRange
 from kvmsim.running import RunningVm
 from kvmsim.uapi import (
     KVM_HC_MAP_GPA_RANGE,
     KVM_MAP_GPA_RANGE_ENCRYPTED,
     KVM_SYSTEM_EVENT_TDX_FATAL,
+    KVMSIM_MAP_GPA_RANGES_MAX,
     PAGE_SHIFT,
     PAGE_SIZE,
 )
@@ -40,7 +42,9 @@ _NAMES: Final = ("rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi",
 
 @dataclass(frozen=True, slots=True)
 class _Map:
-    """A TDVMCALL<MapGPA> under way: bytes [gpa, end) are left, of which one chunk was asked for."""
+    """A TDVMCALL<MapGPA> under way: bytes [gpa, end) are left, of which one chunk was asked for,
+    or as many as one exit may have.
+    """
 
     gpa: int
     end: int
@@ -77,9 +81,13 @@ class TdVmCalls:
         number = int.from_bytes(data, "little") if isinstance(data, bytes) else data or 0
         match asked:
             case _Map(gpa, end, private):
-                if number:
+                done = 0 if number else 1
+                if self._running.batches:  # how many were done, or an errno
+                    done = number if number <= len(_chunks(asked)) else 0
+                if not done:
                     return _done(regs, INVALID_OPERAND, gpa | self._side(private))
-                return self._map(vcpu, _Map(min(gpa + MAP_GPA_CHUNK, end), end, private), regs)
+                left = _Map(min(gpa + done * MAP_GPA_CHUNK, end), end, private)
+                return self._map(vcpu, left, regs)
             case exits.HypercallExit():
                 return _done(regs, number)
             case _:
@@ -151,15 +159,26 @@ class TdVmCalls:
         if not first and self._running.vcpus[vcpu].interrupted:  # a signal waits
             return _done(regs, RETRY, left.gpa | self._side(left.private))
         self._under_way[vcpu] = left
-        npages = min(left.end - left.gpa, MAP_GPA_CHUNK) >> PAGE_SHIFT
-        attributes = KVM_MAP_GPA_RANGE_ENCRYPTED if left.private else 0
-        return Leave(exits.HypercallExit(KVM_HC_MAP_GPA_RANGE, (left.gpa, npages, attributes)))
+        chunks = _chunks(left)
+        if self._running.batches:
+            return Leave(exits.map_gpa_ranges(chunks))
+        return Leave(exits.HypercallExit(KVM_HC_MAP_GPA_RANGE, chunks[0]))
 
     def _fatal(self, vcpu: int, given: Regs, regs: Regs) -> Verdict:
         """ReportFatalError: the guest's registers, in the order of KVM's event."""
         words = tuple(getattr(given, name) for name in _NAMES)
         event = exits.SystemEventExit(KVM_SYSTEM_EVENT_TDX_FATAL, words)
         return Leave(event, replace(regs, r10=SUCCESS))
+
+
+def _chunks(left: _Map) -> list[MapGpaRange]:
+    """What is left, as far as one exit may ask for it, in pieces that can fail one by one."""
+    attributes = KVM_MAP_GPA_RANGE_ENCRYPTED if left.private else 0
+    end = min(left.end, left.gpa + KVMSIM_MAP_GPA_RANGES_MAX * MAP_GPA_CHUNK)
+    return [
+        MapGpaRange(gpa, min(end - gpa, MAP_GPA_CHUNK) >> PAGE_SHIFT, attributes)
+        for gpa in range(left.gpa, end, MAP_GPA_CHUNK)
+    ]
 
 
 def _done(regs: Regs, r10: int, r11: int | None = None) -> Answer:

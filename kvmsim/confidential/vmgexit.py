@@ -18,7 +18,7 @@ from hwemu.snp import ghcbmsr
 from hwemu.snp.ghcb import Event, Ghcb, GhcbRefused, Ioio, Malformed, Response
 from hwemu.snp.ghcbmsr import Feature, Info
 from hwemu.snp.psc import MAX_ENTRIES, Finished, MapGpaRange, PscList, PscOp
-from kvmsim import exits
+from kvmsim import exits, rangelist
 from kvmsim.confidential.guestview import GuestView, NotShared
 from kvmsim.guard import Answer, Leave, Verdict
 from kvmsim.running import RunningVm
@@ -26,6 +26,7 @@ from kvmsim.uapi import (
     KVM_HC_MAP_GPA_RANGE,
     KVM_MAP_GPA_RANGE_ENCRYPTED,
     KVM_SYSTEM_EVENT_SEV_TERM,
+    KVMSIM_MAP_GPA_RANGES_MAX,
     PAGE_SHIFT,
     PAGE_SIZE,
 )
@@ -113,8 +114,12 @@ class VmgExits:
         assert ghcb is not None
         assert state.registered is not None
         if state.psc is not None:
-            ended = state.psc.complete(ok=not number)
-            return self._psc(vcpu, state, regs, ended)
+            asked = state.psc.under_way
+            if asked == 1 and not self.running.batches:
+                done = 0 if number else 1
+            else:  # of a list: how many, or an errno
+                done = number if number <= asked else 0
+            return self._psc(vcpu, state, regs, state.psc.complete(done))
         if state.event is Event.MMIO_READ:
             size = ghcb.get("sw_exit_info_2")
             area = ghcb.scratch(state.registered, size)
@@ -302,14 +307,18 @@ class VmgExits:
         found = ended or state.psc.next_range()
         if isinstance(found, Finished):
             return self._answer(state, regs, int(found.error))
+        if self.running.batches:
+            wanted = [found, *state.psc.further(KVMSIM_MAP_GPA_RANGES_MAX - 1)]
+            return Leave(exits.map_gpa_ranges([self._range(each) for each in wanted]))
         return self._map(found)
 
     def _map(self, wanted: MapGpaRange) -> Leave:
+        return Leave(exits.HypercallExit(KVM_HC_MAP_GPA_RANGE, self._range(wanted)))
+
+    def _range(self, wanted: MapGpaRange) -> rangelist.MapGpaRange:
         attributes = KVM_MAP_GPA_RANGE_ENCRYPTED if wanted.private else 0
         attributes |= _MAP_2M if wanted.size else 0
-        return Leave(
-            exits.HypercallExit(KVM_HC_MAP_GPA_RANGE, (wanted.gpa, wanted.npages, attributes))
-        )
+        return rangelist.MapGpaRange(wanted.gpa, wanted.npages, attributes)
 
 
 _Message = Callable[[VmgExits, int, Mapping[str, int], Regs], Verdict]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A few bytes of guest memory that a device model writes, through a gfn_to_pfn cache.
+"""A few bytes of guest memory that a device model reads or writes, through a gfn_to_pfn cache.
 
 :mod:`kvmsim.gpc` decides; here the owner is asked and bytes are copied. Each use checks the cache
 and copies under the VM's lock, in which every invalidation makes it invalid before it is
@@ -69,6 +69,18 @@ class GuestPage:
             number = self._settle(effect)
             if number:
                 return number
+
+    def read(self) -> bytes | None:
+        """The bytes, None: private, no memory there, or it is being taken away."""
+        cache, mmu, host = self._cache, self._running.vm.mmu, self._running.host
+        while True:
+            with self._running.lock:
+                if cache.check(mmu):
+                    assert cache.hpa is not None
+                    return host.read(cache.hpa, cache.length)
+                effect = cache.refresh(mmu)
+            if self._settle(effect):
+                return None
 
     def _settle(self, effect: GpcEffect) -> int:
         """Go on until the cache is refreshed, or cannot be."""

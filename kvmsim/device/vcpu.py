@@ -17,7 +17,8 @@ from kvmsim import exits
 from kvmsim.device.caller import Caller
 from kvmsim.device.cpuid import GuestCpuid
 from kvmsim.device.events import Events
-from kvmsim.device.hypercall import Answer, hypercall
+from kvmsim.device.guestpage import GuestPage
+from kvmsim.device.hypercall import Answer, ReadList, hypercall, listed
 from kvmsim.device.kvmclock import KvmClock
 from kvmsim.device.msrs import MsrStore
 from kvmsim.device.pending import Call as PendingCall
@@ -290,11 +291,23 @@ class VcpuDevice:
             cpl=0 if by_guard else self.cpu.get_sregs().ss.attributes >> 5 & 3,
             long_mode=by_guard or self._long_mode(),
             forwarded=self.vm.forwarded_hypercalls,
+            batches=self.vm.running.batches,
         )
+        if isinstance(answer, ReadList):
+            answer = listed(self._read_guest(answer.gpa, answer.size))
         if isinstance(answer, Answer):
             self._answer(answer.value)
             return None
         return answer
+
+    def _read_guest(self, gpa: int, size: int) -> bytes | None:
+        """Bytes of shared memory within a page, None if they are not there."""
+        page = GuestPage(self.vm.running, "KVMSIM_HC_MAP_GPA_RANGES")
+        try:
+            page.activate(gpa, size)
+            return page.read()
+        finally:
+            page.deactivate()
 
     def _end(self, left: exits.Exit | int | None, outcome: Outcome | None) -> None:
         """Write the exit (None: none), say what the next KVM_RUN must complete, and answer."""

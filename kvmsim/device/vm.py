@@ -33,6 +33,7 @@ from kvmsim.uapi import (
     KVM_CLOCK_TSC_STABLE,
     KVM_MAX_VCPU_IDS,
     KVM_RUN_MMAP_SIZE,
+    KVMSIM_CAP_MAP_GPA_RANGES,
     PAGE_SIZE,
     structs,
 )
@@ -197,6 +198,10 @@ class VmDevice:
                 if limit > KVM_MAX_VCPU_IDS or self._max_vcpu_ids not in (0, limit):
                     raise call.refused(errno.EINVAL, f"limit {limit}: out of range, or set before")
                 self._max_vcpu_ids = limit
+        elif cap == KVMSIM_CAP_MAP_GPA_RANGES and self.abi == "upstream":
+            if arguments[0] > 1:
+                raise call.refused(errno.EINVAL, f"argument {arguments[0]:#x}: 1 for on, 0 for off")
+            self.running.batches = bool(arguments[0])
         else:
             raise call.refused(errno.EINVAL, f"capability {cap} cannot be enabled")
 

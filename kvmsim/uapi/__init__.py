@@ -118,6 +118,13 @@ KVM_SET_MEMORY_ATTRIBUTES2_PRESERVE: Final = 1 << 1
 KVM_HC_MAP_GPA_RANGE: Final = 12
 KVM_MAP_GPA_RANGE_ENCRYPTED: Final = 1 << 4
 
+# --- an extension of this project, with numbers far from the kernel's (kvmsim/rangelist.py) -----
+
+KVMSIM_CAP_MAP_GPA_RANGES: Final = 0x6B76_0001
+KVMSIM_HC_MAP_GPA_RANGES: Final = 0x6B76_0001
+MAP_GPA_RANGE: Final = Struct("<3Q")
+KVMSIM_MAP_GPA_RANGES_MAX: Final = PAGE_SIZE // MAP_GPA_RANGE.size
+
 # --- exits -----------------------------------------------------------------------------------
 
 KVM_EXIT_UNKNOWN: Final = 0

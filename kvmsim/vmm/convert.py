@@ -8,11 +8,12 @@ converted gfn would else have two pages ("double allocation").
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from kvmsim.rangelist import MapGpaRange, joined
 from kvmsim.uapi import KvmError
 from kvmsim.vmm.bootparams import PAGE_SIZE, RamRange
 
@@ -128,6 +129,28 @@ def convert_memory(
         except (KvmError, OSError) as error:
             return Refused(error.errno or errno.EIO, f"{what}: {error}", attributes_set)
     return Converted(gpa, size, private, changed, discarded)
+
+
+def convert_list(ranges: Sequence[MapGpaRange], convert: Callable[[MapGpaRange], int]) -> int:
+    """How many entries are done, from the first on; a negative errno if none is.
+
+    ``convert`` answers 0 or a negative errno. What continues its predecessor is converted with it,
+    by one change of attributes and one discard; if that is refused each has its own answer.
+    """
+    done = 0
+    for run in joined(ranges):
+        npages = sum(entry.npages for entry in run)
+        number = convert(MapGpaRange(run[0].gpa, npages, run[0].attributes))
+        if not number:
+            done += len(run)
+            continue
+        for entry in run if len(run) > 1 else ():
+            number = convert(entry)
+            if number:
+                break
+            done += 1
+        return done or number
+    return done
 
 
 def _pieces(ram: Sequence[RamRange], start: int, end: int) -> list[tuple[int, int]]:

@@ -27,16 +27,25 @@ from kvmsim.exits import (
     ShutdownExit,
     SystemEventExit,
 )
+from kvmsim.rangelist import MapGpaRange, list_size, unpack
 from kvmsim.uapi import (
     KVM_HC_MAP_GPA_RANGE,
     KVM_MAP_GPA_RANGE_ENCRYPTED,
     KVM_SYSTEM_EVENT_SEV_TERM,
     KVM_SYSTEM_EVENT_TDX_FATAL,
+    KVMSIM_HC_MAP_GPA_RANGES,
     PAGE_SHIFT,
 )
 from kvmsim.vmm.bootparams import PAGE_SIZE, BootFlag, BootParams, RamRange, Technology
 from kvmsim.vmm.bounce import DOORBELL, RESULT, BounceDevice, Disk
-from kvmsim.vmm.convert import Converted, Discard, GuestMemory, Refused, convert_memory
+from kvmsim.vmm.convert import (
+    Converted,
+    Discard,
+    GuestMemory,
+    Refused,
+    convert_list,
+    convert_memory,
+)
 from kvmsim.vmm.elf import parse_elf
 from kvmsim.vmm.launch import LaunchPage
 from kvmsim.vmm.loader import LoadPlan, boot_params, plan
@@ -97,7 +106,10 @@ Action = Resume | Wait | Stop
 
 @dataclass(frozen=True, slots=True)
 class MachineConfig:
-    """A machine. The first RAM range starts at 0 and holds low memory."""
+    """A machine. The first RAM range starts at 0 and holds low memory.
+
+    ``batches``: guests may convert many ranges by one call (:mod:`kvmsim.rangelist`).
+    """
 
     ram: tuple[RamRange, ...]
     vcpus: int = 1
@@ -107,6 +119,7 @@ class MachineConfig:
     exit_port: int = 0xF4
     bounce_port: int = 0x520
     technology: Technology = Technology.SHARED_BIT
+    batches: bool = False
 
     def boot_params(self) -> BootParams:
         """The boot-parameter page for this machine; ValueError if it cannot be one."""
@@ -125,6 +138,7 @@ class MachineStatistics:
     exits: int = 0
     hypercalls: int = 0
     unknown_hypercalls: int = 0
+    batches: int = 0
     conversions_explicit: int = 0
     conversions_implicit: int = 0
     conversions_refused: int = 0
@@ -237,8 +251,10 @@ class Machine:
         match exit:
             case IoExit():
                 return self._port(exit)
-            case HypercallExit(nr, args):
+            case HypercallExit(nr, args, ranges):
                 self.statistics.hypercalls += 1
+                if ranges:  # a confidential guest's own list (SNP's PSC, TDX's MapGPA)
+                    return Resume(self._map_gpa_ranges(ranges) & _U64)
                 return self._hypercall(nr, args)
             case HltExit():
                 return self._halt(vcpu)
@@ -357,6 +373,8 @@ class Machine:
             return Resume(self._map_gpa_range(*args[:3]) & _U64)
         if nr == KVM_HC_KICK_CPU:
             return self._kick(args[1])
+        if nr == KVMSIM_HC_MAP_GPA_RANGES and self.config.batches:
+            return Resume(self._map_gpa_list(args[0], args[1]) & _U64)
         self.statistics.unknown_hypercalls += 1
         return Resume(-KVM_ENOSYS & _U64)
 
@@ -375,6 +393,22 @@ class Machine:
             self.statistics.conversions_refused += 1
             return -errno.EINVAL
         return self.convert(gpa, npages * PAGE_SIZE, private=private)
+
+    def _map_gpa_list(self, gpa: int, count: int) -> int:
+        """The list is read as KVM reads it, and refused as a whole."""
+        size = list_size(gpa, count)
+        if not size:
+            return -errno.EINVAL
+        if not self.is_shared(gpa, size):
+            return -errno.EFAULT
+        ranges = unpack(self.memory.read_shared(gpa, size))
+        if not all(entry.valid for entry in ranges):
+            return -errno.EINVAL
+        return self._map_gpa_ranges(ranges)
+
+    def _map_gpa_ranges(self, ranges: Sequence[MapGpaRange]) -> int:
+        self.statistics.batches += 1
+        return convert_list(ranges, lambda entry: self._map_gpa_range(*entry))
 
     # --- conversions ---------------------------------------------------------------------
 

@@ -401,7 +401,7 @@ class SnpVm(ConfidentialVm):
         work = PscList(ghcb.scratch(gpa, 0x7F0))
         while not isinstance(step := work.next_range(), Finished):
             ok = self.machine.convert(step.gpa, step.npages * PAGE, private=step.private) == 0
-            if given_up := work.complete(ok=ok):
+            if given_up := work.complete(int(ok)):
                 step = given_up
                 break
         self._info_2 = step.error

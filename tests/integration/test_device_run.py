@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from device_program import HEAP, HIGH, IDT, PAGE, TEXT, Program
 
-from kvmsim import exits
+from kvmsim import exits, rangelist
 from kvmsim.device.results import Begun, Failure, Value
+from kvmsim.rangelist import MapGpaRange
 from kvmsim.uapi import (
     KVM_CAP_EXIT_HYPERCALL,
     KVM_CREATE_VCPU,
@@ -21,6 +22,8 @@ from kvmsim.uapi import (
     KVM_EXIT_IRQ_WINDOW_OPEN,
     KVM_INTERNAL_ERROR_EMULATION,
     KVM_RUN,
+    KVMSIM_CAP_MAP_GPA_RANGES,
+    KVMSIM_HC_MAP_GPA_RANGES,
     requests,
     structs,
 )
@@ -136,6 +139,46 @@ def test_a_hypercall_is_answered_in_the_kernel_or_forwarded(boot: Boot) -> None:
     assert program.ucall(vcpu) == 0x99
     program.set_regs(vcpu, rip=TEXT, **{**regs, "rbx": HIGH + 1})
     assert program.ucall(vcpu) == -22 & (1 << 64) - 1, "KVM_EINVAL: not aligned"
+
+
+def test_many_ranges_leave_the_guest_together(boot: Boot) -> None:
+    """KVMSIM_CAP_MAP_GPA_RANGES: off, the hypercall is unknown; on, its list is in the exit."""
+    program = boot(b"\xb8" + struct.pack("<I", KVMSIM_HC_MAP_GPA_RANGES) + HYPERCALL[5:])
+    vcpu, ram = program.vcpus[0], program.ram
+    assert ram is not None
+    ranges = [MapGpaRange(HIGH + n * 2 * PAGE, 1, 1 << 4) for n in range(64)]
+    ram.write(HEAP, rangelist.pack(ranges))
+
+    def call(gpa: int, count: int) -> None:
+        program.set_regs(vcpu, rip=TEXT, rbx=gpa, rcx=count)
+
+    def enable(value: int) -> None:
+        program.ioctl(
+            program.vm, requests.KVM_ENABLE_CAP, structs.ENABLE_CAP, KVMSIM_CAP_MAP_GPA_RANGES, 0,
+            value, 0, 0, 0,
+        )  # fmt: skip
+
+    call(HEAP, 64)
+    assert program.ucall(vcpu) == -1000 & (1 << 64) - 1, "KVM_ENOSYS: not enabled"
+    with pytest.raises(OSError, match="1 for on, 0 for off"):
+        enable(2)
+    enable(1)
+    call(HEAP, 64)
+    assert program.run(vcpu) == exits.map_gpa_ranges(ranges)
+    at = 32 + 56
+    program.run_buffer(vcpu)[at : at + 8] = struct.pack("<Q", 64)
+    assert program.ucall(vcpu) == 64
+    for gpa, count, number in (
+        (HIGH, 1, errno.EFAULT),  # no slot
+        (HEAP, 0, errno.EINVAL),
+        (HEAP + PAGE - 24, 2, errno.EINVAL),
+        (HEAP + PAGE, 1, errno.EINVAL),  # an empty entry
+    ):
+        call(gpa, count)
+        assert program.ucall(vcpu) == -number & (1 << 64) - 1
+    enable(0)
+    call(HEAP, 64)
+    assert program.ucall(vcpu) == -1000 & (1 << 64) - 1
 
 
 def test_registers_that_the_guest_asks_for(boot: Boot) -> None:

@@ -13,13 +13,13 @@ import pytest
 
 from hwemu.cpu.api import Segment, Sregs
 from hwemu.cpu.fpu import Fpu
-from kvmsim import exits
+from kvmsim import exits, rangelist
 from kvmsim.device import cpuid, registers
 from kvmsim.device.caller import Caller, Efault, HostPiece
 from kvmsim.device.capabilities import Asked, check_extension
 from kvmsim.device.events import Events, Injection
 from kvmsim.device.hostside import HostSide
-from kvmsim.device.hypercall import Answer, hypercall
+from kvmsim.device.hypercall import Answer, ReadList, hypercall, listed
 from kvmsim.device.msrs import SAVED, TABLE, MsrStore
 from kvmsim.device.pending import Call
 from kvmsim.device.registers import ControlState, Invalid
@@ -29,11 +29,14 @@ from kvmsim.device.serial import Serial
 from kvmsim.device.table import NAMES, Level, Row, dispatch, table
 from kvmsim.device.translate import translate
 from kvmsim.kind import KINDS
+from kvmsim.rangelist import MapGpaRange
 from kvmsim.uapi import (
     KVM_CAP_MEMORY_ATTRIBUTES,
     KVM_CHECK_EXTENSION,
     KVM_CREATE_VM,
     KVM_RUN_MMAP_SIZE,
+    KVMSIM_CAP_MAP_GPA_RANGES,
+    KVMSIM_HC_MAP_GPA_RANGES,
     PAGE_SIZE,
     KvmError,
     structs,
@@ -41,6 +44,7 @@ from kvmsim.uapi import (
 
 U64 = (1 << 64) - 1
 P = PAGE_SIZE
+BATCH = KVMSIM_HC_MAP_GPA_RANGES
 
 # --- hypercalls ---------------------------------------------------------------------------------
 
@@ -59,11 +63,27 @@ P = PAGE_SIZE
         (12, (P, 1, 16, 0), {"cpl": 3}, Answer(-1 & U64)),
         (1 << 32 | 12, (P, 1, 0, 0), {"long_mode": False}, exits.HypercallExit(12, (P, 1, 0))),
         (1 << 32 | 12, (P, 1, 0, 0), {}, Answer(-1000 & U64)),
+        (BATCH, (P, 2, 0, 0), {}, Answer(-1000 & U64)),
+        (BATCH, (P, 2, 0, 0), {"batches": True}, ReadList(P, 48)),
+        (BATCH, (P, 170, 0, 0), {"batches": True, "forwarded": 0}, ReadList(P, 4080)),
+        (BATCH, (P, 2, 0, 0), {"batches": True, "cpl": 3}, Answer(-1 & U64)),
+        (BATCH, (P, 0, 0, 0), {"batches": True}, Answer(-22 & U64)),
+        (BATCH, (P, 171, 0, 0), {"batches": True}, Answer(-22 & U64)),
+        (BATCH, (P + 4, 1, 0, 0), {"batches": True}, Answer(-22 & U64)),
+        (BATCH, (P - 8, 1, 0, 0), {"batches": True}, Answer(-22 & U64)),
     ],
 )
 def test_hypercalls(nr: int, args: tuple[int, ...], more: dict[str, int], expected: object) -> None:
     setting = {"cpl": 0, "long_mode": True, "forwarded": 1 << 12, **more}
     assert hypercall(nr, args, **setting) == expected  # type: ignore[arg-type]
+
+
+def test_a_list_is_forwarded_whole_or_refused() -> None:
+    good = [MapGpaRange(P, 1, 16), MapGpaRange(9 * P, 3, 0)]
+    assert listed(rangelist.pack(good)) == exits.map_gpa_ranges(good)
+    assert listed(None) == Answer(-14 & U64)
+    for wrong in (MapGpaRange(P + 1, 1, 0), MapGpaRange(P, 0, 0), MapGpaRange(P, U64, 0)):
+        assert listed(rangelist.pack([*good, wrong])) == Answer(-22 & U64)
 
 
 # --- registers ----------------------------------------------------------------------------------
@@ -448,3 +468,5 @@ def test_capabilities_depend_on_the_vm() -> None:
     assert [attributes(kind) for kind in (None, "default", "sw-protected")] == [8, 0, 8]
     assert attributes(None, "v7") == 0
     assert check_extension(9999, Asked("upstream", None, 0)) == 0
+    assert check_extension(KVMSIM_CAP_MAP_GPA_RANGES, Asked("upstream", None, None)) == 170
+    assert check_extension(KVMSIM_CAP_MAP_GPA_RANGES, Asked("v7", None, None)) == 0

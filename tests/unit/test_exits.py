@@ -23,7 +23,9 @@ from kvmsim.exits import (
     SystemEventExit,
     decode,
     encode,
+    map_gpa_ranges,
 )
+from kvmsim.rangelist import MapGpaRange
 from kvmsim.uapi import Abi
 
 ABIS: tuple[Abi, ...] = ("upstream", "v7")
@@ -172,6 +174,10 @@ exits = st.one_of(
     st.builds(MmioExit, words, st.integers(1, 8), st.just(False)),
     st.builds(HypercallExit, words, st.tuples(*[words] * 6)),
     st.builds(
+        map_gpa_ranges,
+        st.lists(st.builds(MapGpaRange, words, words, words), min_size=1, max_size=170),
+    ),
+    st.builds(
         MemoryFaultExit,
         words,
         words,
@@ -198,6 +204,7 @@ def test_what_was_encoded_is_decoded(exit: Exit, abi: Abi) -> None:
         MmioExit(0, 0, False),
         MmioExit(0, 4, True, b"abc"),
         HypercallExit(0, (0,) * 7),
+        map_gpa_ranges([MapGpaRange(0, 1, 0)] * 171),
         InternalErrorExit(0, (0,) * 17),
         SystemEventExit(0, (0,) * 17),
     ],

@@ -210,7 +210,7 @@ def worked(raw: bytearray, limit: int = 300) -> tuple[list[MapGpaRange], Finishe
         if isinstance(found, Finished):
             return ranges, found
         ranges.append(found)
-        assert work.complete(ok=True) is None
+        assert work.complete(1) is None
     raise AssertionError("it never ends")
 
 
@@ -268,16 +268,51 @@ def test_a_failure_leaves_progress_in_the_list() -> None:
     raw = psc.pack([PscEntry(8, P), PscEntry(20, P), PscEntry(30, P)])
     work = PscList(raw)
     work.next_range()
-    assert work.complete(ok=True) is None
+    assert work.complete(1) is None
     work.next_range()
     with pytest.raises(ValueError, match="not complete"):
         work.next_range()
-    assert work.complete(ok=False) == Finished(PscError.GENERIC)
+    assert work.complete(0) == Finished(PscError.GENERIC)
     assert struct.unpack_from("<HH", raw) == (1, 2)
-    with pytest.raises(ValueError, match="no range"):
-        work.complete(ok=True)
+    with pytest.raises(ValueError, match="1 of 0"):
+        work.complete(1)
     ranges, _ = worked(raw)  # the guest asks again
     assert [found.gpa >> 12 for found in ranges] == [20, 30]
+
+
+def test_ranges_can_be_under_way_together() -> None:
+    entries = [
+        PscEntry(8, P), PscEntry(9, P), PscEntry(20, S), PscEntry(512, P, 1), PscEntry(30, P),
+        PscEntry(40, PscOp.PSMASH), PscEntry(50, S),
+    ]  # fmt: skip
+    raw = psc.pack(entries)
+    work = PscList(raw)
+    first = work.next_range()
+    behind = work.further(10)
+    assert [first, *behind] == [
+        MapGpaRange(8 << 12, 2, True, 0),
+        MapGpaRange(20 << 12, 1, False, 0),
+        MapGpaRange(512 << 12, 512, True, 1),
+        MapGpaRange(30 << 12, 1, True, 0),
+    ], "as far as the hint"
+    assert work.under_way == 4
+    with pytest.raises(ValueError, match="5 of 4"):
+        work.complete(5)
+    assert work.complete(2) == Finished(PscError.GENERIC)
+    assert struct.unpack_from("<HH", raw) == (3, 6), "what was done is in the list"
+    work = PscList(raw)
+    assert work.next_range() == MapGpaRange(512 << 12, 512, True, 1)
+    assert len(work.further(1)) == 1
+    assert work.complete(2) is None
+    assert work.next_range() == MapGpaRange(50 << 12, 1, False, 0)
+    assert work.further(9) == []
+
+
+@pytest.mark.parametrize("wrong", [PscEntry(513, P, 1), PscEntry(512, P, 1, done=3)])
+def test_an_entry_that_is_not_plain_is_left_for_its_turn(wrong: PscEntry) -> None:
+    work = PscList(psc.pack([PscEntry(8, P), wrong]))
+    work.next_range()
+    assert work.further(9) == []
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from kvmsim import rangelist
 from kvmsim.exits import (
     BadHvaExit,
     HltExit,
@@ -17,7 +18,10 @@ from kvmsim.exits import (
     MemoryFaultExit,
     MmioExit,
     ShutdownExit,
+    map_gpa_ranges,
 )
+from kvmsim.rangelist import MapGpaRange
+from kvmsim.uapi import KVMSIM_HC_MAP_GPA_RANGES
 from kvmsim.vmm.bootparams import RamRange, Technology
 from kvmsim.vmm.convert import Discard
 from kvmsim.vmm.launch import LaunchPage
@@ -47,6 +51,7 @@ class Memory:
     discarded: list[tuple[str, int, int]] = field(default_factory=list)
     populated: list[tuple[int, bytes, bool]] = field(default_factory=list)
     fail: Exception | None = None
+    shared: dict[int, bytes] = field(default_factory=dict)
 
     def set_memory_attributes(self, gpa: int, size: int, private: bool) -> bool:
         if self.fail:
@@ -63,7 +68,7 @@ class Memory:
         self.discarded.append(("private", gpa, size))
 
     def read_shared(self, gpa: int, length: int) -> bytes:
-        return bytes(length)
+        return self.shared.get(gpa, b"")[:length].ljust(length, b"\0")
 
     def write_shared(self, gpa: int, data: bytes) -> None:
         pass
@@ -83,9 +88,12 @@ def elf(*segments: int) -> bytes:
     return head + b"".join(loads) + b"\xf4"
 
 
-def machine(vcpus: int = 1, discard: Discard = Discard.BOTH) -> tuple[Machine, Memory]:
+def machine(
+    vcpus: int = 1, discard: Discard = Discard.BOTH, *, batches: bool = False
+) -> tuple[Machine, Memory]:
     memory = Memory()
-    config = MachineConfig((RamRange(0, 8 * MIB),), vcpus=vcpus, discard=discard)
+    ram = (RamRange(0, 8 * MIB),)
+    config = MachineConfig(ram, vcpus=vcpus, discard=discard, batches=batches)
     return Machine(config, memory), memory
 
 
@@ -267,6 +275,85 @@ def test_failing_memory_is_the_hypercalls_errno() -> None:
     memory.fail = OSError(errno.ENOMEM, "no memory")
     call = HypercallExit(12, (4 * MIB, 1, ENCRYPTED, 0))
     assert m.handle_exit(0, call) == Resume(u64(-errno.ENOMEM))
+
+
+# --- many ranges by one call -----------------------------------------------------------------
+
+BATCH = KVMSIM_HC_MAP_GPA_RANGES
+
+
+def listing(*ranges: tuple[int, int, int], at: int = 0x5000) -> tuple[Machine, Memory]:
+    """A machine that takes batches, with a list in shared memory."""
+    m, memory = machine(batches=True)
+    memory.shared[at] = rangelist.pack([MapGpaRange(*entry) for entry in ranges])
+    return m, memory
+
+
+def test_a_list_is_converted_with_its_neighbours_joined() -> None:
+    m, memory = listing(
+        (4 * MIB, 2, ENCRYPTED), (4 * MIB + 2 * PAGE, 1, ENCRYPTED), (5 * MIB, 1, ENCRYPTED),
+        (5 * MIB + PAGE, 1, 0), (4 * MIB, 1, 0),
+    )  # fmt: skip
+    assert m.handle_exit(0, HypercallExit(BATCH, (0x5000, 5, 0, 0))) == Resume(5)
+    assert memory.discarded == [
+        ("shared", 4 * MIB, 3 * PAGE), ("shared", 5 * MIB, PAGE),
+        ("private", 5 * MIB + PAGE, PAGE), ("private", 4 * MIB, PAGE),
+    ]  # fmt: skip
+    assert memory.private == {1025, 1026, 1280}
+    assert m.statistics.batches == 1
+    assert m.statistics.conversions_explicit == 4
+    assert m.statistics.hypercalls == 1
+
+
+def test_a_list_that_comes_with_the_exit_needs_no_leave_to_be_read() -> None:
+    m, memory = machine()
+    ranges = [MapGpaRange(4 * MIB, 1, ENCRYPTED), MapGpaRange(6 * MIB, 1, ENCRYPTED)]
+    assert m.handle_exit(0, map_gpa_ranges(ranges)) == Resume(2)
+    assert memory.private == {1024, 1536}
+
+
+@pytest.mark.parametrize(
+    ("ranges", "answer", "pages"),
+    [
+        # the second of a run is outside of RAM: the first is done all the same
+        (((8 * MIB - PAGE, 1, ENCRYPTED), (8 * MIB, 1, ENCRYPTED)), 1, {2047}),
+        (((4 * MIB, 1, ENCRYPTED), (9 * MIB, 1, ENCRYPTED), (5 * MIB, 1, ENCRYPTED)), 1, {1024}),
+        (((9 * MIB, 1, ENCRYPTED), (4 * MIB, 1, ENCRYPTED)), -errno.EINVAL, set()),
+        # KVM refuses these as a whole
+        (((4 * MIB, 1, ENCRYPTED), (5 * MIB + 1, 1, ENCRYPTED)), -errno.EINVAL, set()),
+        (((4 * MIB, 1, ENCRYPTED), (5 * MIB, 0, ENCRYPTED)), -errno.EINVAL, set()),
+    ],
+)
+def test_how_far_a_list_was_converted(
+    ranges: tuple[tuple[int, int, int], ...], answer: int, pages: set[int]
+) -> None:
+    m, memory = listing(*ranges)
+    call = HypercallExit(BATCH, (0x5000, len(ranges), 0, 0))
+    assert m.handle_exit(0, call) == Resume(u64(answer))
+    assert memory.private == pages
+
+
+@pytest.mark.parametrize(
+    ("args", "answer"),
+    [
+        ((0x5000, 0), errno.EINVAL),
+        ((0x5000, 171), errno.EINVAL),
+        ((0x5004, 1), errno.EINVAL),
+        ((0x5FF0, 1), errno.EINVAL),  # two pages
+        ((64 * MIB, 1), errno.EFAULT),  # no RAM
+        ((4 * MIB, 1), errno.EFAULT),  # private
+    ],
+)
+def test_lists_that_cannot_be_read(args: tuple[int, int], answer: int) -> None:
+    m, memory = listing((6 * MIB, 1, ENCRYPTED))
+    m.handle_exit(0, HypercallExit(12, (4 * MIB, 1, ENCRYPTED, 0)))
+    assert m.handle_exit(0, HypercallExit(BATCH, (*args, 0, 0))) == Resume(u64(-answer))
+    assert memory.private == {1024}
+
+
+def test_a_list_is_nothing_where_nobody_asked_for_it() -> None:
+    m, _ = machine()
+    assert m.handle_exit(0, HypercallExit(BATCH, (0x5000, 1, 0, 0))) == Resume(u64(-1000))
 
 
 # --- implicit conversions --------------------------------------------------------------------

@@ -48,6 +48,12 @@ static long prepare(void)
 	return 0;
 }
 
+long bounce_page(u64 *gpa)
+{
+	*gpa = buffer_gpa(0);
+	return prepare();
+}
+
 static void offer(u64 index, u16 operation, u64 sector)
 {
 	volatile struct bounce_descriptor *d = descriptor((u16)(ring()->available + index));

@@ -264,6 +264,7 @@ static const struct command {
 	{ "fill", "GPA NPAGES VALUE", do_fill },
 	{ "sum", "GPA NPAGES", do_sum },
 	{ "convert", "GPA NPAGES private|shared", do_convert },
+	{ "batch", "GPA NPAGES STRIDE COUNT private|shared", do_batch },
 	{ "watch", "GPA [private|shared]", do_watch },
 	{ "jump", "GPA [private|shared]", do_jump },
 	{ "touch", "GPA", do_touch },

@@ -22,7 +22,12 @@ void do_tech(struct words *w);
 void do_accept(struct words *w);
 void do_report(struct words *w);
 
+/* batch.c */
+void do_batch(struct words *w);
+
 /* bounce.c */
 void do_bounce(struct words *w);
+/* A shared page for a moment's use: its gpa, and 0; or a negative errno. */
+long bounce_page(u64 *gpa);
 
 #endif
