@@ -18,8 +18,10 @@ from functools import partial
 from typing import Any, Final
 
 from hwemu.cpu.api import Cpu, DescriptorTable, Regs, Sregs
+from hwemu.encryptedaccess import Encrypt, Met
 from kvmsim import exits
 from kvmsim.confidential.base import Confidential
+from kvmsim.confidential.hostview import HostView, hpa_of
 from kvmsim.confidential.kinds import make_guard
 from kvmsim.confidential.platform import Platform
 from kvmsim.holdings import held
@@ -78,6 +80,8 @@ class VmConfig:
     flags: BootFlag = BootFlag.NONE
     payload: tuple[tuple[int, bytes], ...] = ()
     technology: Technology = Technology.SHARED_BIT
+    encrypt: Encrypt | None = Encrypt.VIEW
+    """Where the ciphertext of a TD's or an SNP guest's pages is, None: nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +180,8 @@ class Emulator:
         in_place = config.technology is Technology.PKVM
         self.running = running(host, config.vcpus, config.label, kind=kind, in_place=in_place)
         try:
-            self.guard = make_guard(kind, platform, self.running)
+            self._platform = platform or Platform(host)
+            self.guard = make_guard(kind, self._platform, self.running, config.encrypt)
             if self.guard is not None:
                 self.running.protect(self.guard)
             self.shared = SharedRam(host, layout.shared, config.label)
@@ -279,6 +284,21 @@ class Emulator:
                 raise ValueError(f"poison of gpa {gpa:#x}: no private memory is there")
             zapped = vm.vm.inject_memory_error(slot.file, slot.private_page(gfn))
         vm.flush_zapped(zapped)
+
+    def host_read(self, gpa: int, size: int) -> Met:
+        """What the host's own software reads of private memory at ``gpa``, within one slot.
+
+        ValueError if none is there now. No lock may be held, here and in `host_write`.
+        """
+        with self.running.lock:
+            hpa = hpa_of(self.running, gpa)
+        return HostView(self._platform).read(hpa, size)
+
+    def host_write(self, gpa: int, data: bytes) -> Met:
+        """What comes of a store of the host's own software there."""
+        with self.running.lock:
+            hpa = hpa_of(self.running, gpa)
+        return HostView(self._platform).write(hpa, data)
 
     def allocated(self) -> dict[int, Allocated]:
         """What each slot holds, in pages, by its id: asks the owners, so from a thread that may

@@ -95,6 +95,15 @@ class VmKind:
         return self.rule is not PrivateRule.NEVER
 
     @property
+    def movable(self) -> bool:
+        """Whether a page may get another host-physical address without its hardware's help.
+
+        What is encrypted is bound to its address, and what a hypervisor protects it moves alone
+        (kvm_gmem_migrate_folio() of virt/kvm/guest_memfd.c moves nothing either).
+        """
+        return self.contents is Contents.COMMON
+
+    @property
     def max_gfn(self) -> int:
         """First gfn that no slot may reach (kvm_mmu_max_gfn() + 1)."""
         return (self.side_bit or 1 << ADDRESS_BITS) >> PAGE_SHIFT

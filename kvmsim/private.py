@@ -17,7 +17,7 @@ from typing import Protocol
 
 from hwemu.arena import ArenaError
 from kvmsim.hostmem import HostMemory
-from kvmsim.migration import Migration, Migrations
+from kvmsim.migration import UNMOVABLE, Migration, Migrations
 from kvmsim.ownerview import OwnerView
 from kvmsim.region import PrivateFile
 from kvmsim.uapi import PAGE_SIZE
@@ -251,10 +251,13 @@ class Session:
 class PrivateMemory:
     """All private files of one VM; the ``Backing`` of its fault path."""
 
-    def __init__(self, guest: Guest, host: HostMemory, label: str) -> None:
+    def __init__(
+        self, guest: Guest, host: HostMemory, label: str, *, movable: bool = True
+    ) -> None:
         self._guest = guest
         self._host = host
         self._label = label
+        self._purpose = host.purpose if movable else UNMOVABLE
         self._sessions: list[Session] = []
         self._mounts: dict[int, Session] = {}  #: by st_dev of their files
         self.exclusive = False  #: whether its files are no other VM's (of a confidential one)
@@ -294,7 +297,7 @@ class PrivateMemory:
             binding = (socket, status.st_ino)
             self._host.bindings.take(binding, self, exclusive=self.exclusive)
             try:
-                registered = session.lane.register(fd, self._host.purpose)
+                registered = session.lane.register(fd, self._purpose)
             except BaseException:
                 self._host.bindings.drop(self, binding)
                 raise

@@ -84,7 +84,7 @@ class RunningVm:
         self.lock = threading.Lock()
         self.label = label
         self.host = host
-        self.private = PrivateMemory(self, host, label)
+        self.private = PrivateMemory(self, host, label, movable=kind.movable)
         self._pool = new_table_pool(POOL_SIZE)
         self.stage2 = FencedStage2(self._pool, POOL_HPA, host.admit)
         self.vm = self.core(

@@ -8,23 +8,24 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
+from hwemu.encryptedaccess import Encrypt
 from kvmsim.confidential.base import Confidential
 from kvmsim.confidential.platform import Platform
 from kvmsim.kind import VmKind
 from kvmsim.running import RunningVm
 
-#: kind → module with ``make(platform, running)``; loaded when a guest of that kind is made.
+#: kind → module with ``make(platform, running, encrypt)``, loaded for the first guest of a kind.
 _MODULES: Final[Mapping[str, str]] = MappingProxyType(
     {kind: f"kvmsim.confidential.{kind}" for kind in ("tdx", "snp", "pkvm")}
 )
 
 
-def make_guard(kind: VmKind, platform: Platform | None, running: RunningVm) -> Confidential | None:
-    """The hardware's side of a VM; None for a kind that has none. ``platform`` None: a new one."""
+def make_guard(
+    kind: VmKind, platform: Platform, running: RunningVm, encrypt: Encrypt | None = Encrypt.VIEW
+) -> Confidential | None:
+    """The hardware's side of a VM; None for a kind that has none."""
     module = _MODULES.get(kind.name)
     if module is None:
         return None
-    guard: Confidential = importlib.import_module(module).make(
-        platform or Platform(running.host), running
-    )
+    guard: Confidential = importlib.import_module(module).make(platform, running, encrypt)
     return guard

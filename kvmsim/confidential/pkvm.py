@@ -22,6 +22,8 @@ import numpy as np
 
 from hwemu.cpu import api as cpu_api
 from hwemu.cpu.api import Regs
+from hwemu.encryptedaccess import Encrypt, Technology
+from hwemu.pkvm.access import host_reaches
 from hwemu.pkvm.hypercall import (
     MEM_SHARE,
     MEM_UNSHARE,
@@ -33,6 +35,7 @@ from hwemu.pkvm.hypercall import (
 from hwemu.pkvm.hypervisor import Hypervisor
 from hwemu.pkvm.state import PageState, PkvmError
 from kvmsim import exits
+from kvmsim.confidential.encryption import Encryption
 from kvmsim.confidential.platform import Platform
 from kvmsim.guard import Again, Answer, GuardRefusal, Inject, Leaf, Leave, Resolve, Verdict
 from kvmsim.mmu import Zapped
@@ -65,6 +68,15 @@ class PkvmHost:
     def __post_init__(self) -> None:
         base, size = self.platform.ram
         self.hypervisor = Hypervisor(self, [(base >> PAGE_SHIFT, (base + size) >> PAGE_SHIFT)])
+        self.platform.hardware(Encryption, Encryption).holders.append(self._holder)
+
+    def _holder(self, hpa: int) -> tuple[Technology, int] | None:
+        """Somebody, where the host's stage 2 has nothing."""
+        pfn = hpa >> PAGE_SHIFT
+        known = self.hypervisor.vmemmap.is_memory(pfn, 1)
+        if not known or host_reaches(self.hypervisor, pfn, 1)[0]:
+            return None
+        return Technology.PKVM, 0
 
     def zero(self, pfn: int, npages: int) -> None:
         """hyp_poison_page()."""
@@ -78,8 +90,8 @@ class PkvmHost:
         self.guards[handle].unmap(gfn, npages)
 
 
-def make(platform: Platform, running: RunningVm) -> PkvmGuard:
-    """A protected VM for ``running``, under the hypervisor of this host."""
+def make(platform: Platform, running: RunningVm, encrypt: Encrypt | None = None) -> PkvmGuard:
+    """A protected VM for ``running``, under the hypervisor of this host: nothing is encrypted."""
     return PkvmGuard(platform, running)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from hwemu.cpu import api as cpu_api
 from hwemu.cpu.api import Regs
+from hwemu.encryptedaccess import Encrypt, Technology
 from hwemu.snp import guestops
 from hwemu.snp.access import Granted, GuestAccess, Kind, guest_access
 from hwemu.snp.asids import AsidState
@@ -39,6 +40,7 @@ from hwemu.snp.outcome import (
 from hwemu.snp.rmp import Rmp
 from hwemu.snp.rmpentry import PageSize, PageState
 from kvmsim import exits
+from kvmsim.confidential.encryption import Encryption, GuestPages
 from kvmsim.confidential.frames import FrameMap
 from kvmsim.confidential.guestview import GuestView
 from kvmsim.confidential.platform import Platform
@@ -59,6 +61,7 @@ _UD, _GP, _VC = 6, 13, 29
 _LARGE: Final = 512
 _MASK32: Final = 0xFFFF_FFFF
 _CF: Final = 1
+_FIRMWARE_KEY: Final = 0xFFFF  #: of the AMD-SP's own pages; no ASID is as large
 DEFAULT_POLICY: Final = int(Policy.MUST_BE_ONE | Policy.SMT)
 
 #: Non-automatic exits: #VC with the exit code (APM vol. 2, table 15-35). HLT is automatic.
@@ -93,25 +96,45 @@ def make_host(platform: Platform) -> SnpHost:
     rmp = Rmp(size >> PAGE_SHIFT, start=base >> PAGE_SHIFT)
     firmware = Firmware(rmp, platform.frames)
     firmware.init()
+    encryption = platform.hardware(Encryption, Encryption)
+    encryption.keys(Technology.SNP).create(_FIRMWARE_KEY)
+
+    def holder(hpa: int) -> tuple[Technology, int] | None:
+        """The ASID in the RMP; pages of the AMD-SP have none."""
+        pfn = hpa >> PAGE_SHIFT
+        if not rmp.covered(pfn) or not (entry := rmp.entry(pfn)).assigned:
+            return None
+        return Technology.SNP, entry.asid or _FIRMWARE_KEY
+
+    encryption.holders.append(holder)
     return SnpHost(rmp, firmware)
 
 
-def make(platform: Platform, running: RunningVm) -> SnpGuard:
+def make(
+    platform: Platform, running: RunningVm, encrypt: Encrypt | None = Encrypt.VIEW
+) -> SnpGuard:
     """An SNP guest of the VM ``running``, on the hardware of this host."""
-    return SnpGuard(platform, running)
+    return SnpGuard(platform, running, encrypt=encrypt)
 
 
 class SnpGuard:
     """One guest; ``policy`` is that of SNP_LAUNCH_START."""
 
     def __init__(
-        self, platform: Platform, running: RunningVm, *, policy: int = DEFAULT_POLICY
+        self,
+        platform: Platform,
+        running: RunningVm,
+        *,
+        policy: int = DEFAULT_POLICY,
+        encrypt: Encrypt | None = Encrypt.VIEW,
     ) -> None:
         self._platform = platform
         self._running = running
         self._host = platform.hardware(SnpHost, make_host)
         self._rmp, self._firmware = self._host.rmp, self._host.firmware
         self._policy = policy
+        self._encrypt = encrypt
+        self._pages: GuestPages | None = None  #: while its ASID has a key
         self._view = GuestView(running)
         self._calls = VmgExits(running, running.vm.kind.c_bit.bit_length() - 1, self._guest_request)
         self._frames = FrameMap()  #: gfn → pfn, as the second stage would have it
@@ -146,6 +169,9 @@ class SnpGuard:
             try:
                 self._firmware.launch_start(page, policy, gosvw=gosvw)
                 self._firmware.activate(page, asid)
+                self._pages = GuestPages(
+                    self._platform, self._running, Technology.SNP, asid, self._encrypt
+                )
             except BaseException:
                 self.close()
                 self.asid = 0
@@ -259,7 +285,7 @@ class SnpGuard:
             if staged is not None:
                 self._add(gfn << PAGE_SHIFT, page, staged)
                 self._frames.set(gfn, 1, pfn)
-                return (Leaf(gfn, 1, page),)
+                return self._own.leaves(gfn, (Leaf(gfn, 1, page),))
             if not self.finished:
                 raise GuardRefusal(errno.EIO, "the launch is not finished: only loaded pages count")
             entry = self._rmp.entry(pfn)
@@ -289,7 +315,9 @@ class SnpGuard:
         entry, page = self._rmp.entry(pfn), self._rmp.page(pfn)
         base, npages = gfn - (pfn - page), self._rmp.pages(entry.size)
         self._frames.set(base, npages, page)
-        return (Leaf(base, npages, page << PAGE_SHIFT),) if entry.validated else ()
+        if not entry.validated:
+            return ()
+        return self._own.leaves(gfn, (Leaf(base, npages, page << PAGE_SHIFT),))
 
     def zapped(self, gfn: int, npages: int, *, private: bool) -> None:
         """The second stage forgets; the RMP does not."""
@@ -303,6 +331,8 @@ class SnpGuard:
     def released(self, hpa: int, size: int) -> None:
         """sev_gmem_invalidate(): the pages are the hypervisor's, large ones broken first."""
         with self._platform.lock:
+            if self._pages is not None:
+                self._pages.release(hpa, size >> PAGE_SHIFT)
             pfn, end = hpa >> PAGE_SHIFT, (hpa + size) >> PAGE_SHIFT
             end = min(end, self._rmp.start + self._rmp.frames)
             while pfn < end:
@@ -435,6 +465,9 @@ class SnpGuard:
             if self._context:
                 page = self._context >> PAGE_SHIFT
                 self._firmware.decommission(page)
+                if self._pages is not None:
+                    self._pages.close()
+                    self._pages = None
                 self._firmware.page_reclaim(page)
                 self._give(self._context)
             self._vmsas.clear()
@@ -452,6 +485,7 @@ class SnpGuard:
                 "policy": hex(status.policy),
                 "measurement": status.digest.hex(),
                 "frames": self._rmp.frames_of(self.asid),
+                **self._own.describe(),
             }
 
     def tables(self) -> SnpTables:
@@ -472,6 +506,11 @@ class SnpGuard:
             }
 
     # --- inside ---------------------------------------------------------------------------------
+
+    @property
+    def _own(self) -> GuestPages:
+        assert self._pages is not None, "a guest that runs has a key"
+        return self._pages
 
     @property
     def _c_bit(self) -> int:

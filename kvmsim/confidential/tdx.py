@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from hwemu.cpu import api as cpu_api
 from hwemu.cpu.api import Regs
+from hwemu.encryptedaccess import Encrypt, Technology
 from hwemu.tdx import Result, Status, TdxError, TdxModule
 from hwemu.tdx.entry import STATES, SeptState, hpa_of
 from hwemu.tdx.fields import pack_params
@@ -28,12 +29,13 @@ from hwemu.tdx.states import KeyState, OpState
 from hwemu.tdx.td import ATTRIBUTE_SEPT_VE_DISABLE, Td, TdParams, VeInfo
 from hwemu.tdx.td import Vcpu as TdVcpu
 from kvmsim import exits
+from kvmsim.confidential.encryption import Encryption, GuestPages, ModuleMemory
 from kvmsim.confidential.platform import Platform
 from kvmsim.confidential.tdvmcall import TdVmCalls
 from kvmsim.guard import Answer, GuardRefusal, Inject, Leaf, Leave, Resolve, Verdict
 from kvmsim.kind import ADDRESS_BITS
 from kvmsim.running import RunningVm
-from kvmsim.uapi import PAGE_SHIFT, PAGE_SIZE
+from kvmsim.uapi import EHWPOISON, PAGE_SHIFT, PAGE_SIZE
 from kvmsim.views.tdx import TdxTables
 from kvmsim.vmm.launch import LaunchPage
 from kvmsim.vmm.launch import PageType as Loaded
@@ -60,9 +62,11 @@ _VEINFO_GET: Final = 3
 _WRITES: Final = (1, _VEINFO_GET)
 
 
-def make(platform: Platform, running: RunningVm) -> TdxGuard:
+def make(
+    platform: Platform, running: RunningVm, encrypt: Encrypt | None = Encrypt.VIEW
+) -> TdxGuard:
     """A TD of the VM ``running``, on the module of this host."""
-    return TdxGuard(platform, running)
+    return TdxGuard(platform, running, encrypt=encrypt)
 
 
 def make_module(platform: Platform) -> TdxModule:
@@ -70,17 +74,37 @@ def make_module(platform: Platform) -> TdxModule:
 
     A vCPU stays on the logical processor of its index.
     """
-    return TdxModule(tdmrs([platform.ram]), platform.memory, gpa_width=ADDRESS_BITS, lps=_LPS)
+    memory = ModuleMemory(platform)
+    module = TdxModule(tdmrs([platform.ram]), memory, gpa_width=ADDRESS_BITS, lps=_LPS)
+
+    def holder(hpa: int) -> tuple[Technology, int] | None:
+        """The HKID of the TD that the PAMT names; a TDR is its own."""
+        if hpa not in module.pamt or (entry := module.pamt.walk(hpa)).pt <= PageType.RSVD:
+            return None
+        tdr = hpa & -PAGE_SIZE if entry.pt is PageType.TDR else entry.owner << PAGE_SHIFT
+        return Technology.TDX, module.tds[tdr].hkid
+
+    platform.hardware(Encryption, Encryption).holders.append(holder)
+    return module
 
 
 class TdxGuard:
     """One TD. ``ve_disable``: the guest gets no #VE for memory that it has not accepted."""
 
-    def __init__(self, platform: Platform, running: RunningVm, *, ve_disable: bool = False) -> None:
+    def __init__(
+        self,
+        platform: Platform,
+        running: RunningVm,
+        *,
+        ve_disable: bool = False,
+        encrypt: Encrypt | None = Encrypt.VIEW,
+    ) -> None:
         self._platform = platform
         self._running = running
         self._module = platform.hardware(TdxModule, make_module)
         self._ve_disable = ve_disable
+        self._encrypt = encrypt
+        self._pages: GuestPages | None = None  #: while the TD has its key
         self._tdr = 0
         self._tdvprs: dict[int, int] = {}  #: vCPU → hpa of its TDVPR
         self._taken: list[int] = []  #: pages of the host that the module has
@@ -133,6 +157,9 @@ class TdxGuard:
         self._module.mng_create(tdr, free[0])
         self._tdr = tdr
         self._module.mng_key_config(tdr)
+        self._pages = GuestPages(
+            self._platform, self._running, Technology.TDX, free[0], self._encrypt
+        )
         for _ in range(self._module.config.tdcs_pages):
             self._module.mng_addcx(tdr, self._take())
         with self._page(pack_params(params)) as page:
@@ -211,7 +238,7 @@ class TdxGuard:
             staged = self._staged.pop(gfn, None)
             if staged is not None:
                 self._add(gfn, page, staged)
-                return (Leaf(gfn, 1, page),)
+                return self._own.leaves(gfn, (Leaf(gfn, 1, page),))
             if not self.finished:
                 raise GuardRefusal(errno.EIO, "the TD is not finalized: only loaded pages are its")
             at = self.td.tree.walk(gpa, 0)
@@ -220,10 +247,18 @@ class TdxGuard:
                 begin = gfn & -span
                 if hpa_of(at.word, at.level) + (gfn - begin << PAGE_SHIFT) != page:
                     raise GuardRefusal(errno.EIO, f"gpa {gpa:#x} has another page already")
-                return (Leaf(begin, span, hpa_of(at.word, at.level)),)
+                return self._mapped(gfn, page, Leaf(begin, span, hpa_of(at.word, at.level)))
             if at.state in (SeptState.FREE, SeptState.REMOVED):
                 self._augment(gfn, first, last, hpa)
             return ()
+
+    def _mapped(self, gfn: int, page: int, leaf: Leaf) -> tuple[Leaf, ...]:
+        """What of an accepted page may be used: no line of it that is poisoned."""
+        if self._own.poisoned(page):
+            raise GuardRefusal(EHWPOISON, "machine check: the host has written to the page")
+        if self._own.poisoned(leaf.hpa, leaf.npages):
+            leaf = Leaf(gfn, 1, page)
+        return self._own.leaves(gfn, (leaf,))
 
     def _augment(self, gfn: int, first: int, last: int, hpa: int) -> None:
         """As large as pages and table allow it: 2 MiB, or 4 KiB."""
@@ -275,7 +310,9 @@ class TdxGuard:
             for (gpa, level), going in list(self._blocked.items()):
                 try:
                     if len(going) == 1 << 9 * level:
+                        page = hpa_of(self.td.tree.walk(gpa, level).word, level)
                         self._module.mem_page_remove(self._tdr, gpa, level)
+                        self._own.forget(page, len(going))
                     else:
                         self._split(gpa, level, going)
                 except TdxError as error:
@@ -322,6 +359,8 @@ class TdxGuard:
     def released(self, hpa: int, size: int) -> None:
         """The PAMT must not say any more that these bytes are the TD's."""
         with self._platform.lock:
+            if self._pages is not None:
+                self._pages.release(hpa, size >> PAGE_SHIFT)
             entry = self._module.pamt.walk(hpa)
             if entry.pt is PageType.REG and entry.owner == self._tdr >> PAGE_SHIFT:
                 raise RuntimeError(f"hpa {hpa:#x}+{size:#x} is released, and is the TD's still")
@@ -431,6 +470,9 @@ class TdxGuard:
             for package in range(module.config.packages):
                 module.phymem_cache_wb(lp=package * module.config.lps // module.config.packages)
             module.mng_key_freeid(tdr)
+            if self._pages is not None:
+                self._pages.close()
+                self._pages = None
             for hpa, _, _ in list(module.pamt.owned(tdr >> PAGE_SHIFT)):
                 module.phymem_page_reclaim(hpa)
             module.phymem_page_reclaim(tdr)
@@ -451,6 +493,7 @@ class TdxGuard:
                 "rtmr": [one.hex() for one in td.rtmr],
                 "epoch": td.epoch,
                 "pamt_pages": pages,
+                **self._own.describe(),
             }
 
     def tables(self) -> TdxTables:
@@ -469,6 +512,11 @@ class TdxGuard:
             }
 
     # --- inside ---------------------------------------------------------------------------------
+
+    @property
+    def _own(self) -> GuestPages:
+        assert self._pages is not None, "a TD that runs has a key"
+        return self._pages
 
     @property
     def _shared(self) -> int:
