@@ -360,6 +360,7 @@ def main() -> int:
     if status == 0:
         stage.claim(True, "no mount, no process, no socket, no directory")
         took = time.monotonic() - began
+        stage.say("\nGuests under models of TDX, SEV-SNP and pKVM: kvmsim demo all")
         stage.say(f"\nAll {stage.claims} claims held, in {took:.0f} s.")
     return status
 

@@ -14,8 +14,8 @@ from hwemu.tdx.leaves import leaf_of
 from kvmsim.confidential import pkvm, snp, tdx
 from kvmsim.confidential.platform import Platform
 
-#: What comes and goes with every slice of a vCPU.
-_FREQUENT: Final = frozenset(("TDH.VP.ENTER",))
+#: What comes with every slice of a vCPU, and what a look at a guest itself asks.
+_FREQUENT: Final = frozenset(("TDH.VP.ENTER", "SNP_GUEST_STATUS"))
 _PKVM: Final = (
     "create_vm", "host_donate_guest", "host_split_guest", "guest_share_host",
     "guest_unshare_host", "guest_relinquish", "teardown",
