@@ -80,6 +80,8 @@ class VmConfig:
     flags: BootFlag = BootFlag.NONE
     payload: tuple[tuple[int, bytes], ...] = ()
     technology: Technology = Technology.SHARED_BIT
+    batches: bool = False
+    """Guests may convert many ranges by one call (:mod:`kvmsim.rangelist`)."""
     encrypt: Encrypt | None = Encrypt.VIEW
     """Where the ciphertext of a TD's or an SNP guest's pages is, None: nowhere."""
 
@@ -179,6 +181,7 @@ class Emulator:
         self._launched = False
         in_place = config.technology is Technology.PKVM
         self.running = running(host, config.vcpus, config.label, kind=kind, in_place=in_place)
+        self.running.batches = config.batches
         try:
             self._platform = platform or Platform(host)
             self.guard = make_guard(kind, self._platform, self.running, config.encrypt)
@@ -198,7 +201,7 @@ class Emulator:
                     self._preallocate(backend, partial(on_prealloc, backend))
             machine_config = MachineConfig(
                 tuple(layout.ram), config.vcpus, config.flags, config.discard,
-                technology=config.technology,
+                technology=config.technology, batches=config.batches,
             )  # fmt: skip
             self.machine = Machine(machine_config, self.memory, disk)
         except BaseException:

@@ -94,6 +94,7 @@ class RunningVm:
         self.statistics = RunnerStatistics()
         self.vcpus: list[Vcpu] = []
         self.stop_reason = ""
+        self.batches = False  #: the VMM takes many ranges in one exit (kvmsim.rangelist)
         self.storing: int | None = None  #: gpa of the write fault at work (lock held)
         self._handler: Handler = lambda vcpu, exit: False
         self._supervisor = supervisor

@@ -30,7 +30,7 @@ WITHIN: Final = 10.0
 SIDES: Final = ("private", "shared", "both", "stale")
 
 #: Words of ``vm`` that come once: those without a value, and all.
-_SWITCHES: Final = ("selftest", "eager")
+_SWITCHES: Final = ("selftest", "eager", "batches")
 _WORDS: Final = ("vcpus", "kernel", "discard", "kind", "disk", *_SWITCHES)
 
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -55,6 +55,7 @@ class Vm:
     kind: str = "shared-bit"
     disk: str | None = None
     eager: bool = False
+    batches: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +221,7 @@ def _vm(rest: str, state: _State) -> Vm:
     return Vm(
         name, tuple(memory), int(vcpus), other.get("kernel"), discard, "selftest" in other,
         tuple(payload), kind, other.get("disk"), "eager" in other,
+        "batches" in other,
     )  # fmt: skip
 
 
@@ -321,7 +323,8 @@ GRAMMAR: Final[dict[str, Form]] = {
     "vm": Form(
         "vm NAME memory=FILE[,offset=N][,size=N][,slots=N][,prealloc=on|off]… [vcpus=N]"
         " [kernel=ELF] [payload=FILE@GPA]… [discard=none|private|shared|both]"
-        " [kind=shared-bit|sw-protected|tdx|snp|pkvm] [disk=FILE] [eager] [selftest]",
+        " [kind=shared-bit|sw-protected|tdx|snp|pkvm] [disk=FILE] [eager]"
+        " [batches] [selftest]",
         "boots a VM", _vm,
     ),
     "send": Form("send [VM] TEXT", "types a line on its console", _send),

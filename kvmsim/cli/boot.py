@@ -95,6 +95,8 @@ def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
               help="What the guest's bounce buffers move to and from.")  # fmt: skip
 @click.option("--eager", is_flag=True,
               help="The guest accepts all memory before it prompts, not on first use.")  # fmt: skip
+@click.option("--batches", is_flag=True,
+              help="Let the guest convert many ranges by one call, an extension.")  # fmt: skip
 @click.option("--selftest", is_flag=True, help="The guest tests its memory before it prompts.")
 @click.option(
     "--console", "where", metavar="stdio|unix:PATH", callback=_place, default="stdio",
@@ -127,6 +129,7 @@ def boot(
     discard: str | None,
     disk: str | None,
     eager: bool,
+    batches: bool,
     selftest: bool,
     where: str,
     fence: str,
@@ -155,7 +158,7 @@ def boot(
         raise click.UsageError("Missing option '--memory'.", click.get_current_context())
     discard = discard or also.discard or "both"
     kind = kind or also.kind or KINDS[0]
-    wanted = Vm(name, memory, vcpus, kernel, discard, selftest, payload, kind, disk, eager)
+    wanted = Vm(name, memory, vcpus, kernel, discard, selftest, payload, kind, disk, eager, batches)
     if trace_format and not trace_path:
         raise click.UsageError("--trace-format needs --trace FILE.", click.get_current_context())
     with contextlib.ExitStack() as stack:

@@ -55,6 +55,7 @@ def make_vm(
         | (BootFlag.EAGER if wanted.eager else BootFlag.NONE),
         tuple((payload.gpa, read_payload(payload.path)) for payload in wanted.payload),
         TECHNOLOGIES[wanted.kind],
+        wanted.batches,
     )
     return ConsoleVm(
         host, config, on_output, on_end, running=running, platform=platform, disk=disk,

@@ -34,6 +34,8 @@ from kvmsim.uapi import (
     KVM_SYNC_X86_REGS,
     KVM_SYNC_X86_SREGS,
     KVM_USER_MEM_SLOTS,
+    KVMSIM_CAP_MAP_GPA_RANGES,
+    KVMSIM_MAP_GPA_RANGES_MAX,
     KVMSIM_SHARED_BIT_VM,
     Abi,
     structs,
@@ -171,6 +173,7 @@ _VALUES: Final[Mapping[int, Callable[[Asked], int]]] = MappingProxyType(
         KVM_CAP_GUEST_MEMFD_FLAGS: lambda asked: gmem_flags(asked) if asked.upstream else 0,
         KVM_CAP_PRE_FAULT_MEMORY: lambda asked: int(asked.upstream),
         KVM_CAP_EXIT_HYPERCALL: lambda asked: FORWARDABLE,
+        KVMSIM_CAP_MAP_GPA_RANGES: lambda asked: KVMSIM_MAP_GPA_RANGES_MAX * asked.upstream,
         cap.KVM_CAP_READONLY_MEM: lambda asked: int(
             asked.kind is None or not asked.kind.protected_state
         ),
