@@ -95,7 +95,10 @@ class SnpTables:
         )
 
     def frames(self, table: str, reached: Words, slots: list[tuple[int, int]]) -> Iterator[Frames]:
-        """The guest's entries by frame; marked where two are at one gpa, or no slot is."""
+        """The guest's entries by frame; marked where two are at one gpa, or no slot is.
+
+        VMSAs and the context page are at no gpa that a slot could have.
+        """
         apart = np.array(sorted(self._own), np.int64)
         mine = ~np.isin(self._pfns, apart)
         pfns = np.sort(np.concatenate((self._pfns[mine], apart)))
@@ -117,5 +120,5 @@ class SnpTables:
             odd[~own & np.isin(now.state, tuple(WORDS.blocked))] |= Odd.BLOCKED
             yield Frames(
                 (part << PAGE_SHIFT)[ours], now.state[ours], (1 + now.large).astype(np.uint8)[ours],
-                np.where(now.asid > 0, now.gfn << PAGE_SHIFT, -1)[ours], odd[ours],
+                np.where((now.asid > 0) & ~own, now.gfn << PAGE_SHIFT, -1)[ours], odd[ours],
             )  # fmt: skip
