@@ -21,13 +21,14 @@ ROOT = Path(__file__).parents[2]
 BENCH = ROOT / "scripts/bench"
 CALLS = {"fstat", "ftruncate_up", "ftruncate_down", "punch", "allocate", "punch_with_user"}
 CROWDS = {"users_64", "files_32", "files_10000"}
-RATES = {"files_32"}  # and whatever is emulated
+RATES = {"files_32", "encrypt_view", "encrypt_backing"}  # and whatever is emulated
 UNTIMED = {"healthy_p99", "punch_sparse", "punch_resident"}  # one number a round
 CONVERSIONS = {"convert_4k", "convert_2m", "convert_1g"}
 EMULATED = {"touch_fresh", "touch_allocated", "guest_count", "guest_memory"} | CONVERSIONS
 EXEC_KVM = {"exec_check_extension", "exec_get_regs", "exec_run"}  # beside the kernel's /dev/kvm
 EXEC_OTHER = {"exec_getppid", "exec_fionread", "exec_pread"}
 WITHOUT_FUSE = ["invalidation", "guest_count", "guest_memory"]
+ENCRYPTED = {("encrypt_view", "same"), ("encrypt_backing", "same")}
 MPROTECT = {("mprotect_grant", "same"), ("mprotect_punch", "same")}
 UFFD = {("uffd_grant", "same"), ("uffd_punch", "same")}
 
@@ -105,7 +106,7 @@ def test_reports_every_case_on_every_placement(tmp_path: Path) -> None:
         for row in ("punch_sparse", "punch_resident", "convert_1g")
         if "split" in places
     }
-    rows |= {("guest_count", "same"), ("guest_memory", "same")} | MPROTECT | UFFD
+    rows |= {("guest_count", "same"), ("guest_memory", "same")} | MPROTECT | UFFD | ENCRYPTED
     try:
         HostMemory("uffd").close()
     except FenceError:

@@ -3,7 +3,19 @@
 
 from __future__ import annotations
 
-from cases import calls, convert, crowd, exec, fence, hung, instructions, invalidation, large, touch
+from cases import (
+    calls,
+    convert,
+    crowd,
+    encrypt,
+    exec,
+    fence,
+    hung,
+    instructions,
+    invalidation,
+    large,
+    touch,
+)
 
 CASES = (
     *calls.CASES,
@@ -13,6 +25,7 @@ CASES = (
     *large.CASES,
     *touch.CASES,
     *convert.CASES,
+    *encrypt.CASES,
     *exec.CASES,
     *fence.CASES,
     *instructions.CASES,

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the host sees of pages of guests that run, and what it does to them by writing there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mounts import Mounted, Mounter
+from torture import Console
+
+from hwemu.encryptedaccess import Actor, Encrypt, Met, Outcome
+from hwemu.encryption import KeyDestroyedError
+from kvmsim.confidential.encryption import Encryption
+from kvmsim.confidential.hostview import HostView, hpa_of
+from kvmsim.confidential.platform import Platform
+from kvmsim.emulator import Emulator, MemoryBackend, VmConfig
+from kvmsim.fallocate import punch
+from kvmsim.hostmem import HostMemory
+from kvmsim.vmm.bootparams import Technology
+from privfs import control
+
+pytest_plugins = ["guest_fixtures", "actor_fixtures"]
+pytestmark = pytest.mark.fuse
+
+MIB = 1 << 20
+PAGE = 4096
+AT = 12 * MIB
+WORD = 0x1122_3344_5566_7788
+PLAIN = WORD.to_bytes(8, "little") * 512
+ENCRYPTED = [Technology.TDX, Technology.SNP]
+MODES = [Encrypt.VIEW, Encrypt.BACKING]
+
+
+class Guest:
+    """A booted guest, its file and its console."""
+
+    def __init__(
+        self,
+        emulator: Emulator,
+        console: Console,
+        ram: Path,
+        platform: Platform,
+        close: Callable[[], None],
+    ) -> None:
+        self.emulator = emulator
+        self.close = close
+        self.console = console
+        self.ram = ram
+        self.platform = platform
+        self.view = HostView(platform)
+
+    def ask(self, line: str) -> str:
+        """The answer to a command, good or bad."""
+        self.emulator.feed(line.encode() + b"\n")
+        return self.console.expect(r"(ok|error|panic).*\n").group(0).strip()
+
+    def number(self, line: str, name: str) -> int:
+        """A field of an answer that must be good."""
+        answer = self.ask(line)
+        found = re.search(rf" {name}=(\S+)", answer)
+        assert answer.startswith("ok"), answer
+        assert found, answer
+        return int(found[1], 0)
+
+    def hpa(self, gpa: int) -> int:
+        """Where its file has the page."""
+        with self.emulator.running.lock:
+            return hpa_of(self.emulator.running, gpa)
+
+    def in_file(self, gpa: int, size: int = PAGE) -> bytes:
+        """What lies in the file, whoever may see it."""
+        with self.platform.lock:
+            return self.platform.memory.read(self.hpa(gpa), size)
+
+
+Boot = Callable[..., Guest]
+
+
+@pytest.fixture
+def moving() -> Iterator[HostMemory]:
+    """A host that would let the memory of its guests be moved."""
+    made = HostMemory(movable=True)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def mounted(mount: Mounter) -> Mounted:
+    return mount()
+
+
+@pytest.fixture
+def boot(mounted: Mounted, image: bytes) -> Iterator[Boot]:
+    with contextlib.ExitStack() as stack:
+
+        def start(host: HostMemory, technology: Technology, encrypt: Encrypt | None) -> Guest:
+            ram = mounted.path / "ram"
+            ram.touch()
+            os.truncate(ram, 16 * MIB)
+            platform = Platform(host)
+            config = VmConfig((MemoryBackend(str(ram)),), technology=technology, encrypt=encrypt)
+            console = Console()
+            emulator = Emulator(host, config, console.output, platform=platform)
+            closing = stack.enter_context(contextlib.ExitStack())
+            closing.callback(emulator.close)
+            console.emulator = emulator
+            emulator.boot(image)
+            console.expect(r"^> ")
+            guest = Guest(emulator, console, ram, platform, closing.close)
+            assert guest.ask(f"fill {AT:#x} 4 {WORD:#x}").startswith("ok")
+            return guest
+
+        yield start
+
+
+def whole(guest: Guest) -> None:
+    """Nothing of what was tried has changed what the guest has."""
+    assert guest.number(f"sum {AT:#x} 4", "sum") == WORD * 512 * 4 % (1 << 64)
+
+
+@pytest.mark.parametrize("encrypt", MODES)
+def test_the_host_reads_ciphertext_of_an_snp_guest_and_cannot_write(
+    host: HostMemory, boot: Boot, encrypt: Encrypt
+) -> None:
+    guest = boot(host, Technology.SNP, encrypt)
+    read = guest.emulator.host_read
+    first, second = read(AT, PAGE), read(AT + PAGE, PAGE)
+    assert first.outcome is second.outcome is Outcome.CIPHERTEXT
+    assert first.data is not None
+    assert second.data is not None
+    assert first.data != second.data, "equal pages differ"
+    for at in range(0, PAGE, 16):
+        assert first.data[at : at + 16] != PLAIN[:16]
+    assert read(AT + 100, 50) == Met(Outcome.CIPHERTEXT, first.data[100:150])
+    assert read(AT + PAGE - 8, 16).data == first.data[-8:] + second.data[:8]
+    assert guest.view.read(guest.hpa(AT), PAGE, Actor.DEVICE) == first
+    assert guest.emulator.host_write(AT, b"x" * 8) == Met(Outcome.PAGE_FAULT)
+    assert guest.view.write(guest.hpa(AT), b"x", Actor.DEVICE) == Met(Outcome.IO_FAULT)
+    whole(guest)
+
+
+@pytest.mark.parametrize("encrypt", MODES)
+def test_what_lies_in_the_file(host: HostMemory, boot: Boot, encrypt: Encrypt) -> None:
+    for technology in ENCRYPTED:
+        guest = boot(host, technology, encrypt)
+        found = guest.in_file(AT)
+        if encrypt is Encrypt.VIEW:
+            assert found == PLAIN
+        else:
+            assert PLAIN[:16] not in found
+        assert guest.ask(f"poke {AT:#x} 7").startswith("ok")
+        seen = guest.emulator.host_read(AT, PAGE).data
+        if encrypt is Encrypt.BACKING and technology is Technology.SNP:
+            assert seen == guest.in_file(AT), "what a vCPU just stored has been written back"
+            assert seen != found
+        assert guest.number(f"peek {AT:#x}", "value") == 7
+        key_ends_with(guest, technology, encrypt)
+
+
+def key_ends_with(guest: Guest, technology: Technology, encrypt: Encrypt) -> None:
+    """No key is left after the end, and its id gets another."""
+    guard = guest.emulator.guard
+    assert guard is not None
+    told, hpa = guard.describe(), guest.hpa(AT)
+    assert told["encrypt"] == encrypt.value
+    encryption = guest.platform.hardware(Encryption, Encryption)
+    ((known, key_id),) = encryption.guests
+    assert (known.value, key_id) == (technology.kind, told["key_id"])
+    keys = encryption.keys(known)
+    old = keys.encrypt(key_id, hpa, PLAIN)
+    guest.close()
+    assert not encryption.guests
+    with pytest.raises(KeyDestroyedError):
+        keys.decrypt(key_id, hpa, old)
+    keys.create(key_id)
+    assert keys.decrypt(key_id, hpa, old) != PLAIN
+    assert not any(guard.residue().values())
+
+
+@pytest.mark.parametrize("encrypt", [*MODES, None])
+def test_a_write_to_a_page_of_a_td_is_its_machine_check(
+    host: HostMemory, boot: Boot, encrypt: Encrypt | None
+) -> None:
+    guest = boot(host, Technology.TDX, encrypt)
+    assert guest.emulator.host_read(AT, PAGE) == Met(Outcome.ZEROS, bytes(PAGE))
+    whole(guest)
+    assert guest.emulator.host_write(AT + PAGE + 64, b"x" * 8) == Met(Outcome.POISONS)
+    assert guest.number(f"sum {AT:#x} 1", "sum") == WORD * 512 % (1 << 64), "its neighbour is good"
+    assert guest.number(f"peek {AT + 2 * PAGE:#x}", "value") == WORD
+    guest.emulator.feed(f"peek {AT + PAGE:#x}\n".encode())
+    outcome = guest.emulator.wait(30)
+    assert outcome is not None
+    assert f"{AT + PAGE:#x}+0x1000: 133: machine check: the host has written" in outcome.message
+
+
+def test_a_poisoned_page_that_is_punched_is_good_again(
+    host: HostMemory, boot: Boot, mounted: Mounted
+) -> None:
+    guest = boot(host, Technology.TDX, Encrypt.VIEW)
+    assert guest.emulator.host_write(AT, b"x").outcome is Outcome.POISONS
+    with guest.ram.open("r+b") as file:
+        punch(file.fileno(), AT, PAGE)
+    assert "#V" in guest.ask(f"touch {AT:#x}"), "it is gone, not poisoned"
+    assert guest.number(f"accept {AT:#x} 1", "lost") == 1
+    assert guest.number(f"peek {AT:#x}", "value") == 0
+    mounted.audit()
+
+
+def test_the_host_reaches_nothing_of_a_protected_vm(host: HostMemory, boot: Boot) -> None:
+    guest = boot(host, Technology.PKVM, None)
+    assert guest.emulator.host_read(AT, 8) == Met(Outcome.STAGE2_ABORT)
+    assert guest.emulator.host_write(AT, b"x") == Met(Outcome.STAGE2_ABORT)
+    whole(guest)
+    assert guest.ask(f"convert {AT:#x} 1 shared").startswith("ok")
+    assert guest.emulator.host_read(AT, 8) == Met(Outcome.DONE, PLAIN[:8])
+    assert guest.emulator.host_write(AT, b"x" * 8).outcome is Outcome.DONE
+    assert guest.number(f"peek {AT:#x} shared", "value") == int.from_bytes(b"x" * 8, "little")
+
+
+def test_without_encryption_the_tables_still_refuse(host: HostMemory, boot: Boot) -> None:
+    guest = boot(host, Technology.SNP, None)
+    assert guest.emulator.host_read(AT, 16) == Met(Outcome.DONE, PLAIN[:16])
+    assert guest.emulator.host_write(AT, b"x").outcome is Outcome.PAGE_FAULT
+    whole(guest)
+    with pytest.raises(ValueError, match="gpa 0x4000000: no private memory"):
+        guest.emulator.host_read(64 * MIB, 1)
+
+
+def test_shadow_pages_are_gone_when_a_punch_is_acknowledged(
+    host: HostMemory, boot: Boot, mounted: Mounted
+) -> None:
+    for technology in ENCRYPTED:
+        guest = boot(host, technology, Encrypt.BACKING)
+        report = guest.emulator.guard
+        assert report is not None
+        before = report.describe()["shadow_pages"]
+        with guest.ram.open("r+b") as file:
+            punch(file.fileno(), AT, 2 * PAGE)
+        assert report.describe()["shadow_pages"] == before - 2
+        assert guest.platform.memory.read(guest.hpa(AT + 2 * PAGE), 8) != PLAIN[:8]
+        assert guest.number(f"accept {AT:#x} 2", "lost") == 2
+        assert guest.number(f"peek {AT + 8:#x}", "value") == 0
+        assert guest.number(f"peek {AT + 2 * PAGE:#x}", "value") == WORD
+        mounted.audit()
+        guest.close()
+
+
+@pytest.mark.parametrize("technology", [*ENCRYPTED, Technology.PKVM], ids=lambda t: t.kind)
+def test_their_memory_stays_where_it_is(
+    moving: HostMemory, boot: Boot, technology: Technology, mounted: Mounted
+) -> None:
+    guest = boot(moving, technology, Encrypt.VIEW)
+    with pytest.raises(control.ControlError, match=r"UNMOVABLE.*, as vm\(\d+\) asked") as refused:
+        control.compact(guest.ram, 0, 1 << 32, lambda progress: None)
+    assert refused.value.errno == errno.EOPNOTSUPP
+    whole(guest)
+    guest.close()
+    moved = control.compact(guest.ram, 0, 1 << 32, lambda progress: None)
+    assert moved["bytes"] > 4 * PAGE, "nobody uses it any more"
+    mounted.audit()
