@@ -14,6 +14,7 @@ from typing import Final
 
 from kvmsim.scriptvalues import (
     DISCARDS,
+    ENCRYPTS,
     KINDS,
     Memory,
     Payload,
@@ -31,7 +32,7 @@ SIDES: Final = ("private", "shared", "both", "stale")
 
 #: Words of ``vm`` that come once: those without a value, and all.
 _SWITCHES: Final = ("selftest", "eager", "batches")
-_WORDS: Final = ("vcpus", "kernel", "discard", "kind", "disk", *_SWITCHES)
+_WORDS: Final = ("vcpus", "kernel", "discard", "kind", "encrypt", "disk", *_SWITCHES)
 
 _NAME: Final = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 _VARIABLE: Final = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", re.ASCII)
@@ -56,6 +57,7 @@ class Vm:
     disk: str | None = None
     eager: bool = False
     batches: bool = False
+    encrypt: str = "view"
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,11 +219,14 @@ def _vm(rest: str, state: _State) -> Vm:
     kind = other.get("kind", KINDS[0])
     if kind not in KINDS:
         raise ScriptError(f"kind={kind}: one of {', '.join(KINDS)}")
+    encrypt = other.get("encrypt", ENCRYPTS[0])
+    if encrypt not in ENCRYPTS:
+        raise ScriptError(f"encrypt={encrypt}: one of {', '.join(ENCRYPTS)}")
     state.vms.append(name)
     return Vm(
         name, tuple(memory), int(vcpus), other.get("kernel"), discard, "selftest" in other,
         tuple(payload), kind, other.get("disk"), "eager" in other,
-        "batches" in other,
+        "batches" in other, encrypt,
     )  # fmt: skip
 
 
@@ -323,8 +328,8 @@ GRAMMAR: Final[dict[str, Form]] = {
     "vm": Form(
         "vm NAME memory=FILE[,offset=N][,size=N][,slots=N][,prealloc=on|off]… [vcpus=N]"
         " [kernel=ELF] [payload=FILE@GPA]… [discard=none|private|shared|both]"
-        " [kind=shared-bit|sw-protected|tdx|snp|pkvm] [disk=FILE] [eager]"
-        " [batches] [selftest]",
+        " [kind=shared-bit|sw-protected|tdx|snp|pkvm] [encrypt=view|backing|none]"
+        " [disk=FILE] [eager] [batches] [selftest]",
         "boots a VM", _vm,
     ),
     "send": Form("send [VM] TEXT", "types a line on its console", _send),

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Final
 
 DISCARDS: Final = ("none", "private", "shared", "both")
+#: Where ciphertext is (:class:`hwemu.encryptedaccess.Encrypt`), or nowhere.
+ENCRYPTS: Final = ("view", "backing", "none")
 KINDS: Final = ("shared-bit", "sw-protected", "tdx", "snp", "pkvm")
 SWITCH: Final = {"on": True, "off": False}
 

@@ -27,6 +27,7 @@ from kvmsim.running import RunningVm
 from kvmsim.script import Vm
 from kvmsim.scriptvalues import (
     DISCARDS,
+    ENCRYPTS,
     KINDS,
     Memory,
     Payload,
@@ -85,6 +86,9 @@ def _place(ctx: click.Context, parameter: click.Parameter, value: str) -> str:
 @click.option("--kind", type=click.Choice(KINDS),
               help="What makes its memory private; of tdx, snp and pkvm models of the hardware "
               "join in.  [default: shared-bit]")  # fmt: skip
+@click.option("--encrypt", type=click.Choice(ENCRYPTS), default=ENCRYPTS[0], show_default=True,
+              help="Where the ciphertext of a tdx or snp guest is: in what others see of its "
+              "pages, in its file, or nowhere.")  # fmt: skip
 @click.option("--vcpus", type=click.IntRange(1, MAX_VCPUS), default=2, show_default=True)
 @click.option("--name", default="vm0", show_default=True, help="Name in `privfs map` and status.")
 @click.option("--kernel", metavar="ELF", type=click.Path(), help="Guest kernel.")
@@ -123,6 +127,7 @@ def boot(
     objects: tuple[str, ...],
     machine: str | None,
     kind: str | None,
+    encrypt: str,
     vcpus: int,
     name: str,
     kernel: str | None,
@@ -158,7 +163,9 @@ def boot(
         raise click.UsageError("Missing option '--memory'.", click.get_current_context())
     discard = discard or also.discard or "both"
     kind = kind or also.kind or KINDS[0]
-    wanted = Vm(name, memory, vcpus, kernel, discard, selftest, payload, kind, disk, eager, batches)
+    wanted = Vm(
+        name, memory, vcpus, kernel, discard, selftest, payload, kind, disk, eager, batches, encrypt
+    )
     if trace_format and not trace_path:
         raise click.UsageError("--trace-format needs --trace FILE.", click.get_current_context())
     with contextlib.ExitStack() as stack:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Final
 
+from hwemu.encryptedaccess import Encrypt
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.cli.failure import Failure
 from kvmsim.confidential.platform import Platform
@@ -56,6 +57,7 @@ def make_vm(
         tuple((payload.gpa, read_payload(payload.path)) for payload in wanted.payload),
         TECHNOLOGIES[wanted.kind],
         wanted.batches,
+        None if wanted.encrypt == "none" else Encrypt(wanted.encrypt),
     )
     return ConsoleVm(
         host, config, on_output, on_end, running=running, platform=platform, disk=disk,
