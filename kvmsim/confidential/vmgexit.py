@@ -283,6 +283,7 @@ class VmgExits:
         if request % PAGE_SIZE or response % PAGE_SIZE or request == response:
             raise GhcbRefused(Malformed.INVALID_INPUT, f"pages {request:#x} and {response:#x}")
         try:
+            self._view.read(response, PAGE_SIZE)  # else a message is counted that nobody gets
             answer, status = self.guest_request(self._view.read(request, PAGE_SIZE))
             self._view.write(response, answer.ljust(PAGE_SIZE, b"\0"))
         except NotShared as error:
