@@ -229,6 +229,47 @@ is the page's host-physical address. At teardown the key is destroyed, and every
 
 Both tell everybody the same bytes.
 
+## Guests that run
+
+`kvmsim boot --encrypt view|backing|none` ([kvmsim.md](kvmsim.md)), `encrypt=` of a script's `vm`,
+`VmConfig.encrypt`.
+
+| | its key id | has a key from | to |
+|---|---|---|---|
+| tdx | HKID | TDH.MNG.KEY.CONFIG | TDH.MNG.KEY.FREEID |
+| snp | ASID | SNP_ACTIVATE | SNP_DECOMMISSION |
+| pkvm | – | – | – |
+
+Every host has a secret of its own, drawn when the first of its guests is made. Whose a page is
+says the hardware's table: the PAMT, the RMP, the host's stage 2. `HostView`
+(`kvmsim.confidential.hostview`) is memory as software and devices of the host meet it, by
+host-physical address; `Emulator.host_read` and `host_write` are the same by gpa. They answer with
+an outcome of the table below, and with bytes if there are any. Of a range nothing is written if
+part of it is refused.
+
+- What the host stores into a TD's page takes the page's leaf away; the TD's next access leaves
+  with KVM_EXIT_MEMORY_FAULT and EHWPOISON. Hardware ends the TD; here its VMM does. Acceptance
+  and a punch heal the page.
+- With `backing` a page is encrypted in its file when its first leaf is stored. What lies there
+  before is what the launch loaded, or zeros. The file lags behind what the guest stores; a look
+  of the host's, and the release of the page, write it back first.
+- 1 GiB of a guest can be open in shadow pages at a time. A fault opens up to 16 pages, and leaves
+  are of 4 KiB; a fault without a free shadow page is KVM_EXIT_MEMORY_FAULT with ENOMEM.
+- With `none` the host reads plaintext where the table says ciphertext. All that is refused stays
+  so.
+- Of SEV without SNP there is the model alone (`hwemu.encryptedaccess`): kvmsim boots no such
+  guest. What the host's writes would do to the TDX module's own pages is not modelled: nothing.
+
+## Moves
+
+Ciphertext is bound to its address, PAMT and RMP name pages by theirs, and a page of a protected
+VM is not the host's to copy. So a file that such a guest uses is UNMOVABLE (MEMFILE_F_UNMOVABLE
+of v7), also under `kvmsim boot --movable`, and [`privfs compact`](cli.md#moving-memory) refuses
+it with EOPNOTSUPP and the guest's name, as `kvm_gmem_migrate_folio()` moves nothing. The models
+have what a move needs, TDH.MEM.PAGE.RELOCATE ([tdx.md](tdx.md)) and SNP_PAGE_MOVE
+([snp.md](snp.md)), but both copy from a page that is still there, and an owner gives the new page
+out after the old one was let go of.
+
 ## Who meets what at a private page
 
 {table(["access", *(tech.value for tech in Technology)], rows)}

@@ -94,9 +94,9 @@ def test_a_vm_with_everything() -> None:
 
 
 def test_a_vm_of_a_kind_with_a_disk() -> None:
-    text = "vm a memory=b kind=sw-protected disk=$DIR/d eager"
+    text = "vm a memory=b kind=sw-protected encrypt=backing disk=$DIR/d eager"
     assert only(text, DIR="/x") == Vm(
-        "a", (Memory("b"),), kind="sw-protected", disk="/x/d", eager=True
+        "a", (Memory("b"),), kind="sw-protected", disk="/x/d", eager=True, encrypt="backing"
     )
 
 
@@ -200,6 +200,7 @@ def test_comments_blank_lines_and_numbers() -> None:
         ("vm a memory=x kind=", "kind="),
         ("vm a memory=x disk=", "disk="),
         ("vm a memory=x eager=yes", "eager"),
+        ("vm a memory=x encrypt=yes", "encrypt=yes: one of view, backing, none"),
         ("vm a memory='x", "quotation"),
         (UP + "vm a memory=y", "up already"),
         ("send hello", "no VM is up"),
