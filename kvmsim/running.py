@@ -25,6 +25,7 @@ from hwemu.cpu import api as cpu_api
 from hwemu.cpu.unicorn_svm import SvmCpu
 from hwemu.shootdown import Shootdown
 from kvmsim import exits
+from kvmsim.delivery import event_delivery
 from kvmsim.fault import (
     Access,
     Effect,
@@ -470,9 +471,13 @@ class RunningVm:
                     vcpu.cpu.complete(value)
             case cpu_api.ShutdownExit():
                 self.deliver(vcpu, exits.ShutdownExit())
-            case cpu_api.CpuError(reason):
+            case cpu_api.CpuError(reason, delivery):
                 log.warning("%s: vCPU %d: %s", self.label, vcpu.index, reason)
-                self.deliver(vcpu, exits.InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION))
+                left_with = exits.InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION)
+                if delivery is not None:
+                    gpa = delivery.gpa & ~self.vm.kind.side_bit
+                    left_with = event_delivery(gpa, delivery.access, vcpu.index)
+                self.deliver(vcpu, left_with)
 
     def deliver(self, vcpu: Vcpu, left: exits.Exit) -> None:
         """Hand an exit to the VMM, who may end the VM."""

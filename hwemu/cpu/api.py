@@ -59,8 +59,8 @@ class MmioExit:
     """Memory-mapped I/O. A write has been executed; a read needs `Cpu.complete` and nothing of
     its instruction has been executed.
 
-    A misaligned read appears as reads of the aligned words it lies in; a load of 16 bytes as two
-    of 8.
+    ``gpa`` and ``size`` (1…8) are the access's own, aligned or not. One that crosses a page
+    boundary is two, and one of 16 bytes two of 8, as KVM's emulator splits them.
     """
 
     gpa: int
@@ -131,9 +131,13 @@ class KickExit:
 
 @dataclass(frozen=True, slots=True)
 class CpuError:
-    """The engine cannot emulate what the guest did; RIP is at the instruction."""
+    """The engine cannot emulate what the guest did; RIP is at the instruction.
+
+    ``delivery``: it was delivering an event, which met a device there.
+    """
 
     reason: str
+    delivery: Stage2Fault | None = None
 
 
 CpuExit: TypeAlias = (

@@ -114,8 +114,9 @@ class DeviceAccess:
         self._answers: list[DeviceExit] = []
         self._writes: deque[DeviceExit] = deque()
         self._next = 0
-        self._offset = 0
         self._piece = 0
+        self._load = (0, 0)
+        self._loaded: dict[bool, MmioExit] = {}
 
     def add_page(self, gpa: int) -> bool:
         """Take the page of ``gpa`` as a device; False if the instruction has too many."""
@@ -143,39 +144,49 @@ class DeviceAccess:
         self.unanswered = None
         self._writes.clear()
         self._next = 0
-        self._offset = 0
         self._piece = 0
 
     def writes(self) -> deque[DeviceExit]:
         """The writes of the completed attempt, in order."""
         return self._writes
 
-    def _known(self, size: int) -> int | None:
-        """The next ``size`` bytes of the next answer."""
+    def _known(self) -> bytes | None:
+        """The next answer, if there is one."""
         if self._next == len(self._answers):
             return None
-        data = self._answers[self._next].data
-        value = int.from_bytes(data[self._offset : self._offset + size], "little")
-        self._offset += size
-        if self._offset >= len(data):
-            self._next += 1
-            self._offset = 0
-        return value
+        self._next += 1
+        return self._answers[self._next - 1].data
+
+    def begin_load(self, offset: int, size: int) -> None:
+        """The instruction loads ``size`` bytes (1…8) at ``offset`` of a page, a device's or not."""
+        self._load = (offset, size)
+        self._loaded.clear()
 
     def read_memory(self, gpa: int, size: int) -> int | None:
-        """The guest reads; None: not known yet, the attempt is void.
+        """The engine reads for the load that was begun; None: not known yet, the attempt is void.
 
-        The engine splits an aligned access of 8 bytes into two of 4: they are one access.
+        It reads an aligned word by halves, and a misaligned one by the two aligned words around
+        it. The device is asked once for what the load has on each of its pages, and for no other
+        byte (KVM: emulator_read_write()).
         """
-        asked = self.unanswered
-        if asked is not None:
-            if isinstance(asked, MmioExit) and self._joins(asked, gpa, size):
-                self.unanswered = MmioExit(asked.gpa, asked.size + size, False)
+        if self.unanswered is not None:
             return None
-        value = self._known(size)
-        if value is None:
-            self.unanswered = MmioExit(gpa, size, False)
-        return value
+        offset, wanted = self._load
+        # Behind a page boundary the words begin again at the start of a page.
+        second = offset + wanted > PAGE_SIZE and gpa % PAGE_SIZE < offset & -wanted
+        part = self._loaded.get(second)
+        if part is None:
+            on_first = min(wanted, PAGE_SIZE - offset)
+            at, length = (0, wanted - on_first) if second else (offset, on_first)
+            asked = MmioExit(gpa & -PAGE_SIZE | at, length, False)
+            data = self._known()
+            if data is None:
+                self.unanswered = asked
+                return None
+            part = self._loaded[second] = MmioExit(asked.gpa, length, False, data)
+        first = gpa - part.gpa
+        picked = part.data[max(first, 0) : max(first + size, 0)]
+        return int.from_bytes(picked, "little") << 8 * max(-first, 0)
 
     def write_memory(self, gpa: int, size: int, value: int) -> None:
         """The guest writes; void after an unanswered read."""
@@ -185,8 +196,13 @@ class DeviceAccess:
         last = self._writes[-1] if self._writes else None
         if isinstance(last, MmioExit) and (
             self._joins(last, gpa, size)
-            # a misaligned store comes as single bytes
-            or (size == self._piece == 1 and gpa == last.gpa + last.size and last.size < _WIDEST)
+            # a misaligned store comes as single bytes; KVM's ends at a page boundary
+            or (
+                size == self._piece == 1
+                and gpa == last.gpa + last.size
+                and last.size < _WIDEST
+                and gpa % PAGE_SIZE
+            )
         ):
             self._writes[-1] = MmioExit(last.gpa, last.size + size, True, last.data + data)
         else:
@@ -203,10 +219,11 @@ class DeviceAccess:
         """IN or INS; None: not known yet."""
         if self.unanswered is not None:
             return None
-        value = self._known(size)
-        if value is None:
+        data = self._known()
+        if data is None:
             self.unanswered = IoExit(port, size, False)
-        return value
+            return None
+        return int.from_bytes(data, "little")
 
     def write_port(self, port: int, size: int, value: int) -> None:
         """OUT or OUTS."""

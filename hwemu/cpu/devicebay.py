@@ -68,6 +68,11 @@ class DeviceBay:
         gpa = device.pages[offset >> 12] | offset & 0xFFF
         return self._known(device.read_memory(gpa, size))
 
+    def memory_load(self, address: int, size: int) -> None:
+        """Hook: the instruction of an attempt loads from ``address``, of a device or of memory."""
+        if self.device is not None:
+            self.device.begin_load(address & 0xFFF, size)
+
     def memory_write(self, offset: int, size: int, value: int) -> None:
         """Hook: a store to the device window."""
         if self.device is not None:
@@ -141,7 +146,7 @@ class DeviceBay:
         self._intercepts.exit = None
         self.stepping, self.again = True, False
         try:
-            text = engine.step()
+            text = engine.step(loads=bool(device.pages))
         finally:
             self.stepping = self.void = False
             if device.pages:

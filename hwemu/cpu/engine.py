@@ -76,6 +76,9 @@ class Handlers(Protocol):
     def on_device_read(self, offset: int, size: int) -> int:
         """Load from the device window."""
 
+    def on_load(self, address: int, size: int) -> None:
+        """The stepped instruction is about to load ``size`` bytes at host-physical ``address``."""
+
     def on_device_write(self, offset: int, size: int, value: int) -> None:
         """Store to the device window."""
 
@@ -195,6 +198,11 @@ class Engine:
     def _device_read(self, _uc: object, offset: int, size: int, _data: object) -> Any:
         return self._hooked(self._handlers.on_device_read, offset, size)
 
+    def _memory_load(
+        self, _uc: object, _kind: int, address: int, size: int, _value: int, _data: object
+    ) -> None:
+        self._hooked(self._handlers.on_load, address, size)
+
     def _device_write(self, _uc: object, offset: int, size: int, value: int, _data: object) -> None:
         self._hooked(self._handlers.on_device_write, offset, size, value)
 
@@ -258,8 +266,21 @@ class Engine:
         count = 0 if self._precise == "exit-request" else QUANTUM
         return self._emulate(_RUNNING, count)
 
-    def step(self) -> str | None:
-        """Run one instruction (one iteration of a repeated one); kicks wait until it is done."""
+    def step(self, *, loads: bool = False) -> str | None:
+        """Run one instruction (one iteration of a repeated one); kicks wait until it is done.
+
+        ``loads``: say where it loads from, before the load. Not for longer than an instruction:
+        while such a hook is there, every access of translated code takes the slow way.
+        """
+        if not loads:
+            return self._step()
+        hook = self._uc.hook_add(unicorn_const.UC_HOOK_MEM_READ, self._memory_load)
+        try:
+            return self._step()
+        finally:
+            self._uc.hook_del(hook)
+
+    def _step(self) -> str | None:
         raw = self.raw
         rip = raw.linear(int(raw.q[raw_layout.RIP]))  # hooks are by linear address
         if self._precise == "quanta":

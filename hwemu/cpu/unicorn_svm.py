@@ -151,6 +151,10 @@ class SvmCpu:
         """Hook: a load from the device window."""
         return self._bay.memory_read(offset, size)
 
+    def on_load(self, address: int, size: int) -> None:
+        """Hook: a load of an instruction that is stepped."""
+        self._bay.memory_load(address, size)
+
     def on_device_write(self, offset: int, size: int, value: int) -> None:
         """Hook: a store to the device window."""
         self._bay.memory_write(offset, size, value)
@@ -234,10 +238,10 @@ class SvmCpu:
         if fault is None or fault.gpa >> 12 != gpa >> 12:
             raise CpuStateError(f"run_mmio of gpa {gpa:#x}: the last exit was no fault there")
         self._intercepts.look()
+        if self._intercepts.event is not None:
+            return CpuError(f"gpa {gpa:#x} is a device: no event can be delivered to it", fault)
         if fault.access & Access.EXEC or self._memory.is_guest_table(gpa):
             return CpuError(f"gpa {gpa:#x} is a device: no code and no page table can be there")
-        if self._intercepts.event is not None:
-            return CpuError(f"gpa {gpa:#x} is a device: no event can be delivered to it")
         if not self._bay.add_page(gpa):
             return CpuError(f"one instruction touches three device pages, gpa {gpa:#x} the last")
         return self.run()

@@ -20,6 +20,7 @@ from kvmsim.uapi import (
     KVM_CREATE_VCPU,
     KVM_EXIT_INTR,
     KVM_EXIT_IRQ_WINDOW_OPEN,
+    KVM_INTERNAL_ERROR_DELIVERY_EV,
     KVM_INTERNAL_ERROR_EMULATION,
     KVM_RUN,
     KVMSIM_CAP_MAP_GPA_RANGES,
@@ -118,6 +119,31 @@ def test_devices(boot: Boot) -> None:
     assert program.run(vcpu) == exits.MmioExit(HIGH + 8, 8, True, stored)
     assert program.run(vcpu) == exits.MmioExit(HIGH + 16, 4, True, b"\x44\x33\x22\x11")
     assert program.run(vcpu) == exits.HltExit()
+
+
+def test_misaligned_devices(boot: Boot) -> None:
+    """Each access with its own gpa and length, as emulator_read_write() has it."""
+    program = boot(MMIO, rdi=HIGH + PAGE - 3)
+    vcpu = program.vcpus[0]
+    at = 32 + 8
+    for gpa, data in ((HIGH + PAGE - 3, b"abc"), (HIGH + PAGE, b"defgh")):
+        assert program.run(vcpu) == exits.MmioExit(gpa, len(data), False)
+        program.run_buffer(vcpu)[at : at + len(data)] = data
+    assert program.run(vcpu) == exits.MmioExit(HIGH + PAGE + 5, 8, True, b"abcdefgh")
+    assert program.run(vcpu) == exits.MmioExit(HIGH + PAGE + 13, 4, True, b"\x44\x33\x22\x11")
+    assert program.run(vcpu) == exits.HltExit()
+
+
+@pytest.mark.logs("no event can be delivered to it")
+def test_an_event_whose_stack_is_a_device(boot: Boot) -> None:
+    """KVM_INTERNAL_ERROR_DELIVERY_EV with five words, the gpa the fourth."""
+    program = boot(bytes.fromhex("0f0b"), rsp=HIGH + 0x800)  # ud2
+    write_gate(program, 6, TEXT)
+    left = program.run(program.vcpus[0])
+    gpa = HIGH + 0x800 - 40
+    assert left == exits.InternalErrorExit(
+        KVM_INTERNAL_ERROR_DELIVERY_EV, (gpa, 0x400, 1 << 32 | 6, gpa, 0)
+    )
 
 
 def test_a_hypercall_is_answered_in_the_kernel_or_forwarded(boot: Boot) -> None:

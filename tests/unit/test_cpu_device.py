@@ -9,9 +9,11 @@ from dataclasses import replace
 import pytest
 
 from hwemu.cpu.api import (
+    Access,
     CpuError,
     CpuExit,
     CpuStateError,
+    DescriptorTable,
     HltExit,
     IoExit,
     KickExit,
@@ -170,13 +172,86 @@ def test_access_over_two_device_pages(machine: Machine) -> None:
     end = DEVICE + PAGE_SIZE
     cpu = machine.boot(code("48 89 06", HLT), rsi=end - 4, rax=0x8877_6655_4433_2211)
     data = (0x8877_6655_4433_2211).to_bytes(8, "little")
-    assert talk(cpu) == [MmioExit(end - 4, 8, True, data)]
+    assert talk(cpu) == [
+        MmioExit(end - 4, 4, True, data[:4]),
+        MmioExit(end, 4, True, data[4:]),
+    ]
     machine.boot(code("48 8b 06", HLT), rsi=end - 4)
-    assert talk(cpu, bytes(4) + data[:4], data[4:] + bytes(4)) == [
-        MmioExit(end - 8, 8, False),
-        MmioExit(end, 8, False),
+    assert talk(cpu, data[:4], data[4:]) == [
+        MmioExit(end - 4, 4, False),
+        MmioExit(end, 4, False),
     ]
     assert cpu.get_regs().rax == 0x8877_6655_4433_2211
+
+
+@pytest.mark.parametrize("offset", [*range(8), *range(PAGE_SIZE - 8, PAGE_SIZE)])
+@pytest.mark.parametrize(
+    ("load", "store", "size"),
+    [("8a 06", "88 06", 1), ("66 8b 06", "66 89 06", 2), ("8b 06", "89 06", 4),
+     ("48 8b 06", "48 89 06", 8)],
+)  # fmt: skip
+def test_an_access_leaves_as_what_it_is(
+    machine: Machine, load: str, store: str, size: int, offset: int
+) -> None:
+    """Its own gpa and length, aligned or not; in two where a page ends."""
+    value = bytes(range(1, size + 1))
+    first = min(size, PAGE_SIZE - offset)
+    gpa = DEVICE + offset
+    parts = [(gpa, value[:first])]
+    if first < size:
+        parts.append((DEVICE + PAGE_SIZE, value[first:]))
+    cpu = machine.boot(code(load, store, HLT), rsi=gpa)
+    assert talk(cpu, *(data for _, data in parts)) == [
+        *(MmioExit(at, len(data), False) for at, data in parts),
+        *(MmioExit(at, len(data), True, data) for at, data in parts),
+    ]
+    assert cpu.get_regs().rax == int.from_bytes(value, "little")
+
+
+@pytest.mark.parametrize("offset", [3, 5])
+@pytest.mark.parametrize(
+    ("bytes_", "sizes"),
+    [
+        ("0f 10 06", [(0, 8), (8, 8)]),  # movups
+        ("db 2e", [(0, 8), (8, 2)]),  # fld, 80 bits
+        ("ff 36", [(0, 8)]),  # push
+        ("48 3b 06", [(0, 8)]),  # cmp
+        ("48 a5", [(0, 8)]),  # movsq
+    ],
+)
+def test_misaligned_loads_of_all_kinds(
+    machine: Machine, bytes_: str, sizes: list[tuple[int, int]], offset: int
+) -> None:
+    cpu = machine.boot(code(bytes_, HLT), rsi=DEVICE + offset, rdi=HEAP)
+    answers = [bytes(range(8 * n, 8 * n + size)) for n, (_, size) in enumerate(sizes)]
+    exits = [MmioExit(DEVICE + offset + at, size, False) for at, size in sizes]
+    assert talk(cpu, *answers) == exits
+    if bytes_ == "48 a5":
+        assert machine.read(HEAP, 8) == answers[0]
+
+
+@pytest.mark.parametrize("bytes_", ["48 ff 06", "f0 48 ff 06", "f0 48 0f c1 1e"])
+def test_a_misaligned_read_modify_write(machine: Machine, bytes_: str) -> None:
+    cpu = machine.boot(code(bytes_, HLT), rsi=DEVICE + 3, rbx=1)
+    assert talk(cpu, (0x1FF).to_bytes(8, "little")) == [
+        MmioExit(DEVICE + 3, 8, False),
+        MmioExit(DEVICE + 3, 8, True, (0x200).to_bytes(8, "little")),
+    ]
+
+
+@pytest.mark.parametrize("memory_first", [True, False])
+def test_a_load_may_lie_half_in_memory(machine: Machine, memory_first: bool) -> None:
+    end = DEVICE + PAGE_SIZE
+    at = DEVICE if memory_first else end
+    machine.holes.discard(at >> 12)
+    machine.write(end - 8, b"memory first, and memory behind"[:16])
+    cpu = machine.boot(code("48 8b 06", HLT), rsi=end - 3)
+    size = 5 if memory_first else 3
+    asked = MmioExit(end if memory_first else end - 3, size, False)
+    assert talk(cpu, b"*" * size) == [asked]
+    loaded = cpu.get_regs().rax.to_bytes(8, "little")
+    there = machine.read(end - 3, 8)
+    assert loaded == (there[:3] + b"*" * 5 if memory_first else b"***" + there[3:])
 
 
 def test_other_pages_of_the_instruction_may_fault_on_the_way(machine: Machine) -> None:
@@ -242,7 +317,21 @@ def test_an_event_cannot_be_delivered_to_a_device(machine: Machine) -> None:
     cpu.inject(0x40)
     fault = cpu.run()
     assert isinstance(fault, Stage2Fault)
-    assert isinstance(cpu.run_mmio(fault.gpa), CpuError)
+    error = cpu.run_mmio(fault.gpa)
+    assert error == CpuError(
+        f"gpa {fault.gpa:#x} is a device: no event can be delivered to it", fault
+    )
+    assert cpu.get_regs().rip == TEXT
+
+
+def test_an_event_table_cannot_be_a_device(machine: Machine) -> None:
+    cpu = machine.boot(code("0f 0b"))  # ud2
+    cpu.set_sregs(replace(cpu.get_sregs(), idt=DescriptorTable(DEVICE, 0xFFF)))
+    fault = cpu.run()
+    assert fault == Stage2Fault(DEVICE + 6 * 16, Access.READ)
+    error = cpu.run_mmio(DEVICE + 6 * 16)
+    assert isinstance(error, CpuError)
+    assert error.delivery == fault
 
 
 # -- ports --------------------------------------------------------------------------------------
