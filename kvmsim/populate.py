@@ -22,6 +22,7 @@ from kvmsim.effect import RetryReason as Why
 from kvmsim.exits import MemoryFaultExit
 from kvmsim.fault import Fault
 from kvmsim.memoryuse import MemoryUse, memory_use
+from kvmsim.mmu import GuardRefusal
 from kvmsim.running import RunningVm
 from kvmsim.uapi import PAGE_SHIFT, PAGE_SIZE, KvmError
 from kvmsim.vmm.launch import LaunchPage
@@ -82,7 +83,13 @@ class Populate:
         with self.running.lock:
             if page.vcpu is None:
                 self._check(page.gpa, size)
-            if not guard.stage(page):
+            try:
+                staged = guard.stage(page)
+            except GuardRefusal as refusal:
+                raise KvmError(
+                    refusal.errno, _OPERATION, refusal.reason, start=page.gpa, size=size
+                ) from refusal
+            if not staged:
                 return
         try:
             self._fill(page.gpa, None, interrupted)

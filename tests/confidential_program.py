@@ -56,7 +56,7 @@ def tables(half: int, other: int, at: int = TABLES) -> bytes:
 
     ``half`` is the bit that private entries have set, ``other`` that of shared ones.
     """
-    pml4, pdpt, private, shared = (at + PAGE * n for n in range(4))
+    pdpt, private, shared = (at + PAGE * n for n in (1, 2, 3))
     page = struct.pack("<512Q", pdpt | half | 3, *[0] * 511)
     page += struct.pack("<512Q", private | half | 3, shared | half | 3, 0, 3 << 30 | half | 0x83,
                         *[0] * 508)  # fmt: skip

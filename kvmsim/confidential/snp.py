@@ -23,7 +23,7 @@ from hwemu.snp import guestops
 from hwemu.snp.access import Granted, GuestAccess, Kind, guest_access
 from hwemu.snp.asids import AsidState
 from hwemu.snp.firmware import Firmware
-from hwemu.snp.fwstatus import FirmwareRefused
+from hwemu.snp.fwstatus import FirmwareRefused, FwStatus
 from hwemu.snp.guestcontext import IdBlock, Policy
 from hwemu.snp.guestops import Leaf as NestedLeaf
 from hwemu.snp.guestops import Vcpu
@@ -193,6 +193,7 @@ class SnpGuard:
     def stage(self, page: LaunchPage) -> bool:
         """KVM_SEV_SNP_LAUNCH_UPDATE, a page of it; of a VMSA all of it."""
         if self.finished:
+            self.status = int(FwStatus.INVALID_GUEST_STATE)
             raise GuardRefusal(errno.EINVAL, "the launch is finished: no page is added any more")
         if page.vcpu is None:
             self._staged[page.gpa >> PAGE_SHIFT] = page

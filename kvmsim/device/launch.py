@@ -11,7 +11,7 @@ import errno
 import importlib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from kvmsim.confidential.kinds import make_guard
 from kvmsim.device.pending import Call as PendingCall
@@ -35,6 +35,9 @@ class Launch(Protocol):
 
     def region(self, call: Call) -> None:
         """KVM_MEMORY_ENCRYPT_REG_REGION and KVM_MEMORY_ENCRYPT_UNREG_REGION."""
+
+    def describe(self) -> dict[str, Any] | None:
+        """What its hardware says of the guest; None: there is none yet."""
 
     def vcpu_refused(self) -> tuple[int, str] | None:
         """Why there can be no vCPU now: errno and reason."""

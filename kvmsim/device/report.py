@@ -40,6 +40,7 @@ def vm_report(vm: VmDevice) -> dict[str, Any]:
         "pid": os.getpid(),
         "state": state,
         "kind": vm.kind.name,
+        "hardware": None if vm.launch is None else vm.launch.describe(),
         "fence": running.host.fence.kind.text,
         "discard": None,
         "vcpus": vcpus,

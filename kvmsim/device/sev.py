@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hwemu.snp.guestcontext import POLICY_RESERVED, IdBlock, Policy
 from kvmsim.confidential.base import Confidential
@@ -266,6 +266,13 @@ class SevLaunch:
             self._regions.remove(region)
         else:
             raise call.refused(errno.EINVAL, f"hva {address:#x}+{size:#x} is not registered")
+
+    def describe(self) -> dict[str, Any] | None:
+        """The digest, the policy, frames."""
+        with self._vm.running.lock:
+            if not self._started or self._vm.dead:
+                return None
+            return self._guard.describe()
 
     def vcpu_refused(self) -> tuple[int, str] | None:
         """KVM makes vCPUs at any time."""

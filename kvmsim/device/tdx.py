@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from hwemu.cpu.api import (
     CR0_ET,
@@ -288,7 +288,9 @@ class TdxLaunch:
             caller.write(
                 at, tdx.TDX_INIT_MEM_REGION.pack(source + offset, gpa + offset, npages - done)
             )
-            return failure or Value(0)
+            if failure is None:
+                return Value(0)
+            return Failure(failure.errno, f"{_NAMES[command.id]}: {failure.reason}")
 
         loading = Loading(self._populate, self._guard, npages, page, finish)
         return self._turns.keep(loading.begin())
@@ -315,6 +317,13 @@ class TdxLaunch:
     def region(self, call: Call) -> None:
         """KVM_MEMORY_ENCRYPT_(UN)REG_REGION: SEV's alone."""
         raise call.refused(errno.ENOTTY, "these are SEV's")
+
+    def describe(self) -> dict[str, Any] | None:
+        """Measurements, states, pages."""
+        with self._vm.running.lock:
+            if self._state is State.UNINITIALIZED or self._vm.dead:
+                return None
+            return self._guard.describe()
 
     def vcpu_refused(self) -> tuple[int, str] | None:
         """tdx_vcpu_create()."""

@@ -13,6 +13,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Final
 
 from hwemu.cpu.api import EFER_LMA, MsrExit
+from hwemu.cpu.fpu import Fpu
 from kvmsim import exits
 from kvmsim.device.caller import Caller
 from kvmsim.device.cpuid import GuestCpuid
@@ -92,6 +93,7 @@ class VcpuDevice:
         self.cpu.set_cpuid(self.cpuid)
         self.cpu.set_sregs(RESET_SREGS)
         self.cpu.set_regs(RESET_REGS)
+        self.cpu.set_fpu(Fpu())
 
     # --- the descriptor -----------------------------------------------------------------------
 

@@ -167,7 +167,7 @@ for number in 0, 1:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ((), [1 | 1 << 1 | 1 << 30, True, True]),
+        ((), [1 | 1 << 1 | 1 << 4 | 1 << 5 | 1 << 30, True, True]),
         (("--vm-types", "default"), [1, True, errno.EINVAL]),
         (("--vm-types", "sw-protected,shared-bit"), [1 << 1 | 1 << 30, errno.EINVAL, True]),
     ],
