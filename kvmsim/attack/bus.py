@@ -1,87 +1,69 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Frames as the memory controller shows them, to those who are not their guest."""
+"""Frames as the host's software and devices meet them, and what that comes to."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final, Protocol
 
-from hwemu.encryptedaccess import Actor, PrivateMemory, Technology
-from hwemu.encryptedaccess import Outcome as Met
-from hwemu.encryption import SECRET_BYTES, Buffer, KeyTable
+from hwemu.encryptedaccess import Actor, Met
+from hwemu.encryptedaccess import Outcome as Happened
 from kvmsim.attack.outcome import Layer, Outcome, concealed, noticed, refused, succeeds
 
-#: Key ids of the victim and of another guest.
-VICTIM, RIVAL = 1, 2
-_OUTCOMES: Final[Mapping[Met, Outcome]] = MappingProxyType(
+_OUTCOMES: Final[Mapping[Happened, Outcome]] = MappingProxyType(
     {
-        Met.ZEROS: concealed(Layer.MEMORY, "zeros"),
-        Met.CIPHERTEXT: concealed(Layer.MEMORY, "ciphertext"),
-        Met.NOISE: concealed(Layer.MEMORY, "noise"),
-        Met.MACHINE_CHECK: noticed(Layer.MEMORY, "#MC"),
-        Met.PAGE_FAULT: refused(Layer.RMP, "#PF(RMP)"),
-        Met.NESTED_FAULT: refused(Layer.RMP, "#NPF(RMP)"),
-        Met.STAGE2_ABORT: refused(Layer.EL2, "SIGSEGV"),
-        Met.IO_FAULT: refused(Layer.IOMMU, "I/O page fault"),
+        Happened.ZEROS: concealed(Layer.MEMORY, "zeros"),
+        Happened.CIPHERTEXT: concealed(Layer.MEMORY, "ciphertext"),
+        Happened.NOISE: concealed(Layer.MEMORY, "noise"),
+        Happened.MACHINE_CHECK: noticed(Layer.MEMORY, "#MC"),
+        Happened.PAGE_FAULT: refused(Layer.RMP, "#PF(RMP)"),
+        Happened.NESTED_FAULT: refused(Layer.RMP, "#NPF(RMP)"),
+        Happened.STAGE2_ABORT: refused(Layer.EL2, "SIGSEGV"),
+        Happened.IO_FAULT: refused(Layer.IOMMU, "I/O page fault"),
     }
 )
 
 
-class Memory(Protocol):
-    """Bytes by host-physical address."""
+class Frames(Protocol):
+    """Memory by host-physical address (:class:`kvmsim.confidential.hostview.HostView`)."""
 
-    def read(self, hpa: int, length: int) -> Buffer:
-        """Bytes [``hpa``, ``hpa + length``)."""
+    def read(self, hpa: int, size: int, actor: Actor = Actor.HOST) -> Met:
+        """What ``actor`` reads."""
 
-    def write(self, hpa: int, data: Buffer) -> None:
-        """Store bytes."""
+    def write(self, hpa: int, data: bytes, actor: Actor = Actor.HOST) -> Met:
+        """What comes of a store."""
 
 
 class Bus:
-    """Accesses to frames of a guest that `technology` protects, with keys of this boot."""
+    """Deeds against what lies at ``hpa``."""
 
-    def __init__(self, technology: Technology, memory: Memory) -> None:
-        keys = KeyTable(os.urandom(SECRET_BYTES))
-        keys.create(VICTIM)
-        keys.create(RIVAL)
-        self._memory = PrivateMemory(technology, keys, memory)
+    def __init__(self, frames: Frames) -> None:
+        self.frames = frames
 
-    def read(self, actor: Actor, hpa: int, secret: bytes) -> Outcome:
-        """Try to read ``secret`` at ``hpa``."""
-        using = RIVAL if actor is Actor.OTHER else None
-        met = self._memory.read(actor, VICTIM, hpa, len(secret), using=using)
-        if met.data == secret:
-            return succeeds("the guest's bytes")
-        return _OUTCOMES[met.outcome]
+    def read(self, hpa: int, secret: bytes, actor: Actor = Actor.HOST) -> Outcome:
+        """Try to read ``secret``."""
+        met = self.frames.read(hpa, len(secret), actor)
+        return succeeds("the guest's bytes") if met.data == secret else _OUTCOMES[met.outcome]
 
-    def write(self, actor: Actor, hpa: int, data: bytes) -> Outcome:
-        """Try to have the guest read something else than it wrote at ``hpa``."""
-        before = self._memory.read(Actor.OWNER, VICTIM, hpa, len(data)).data
-        using = RIVAL if actor is Actor.OTHER else None
-        met = self._memory.write(actor, VICTIM, hpa, data, using=using)
+    def write(self, hpa: int, data: bytes, actor: Actor = Actor.HOST) -> Outcome:
+        """Try to have the guest read ``data``, or at least something else than it wrote."""
+        met = self.frames.write(hpa, data, actor)
         if met.outcome in _OUTCOMES:
             return _OUTCOMES[met.outcome]
-        after = self._memory.read(Actor.OWNER, VICTIM, hpa, len(data))
-        if after.outcome in _OUTCOMES:
+        after = self.frames.read(hpa, len(data), Actor.OWNER)
+        if after.data is None:
             return _OUTCOMES[after.outcome]
-        if after.data == before:
-            return concealed(Layer.MEMORY, "nothing changed")
         return succeeds("the host's bytes" if after.data == data else "noise")
 
-    def record(self, hpa: int, length: int) -> bytes:
-        """What the host can note of memory, to put it back later; b"" for nothing."""
-        return self._memory.read(Actor.HOST, VICTIM, hpa, length).data or b""
-
-    def put_back(self, hpa: int, data: bytes) -> None:
-        """Store what was recorded."""
-        self._memory.write(Actor.HOST, VICTIM, hpa, data)
-
-    def own_read(self, hpa: int, length: int) -> bytes | None:
-        """What the guest reads there; None: a machine check."""
-        return self._memory.read(Actor.OWNER, VICTIM, hpa, length).data
-
-    def own_write(self, hpa: int, data: bytes) -> None:
-        """The guest stores."""
-        self._memory.write(Actor.OWNER, VICTIM, hpa, data)
+    def replay(self, hpa: int, old: bytes, new: bytes) -> Outcome:
+        """Note what is there when the guest has ``old``, put it back when it has ``new``."""
+        size = len(old)
+        self.frames.write(hpa, old, Actor.OWNER)
+        noted = self.frames.read(hpa, size)
+        if noted.data is None:
+            return _OUTCOMES[noted.outcome]
+        self.frames.write(hpa, new, Actor.OWNER)
+        ended = self.write(hpa, noted.data)
+        again = self.frames.read(hpa, size, Actor.OWNER)
+        return succeeds("the old content") if again.data == old else ended

@@ -65,10 +65,10 @@ ATTACKS: Final[Mapping[str, Attack]] = MappingProxyType({attack.name: attack for
 
 
 def run(attack: Attack, lab: Lab) -> Outcome:
-    """Try one; a guest that it spoils is not used again."""
+    """Try one; a guest that it spoils or ends is not used again."""
     lab.turn(whole=attack.whole)
     try:
         return attack.run(lab)
     finally:
-        if attack.spoils:
+        if attack.spoils or lab.over:
             lab.spend()

@@ -127,6 +127,11 @@ class Lab:
         self._guest.poke(self.gpa, SECRET)
         return self._guest
 
+    @property
+    def over(self) -> bool:
+        """Whether the guest has ended."""
+        return self._guest is not None and self._guest.running.stopping
+
     def spend(self) -> None:
         """The guest is not what it was: the next attack gets another."""
         guest, self._guest = self._guest, None

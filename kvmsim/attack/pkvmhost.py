@@ -7,10 +7,8 @@ import errno
 from collections.abc import Callable
 from typing import Final
 
-from hwemu.encryptedaccess import Actor, Technology
-from hwemu.pkvm.access import HostOutcome, Mode, host_access, host_reaches
 from hwemu.pkvm.state import PkvmError
-from kvmsim.attack.bus import Bus
+from kvmsim.attack.framehost import FrameHost
 from kvmsim.attack.guest import FORGED, LabGuest
 from kvmsim.attack.outcome import NONE, AttackError, Layer, Outcome, refused, succeeds
 from kvmsim.confidential.pkvm import PkvmGuard, PkvmHost
@@ -25,39 +23,14 @@ def make(guest: LabGuest, platform: Platform) -> PkvmKernel:
     return PkvmKernel(guest, platform)
 
 
-class PkvmKernel:
+class PkvmKernel(FrameHost):
     """What EL1 may ask, and what it meets at a page that it donated."""
 
     def __init__(self, guest: LabGuest, platform: Platform) -> None:
         assert isinstance(guest.guard, PkvmGuard)
-        self._guest = guest
-        self._platform = platform
+        super().__init__(guest, platform)
         self._hyp = platform.hardware(PkvmHost, PkvmHost).hypervisor
         self._handle: int = guest.guard.describe()["handle"]
-        self._bus = Bus(Technology.PKVM, platform.memory)
-
-    def read(self, gpa: int) -> Outcome:
-        """A load of a program's; the kernel's own would be an oops."""
-        with self._platform.lock:
-            found = host_access(self._hyp, self._pfn(gpa), Mode.USER)
-        if found is HostOutcome.DONE:
-            return succeeds("the guest's bytes")
-        return refused(Layer.EL2, found.name)
-
-    def write(self, gpa: int) -> Outcome:
-        """Stage 2 has no page that the host may only read."""
-        return self.read(gpa)
-
-    def replay(self, gpa: int) -> Outcome:
-        """There is nothing that it could note."""
-        return self.write(gpa)
-
-    def dma(self, gpa: int) -> Outcome:
-        """A device reaches what the host reaches."""
-        with self._platform.lock:
-            if host_reaches(self._hyp, self._pfn(gpa), 1).any():
-                return succeeds("the host's bytes")
-        return self._bus.write(Actor.DEVICE, self._guest.hpa(gpa), _FORGED)
 
     def alias(self, gpa: int, spare: int) -> Outcome:
         """Donate the frame once more, for another gfn."""
@@ -86,6 +59,9 @@ class PkvmKernel:
         return self._asked(lambda: self._hyp.host_reclaim_guest(self._handle, gfn))
 
     # --- inside ---------------------------------------------------------------------------------
+
+    def _owned(self, gpa: int) -> int:
+        return self._pfn(gpa) << PAGE_SHIFT
 
     def _pfn(self, gpa: int) -> int:
         """The frame; AttackError unless it is where the hypervisor has it."""

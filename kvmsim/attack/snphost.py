@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from hwemu.encryptedaccess import Actor, Technology
-from hwemu.snp.access import Granted, GuestAccess, HostAccess, Kind, guest_access, host_access
+from hwemu.snp.access import GuestAccess, Kind, guest_access
 from hwemu.snp.guestops import Leaf, Vcpu
 from hwemu.snp.hostops import NewState, rmpupdate
-from hwemu.snp.outcome import HostPageFault, NestedPageFault, RmpupdateStatus
-from kvmsim.attack.bus import Bus
+from hwemu.snp.outcome import NestedPageFault, RmpupdateStatus
+from kvmsim.attack.framehost import FrameHost
 from kvmsim.attack.guest import FORGED, SECRET, LabGuest
 from kvmsim.attack.outcome import AttackError, Layer, Outcome, refused, succeeds
 from kvmsim.confidential.platform import Platform
@@ -22,42 +21,14 @@ _SECRET: Final = SECRET.to_bytes(_WORD, "little")
 _FORGED: Final = FORGED.to_bytes(_WORD, "little")
 
 
-class SnpKernel:
+class SnpKernel(FrameHost):
     """The RMP of the machine, and who looks at it."""
 
     def __init__(self, guest: LabGuest, platform: Platform) -> None:
         assert isinstance(guest.guard, SnpGuard)
-        self._guest = guest
-        self._platform = platform
+        super().__init__(guest, platform)
         self._rmp = platform.hardware(SnpHost, make_host).rmp
         self._asid = guest.guard.asid
-        self._bus = Bus(Technology.SNP, platform.memory)
-
-    def read(self, gpa: int) -> Outcome:
-        """Reads of the host are not checked; there is no key in them."""
-        hpa = self._owned(gpa)
-        with self._platform.lock:
-            found = host_access(HostAccess(self._rmp, hpa >> PAGE_SHIFT, Kind.READ))
-        if found is Granted.PLAIN:
-            return succeeds("the guest's bytes")
-        return self._bus.read(Actor.HOST, hpa, _SECRET)
-
-    def write(self, gpa: int) -> Outcome:
-        """A write of the host's to an assigned page."""
-        pfn = self._owned(gpa) >> PAGE_SHIFT
-        with self._platform.lock:
-            found = host_access(HostAccess(self._rmp, pfn, Kind.WRITE))
-        if isinstance(found, HostPageFault):
-            return refused(Layer.RMP, "#PF(RMP)")
-        return succeeds("the host's bytes")
-
-    def replay(self, gpa: int) -> Outcome:
-        """The ciphertext can be noted; to put it back is a write."""
-        return self.write(gpa)
-
-    def dma(self, gpa: int) -> Outcome:
-        """The IOMMU asks the RMP too."""
-        return self._bus.write(Actor.DEVICE, self._owned(gpa), _FORGED)
 
     def alias(self, gpa: int, spare: int) -> Outcome:
         """The nested tables lead from ``spare`` to the frame."""
@@ -75,7 +46,7 @@ class SnpKernel:
         written = self._guest_access(Vcpu(self._asid), leaf, private=False, kind=Kind.WRITE)
         if written != refused(Layer.RMP, "#NPF(RMP)"):
             return written
-        return self._bus.read(Actor.HOST, self._owned(gpa), _SECRET)
+        return self.read(gpa)
 
     def split(self, gpa: int) -> Outcome:
         """RMPUPDATE of 4 KiB inside an assigned page of 2 MiB."""

@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from hwemu.encryptedaccess import Actor, Technology
 from hwemu.tdx import TdxError, TdxModule
 from hwemu.tdx.pamt import PageType
-from kvmsim.attack.bus import Bus
+from kvmsim.attack.framehost import FrameHost
 from kvmsim.attack.guest import FORGED, SECRET, LabGuest
 from kvmsim.attack.outcome import AttackError, Layer, Outcome, refused, succeeds
 from kvmsim.confidential.platform import Platform
@@ -24,32 +23,14 @@ _SECRET: Final = SECRET.to_bytes(_WORD, "little")
 _FORGED: Final = FORGED.to_bytes(_WORD, "little")
 
 
-class TdxHost:
+class TdxHost(FrameHost):
     """SEAMCALLs by name, on the module that the TD runs on."""
 
     def __init__(self, guest: LabGuest, platform: Platform) -> None:
         assert isinstance(guest.guard, TdxGuard)
-        self._guest = guest
-        self._platform = platform
+        super().__init__(guest, platform)
         self._module = platform.hardware(TdxModule, make_module)
         self._td = guest.guard.td
-        self._bus = Bus(Technology.TDX, platform.memory)
-
-    def read(self, gpa: int) -> Outcome:
-        """A load without the TD's key: the TD bit does not match."""
-        return self._bus.read(Actor.HOST, self._owned(gpa), _SECRET)
-
-    def write(self, gpa: int) -> Outcome:
-        """A store without it: the line has a wrong tag from then on."""
-        return self._bus.write(Actor.HOST, self._owned(gpa), _FORGED)
-
-    def replay(self, gpa: int) -> Outcome:
-        """The host cannot even note what is there; putting anything back is a store."""
-        return self.write(gpa)
-
-    def dma(self, gpa: int) -> Outcome:
-        """A device outside of the TD has no key either."""
-        return self._bus.write(Actor.DEVICE, self._owned(gpa), _FORGED)
 
     def alias(self, gpa: int, spare: int) -> Outcome:
         """TDH.MEM.PAGE.AUG of a frame that the PAMT has for another gpa."""
@@ -80,7 +61,7 @@ class TdxHost:
 
     def other_side(self, gpa: int) -> Outcome:
         """The shared EPT leads to the frame; the access has no key of the TD's."""
-        return self._bus.read(Actor.HOST, self._owned(gpa), _SECRET)
+        return self.read(gpa)
 
     def split(self, gpa: int) -> Outcome:
         """TDH.MEM.PAGE.DEMOTE of a page that was not blocked: vCPUs may have it in a TLB."""

@@ -31,7 +31,7 @@ class Exit(enum.IntEnum):
 MEANING: Final = {
     Exit.OK: "done; `boot`: the guest ended with status 0, or its input ended and it had no work",
     Exit.FAILED: "`run`: something in the script did not hold; `demo`: a claim did not hold; "
-    "`stat`: no such VM, or it does not answer",
+    "`attack`: an attack did not end as expected; `stat`: no such VM, or it does not answer",
     Exit.USAGE: "wrong usage: unknown command, option, value, or statement in a script",
     Exit.MEMORY: "the memory cannot be used: no file, no privfs mount there, its owner refuses, or "
     "`prealloc=on` and there is not enough",

@@ -101,8 +101,9 @@ spoiled is replaced. With `--json` each attack is a line: `attack`, `kind`, `out
   host's kernel, by their host-physical address, with the tables of the guest that runs (PAMT, RMP,
   page states of the hypervisor). *Pages* are attacked through KVM's interface and the mount, at a
   gpa that the guest uses. *Life* is before it runs, and when its VMM hangs.
-- `read-frame`, `write-frame`, `replay` and `dma-frame` on encrypted kinds: the table says whose the
-  frame is, the memory controller ([encryption.md](encryption.md)) what becomes of the access.
+- `read-frame`, `write-frame`, `replay` and `dma-frame` go to the frame past KVM: the tables say
+  whose it is, its key and tags ([encryption.md](encryption.md)) what becomes of the access. A TD
+  that meets a poisoned page has ended.
 - `sev` is the model of plain SEV alone: no guest is booted. `shared-bit` and `sw-protected` have no
   hardware that protects them; they are what the others are compared with.
 
