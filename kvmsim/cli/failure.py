@@ -81,16 +81,15 @@ def _check_units(memory: Memory, size: int, kind: str) -> None:
     """A guest that accepts its memory does so by 2 MiB, so it has no piece of that."""
     if size >= UNIT_SIZE and size % UNIT_SIZE == 0:
         return
-    whole = max(size // UNIT_SIZE, 1) * UNIT_SIZE
-    remedy = f"give size={whole >> 20}M"
-    if not memory.size:
-        remedy = f"make it so with: truncate -s {memory.offset + whole >> 10}K {memory.path}"
-        if memory.offset == 0:
-            remedy += f", or give size={whole >> 20}M"
+    more, less = -(-size // UNIT_SIZE) * UNIT_SIZE, size // UNIT_SIZE * UNIT_SIZE
+    remedies = [] if memory.size else [
+        f"make it longer with: truncate -s {memory.offset + more >> 10}K {memory.path}"
+    ]  # fmt: skip
+    remedies += [f"give size={less >> 20}M"] if less else []
     raise Failure(
         Exit.MEMORY,
         f"{memory.path}: a {kind} guest accepts memory by 2 MiB, and {size} bytes are no multiple "
-        f"of that; {remedy}",
+        f"of that; {', or '.join(remedies) or 'give size=32M'}",
     )
 
 

@@ -31,8 +31,6 @@ from kvmsim.rangelist import MapGpaRange, list_size, unpack
 from kvmsim.uapi import (
     KVM_HC_MAP_GPA_RANGE,
     KVM_MAP_GPA_RANGE_ENCRYPTED,
-    KVM_SYSTEM_EVENT_SEV_TERM,
-    KVM_SYSTEM_EVENT_TDX_FATAL,
     KVMSIM_HC_MAP_GPA_RANGES,
     PAGE_SHIFT,
 )
@@ -47,6 +45,7 @@ from kvmsim.vmm.convert import (
     convert_memory,
 )
 from kvmsim.vmm.elf import parse_elf
+from kvmsim.vmm.fatal import gave_up
 from kvmsim.vmm.launch import LaunchPage
 from kvmsim.vmm.loader import LoadPlan, boot_params, plan
 from kvmsim.vmm.serial import REGISTERS, Serial16550
@@ -56,10 +55,6 @@ KVM_HC_KICK_CPU: Final = 5  # include/uapi/linux/kvm_para.h
 KVM_ENOSYS: Final = 1000
 _MAP_GPA_RANGE_PAGE_SIZE: Final = 0xF
 _U64: Final = (1 << 64) - 1
-_SYSTEM_EVENTS: Final = {
-    KVM_SYSTEM_EVENT_SEV_TERM: "termination request (GHCB MSR)",
-    KVM_SYSTEM_EVENT_TDX_FATAL: "TDVMCALL<ReportFatalError>",
-}
 
 FAULT_REPEATS: Final = 16
 """A vCPU that faults this often in a row where there is nothing to convert makes no progress."""
@@ -273,9 +268,7 @@ class Machine:
                     StopReason.MEMORY, 1, f"vcpu {vcpu}: nothing behind the shared side of {gpa:#x}"
                 )
             case SystemEventExit(event, data):
-                name = _SYSTEM_EVENTS.get(event, f"system event {event}")
-                words = " ".join(f"{word:#x}" for word in data)
-                return self.guest_fatal(vcpu, f"{name}: {words}")
+                return self.guest_fatal(vcpu, gave_up(event, data))
             case InternalErrorExit(suberror, data):
                 words = " ".join(f"{word:#x}" for word in data)
                 return Stop(

@@ -81,9 +81,10 @@ def test_the_boot_event_says_the_kind(mounted: Mounted) -> None:
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ("", "truncate -s 4096K {path}, or give size=4M"),
+        ("", "truncate -s 6144K {path}, or give size=4M"),
         (",size=3M", "3145728 bytes are no multiple of that; give size=2M"),
-        (",offset=2M", "truncate -s 4096K {path}"),
+        (",offset=2M", "truncate -s 6144K {path}, or give size=2M"),
+        (",size=1M", "no multiple of that; give size=32M"),
     ],
 )
 def test_memory_that_cannot_be_accepted_by_units(options: str, why: str, mounted: Mounted) -> None:
@@ -113,3 +114,4 @@ def test_memory_that_is_too_small_for_the_kernel(mounted: Mounted) -> None:
     path = sized(mounted, "small", UNIT)
     done = kvmsim("boot", "--memory", path, "--kind", "tdx", "--timeout", "20")
     assert done.returncode not in (0, Exit.INTERNAL, Exit.TIMEOUT), done.stderr
+    assert "ReportFatalError> code 0x0: no private-capable RAM range with room" in done.stderr
