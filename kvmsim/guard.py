@@ -112,6 +112,9 @@ class Guard(Protocol):
         True: another flush must be requested and proven first, and this called again.
         """
 
+    def host_reaches(self, hpa: int, size: int) -> bool:
+        """Whether the host's own stage 2, if it has one, lets it get to these bytes."""
+
     def released(self, hpa: int, size: int) -> None:
         """These bytes go back to their owner: no guest of this host has them any more."""
 

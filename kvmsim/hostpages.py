@@ -82,11 +82,15 @@ class HostPin:
             raise _refused(errno.EFAULT, "not all of it is in hand", offset, length)
         if not self._access.held(self._running.vm.mmu):
             raise _refused(errno.EFAULT, "the pages were taken away", offset, length)
+        guard = self._running.guard
         for place in self._access.places:
             start = place.page << PAGE_SHIFT
             first, last = max(offset, start), min(end, start + place.npages * PAGE_SIZE)
             if first < last:
-                yield place.hpa + first - start, last - first
+                hpa = place.hpa + first - start
+                if guard is not None and not guard.host_reaches(hpa, last - first):
+                    raise _refused(errno.EFAULT, "the guest has not shared it", offset, length)
+                yield hpa, last - first
 
 
 class HostPages:

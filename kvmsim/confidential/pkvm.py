@@ -201,6 +201,14 @@ class PkvmGuard:
                     self._hyp.guest_unshare_host(self._handle, gfn)
                 self._hyp.guest_relinquish(self._handle, gfn)
 
+    def host_reaches(self, hpa: int, size: int) -> bool:
+        """What is the guest's alone left the host's stage 2 (handle_host_mem_abort())."""
+        pfn, end = hpa >> PAGE_SHIFT, -(-(hpa + size) // PAGE_SIZE)
+        with self._platform.lock:
+            if not self._hyp.vmemmap.is_memory(pfn, end - pfn):
+                return True
+            return bool(host_reaches(self._hyp, pfn, end - pfn).all())
+
     # --- vCPUs ----------------------------------------------------------------------------------
 
     def enter(self, vcpu: int) -> None:

@@ -359,6 +359,10 @@ class SnpGuard:
                     raise RuntimeError(f"RMPUPDATE of frame {pfn + done:#x}: {answer}")
             pfn, npages = pfn + done, npages - done
 
+    def host_reaches(self, hpa: int, size: int) -> bool:
+        """The host's mappings have all memory; what it gets of a guest's is another matter."""
+        return True
+
     # --- vCPUs ----------------------------------------------------------------------------------
 
     def enter(self, vcpu: int) -> None:
