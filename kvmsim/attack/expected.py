@@ -233,9 +233,8 @@ _TABLE: Final[dict[str, dict[str, Row]]] = {
     "convert": {
         "tdx": Row(_VE, *_PENDING),
         "snp": Row(_VC, *_UNVALIDATED),
-        "pkvm": Row(succeeds("the host's bytes"), "the types of the file change, the hypervisor's "
-                    "page states do not; the simulated host's reference does not ask them",
-                    "mem_protect.c, handle_host_mem_abort()", hardware=_SEGV),
+        "pkvm": Row(refused(Layer.EL2, "EFAULT"), "the type in the file changes, the hypervisor's "
+                    "page state does not: only the guest shares", _EL2_OWNER[1]),
         "sev": _NO_FILE,
         "sw-protected": Row(succeeds("the host's bytes"), "the type of an access is KVM's to say",
                             _NO_HARDWARE[1]),

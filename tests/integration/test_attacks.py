@@ -20,7 +20,7 @@ from kvmsim.cli.main import call
 pytest_plugins = ["guest_fixtures", "program_fixtures"]
 
 #: Cells where the simulation is weaker than hardware, and says so.
-WEAKER = {("convert", "pkvm"), ("punch-refill", "pkvm"), ("punch-part", "pkvm")}
+WEAKER = {("punch-refill", "pkvm"), ("punch-part", "pkvm")}
 #: What succeeds against a confidential guest on hardware too.
 OPEN = {("tampered-image", "pkvm")}
 #: A mount without the rule that keeps a confidential VM's file its own.
