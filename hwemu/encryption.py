@@ -167,7 +167,7 @@ class ShadowPages:
             return self._pool_hpa + known[0] * PAGE_SIZE
         if not self._free:
             raise PoolFullError(f"open: hpa {hpa:#x}: all {len(self._open)} pages are in use")
-        data = self._memory.read(hpa, PAGE_SIZE)
+        data = bytes(self._memory.read(hpa, PAGE_SIZE))
         if plain:
             self._memory.write(hpa, self._keys.encrypt(key_id, hpa, data))
         else:

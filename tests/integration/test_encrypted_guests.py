@@ -104,7 +104,8 @@ def boot(mounted: Mounted, image: bytes) -> Iterator[Boot]:
             ram.touch()
             os.truncate(ram, 16 * MIB)
             platform = Platform(host)
-            config = VmConfig((MemoryBackend(str(ram)),), technology=technology, encrypt=encrypt)
+            memory = MemoryBackend(str(ram), prealloc=True)  # so it is accepted by 2 MiB
+            config = VmConfig((memory,), technology=technology, encrypt=encrypt)
             console = Console()
             emulator = Emulator(host, config, console.output, platform=platform)
             closing = stack.enter_context(contextlib.ExitStack())
@@ -230,6 +231,22 @@ def test_without_encryption_the_tables_still_refuse(host: HostMemory, boot: Boot
     whole(guest)
     with pytest.raises(ValueError, match="gpa 0x4000000: no private memory"):
         guest.emulator.host_read(64 * MIB, 1)
+
+
+@pytest.mark.parametrize("technology", ENCRYPTED, ids=lambda t: t.kind)
+def test_a_guest_on_shadow_pages_lives_as_any(
+    host: HostMemory, boot: Boot, technology: Technology
+) -> None:
+    guest = boot(host, technology, Encrypt.BACKING)
+    assert guest.number("test 0x800000 64", "errors") == 0, "both vCPUs use the same pages"
+    assert guest.number("report 00ff10", "bytes") >= 1024
+    assert "00ff10" + "00" * 8 in guest.console.text, "what the module wrote is read"
+    assert guest.ask(f"convert {AT:#x} 1 shared").startswith("ok")
+    assert guest.ask(f"poke {AT:#x} 6 shared").startswith("ok")
+    assert guest.ask(f"convert {AT:#x} 1 private").startswith("ok")
+    assert guest.number(f"peek {AT:#x}", "value") == 0
+    assert guest.ask(f"poke {AT:#x} {WORD:#x}").startswith("ok")
+    assert guest.number(f"sum {AT:#x} 4", "sum") == WORD * (512 * 3 + 1) % (1 << 64)
 
 
 def test_shadow_pages_are_gone_when_a_punch_is_acknowledged(

@@ -191,6 +191,23 @@ def test_a_dropped_page_is_written_back_and_cleared(keys: KeyTable) -> None:
     assert bytes(backed.at(backed.shadow.open(MINE, HPA + P)))[:5] == b"guest"
 
 
+def test_a_page_may_be_opened_while_its_plaintext_is_in_place(keys: KeyTable) -> None:
+    backed = Backed(keys)
+    backed.file.write(HPA, PLAIN[:P])
+    assert bytes(backed.at(backed.shadow.open(MINE, HPA, plain=True))) == PLAIN[:P]
+    assert backed.file.data[:P] == keys.encrypt(MINE, HPA, PLAIN[:P])
+
+
+def test_a_pool_is_let_go_of_when_nothing_is_open(keys: KeyTable) -> None:
+    backed = Backed(keys)
+    backed.shadow.open(MINE, HPA)
+    with pytest.raises(EncryptionError, match="close: 1 shadow pages are open"):
+        backed.shadow.close()
+    backed.shadow.drop(HPA, 8)
+    backed.shadow.close()
+    backed.pool.clear()  # BufferError while anything refers to it
+
+
 def test_what_is_punched_needs_no_writing_back(keys: KeyTable) -> None:
     backed = Backed(keys)
     backed.at(backed.shadow.open(MINE, HPA))[:5] = b"guest"
