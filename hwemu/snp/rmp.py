@@ -242,9 +242,13 @@ class Rmp:
         low, high = max(pfn - self.start, 0), min(pfn + npages - self.start, self.frames)
         if low >= high:
             return np.zeros(0, np.int64)
-        at = self._counting(low, high)
-        mine = np.flatnonzero(self._assigned[at] & (self._asid[at] == asid))
-        return mine + low + self.start
+        low -= low % self.group  # where the entry of a large page lies
+        found = np.flatnonzero(self._asid[low:high] == asid) + low
+        found = found[self._assigned[found]]
+        large = found[self._large[found]]
+        behind = (large[:, None] + np.arange(1, self.group)).ravel()
+        found = np.concatenate((found, behind)) + self.start
+        return np.sort(found[(found >= pfn) & (found < pfn + npages)])
 
     # -- writing (for those who have asked the rules) ----------------------------------------------
 

@@ -207,6 +207,10 @@ def test_an_snp_guest_is_told_of_as_the_rmp_has_it() -> None:
     assert rmpupdate(rmp, start + 3, NewState(True, gpa=7 * PAGE, asid=5)).ok
     assert rmpupdate(rmp, start + 9, NewState(True, gpa=8 * PAGE, asid=6)).ok
     assert rmpupdate(rmp, 2 * LARGE, NewState(True, PageSize.SIZE_2M, False, 2 * MIB, 5)).ok
+    for first, npages in ((start, 4 * LARGE), (start + 3, 1), (2 * LARGE + 9, 700), (0, start)):
+        expected = [pfn for pfn in range(max(first, start), min(first + npages, start + 4 * LARGE))
+                    if rmp.entry(pfn).asid == 5]  # fmt: skip
+        assert rmp.pfns_of(5, first, npages).tolist() == expected
     known = FrameMap()
     known.set(8, 1, start + 9)
     tables = SnpTables(threading.Lock(), rmp, 5, known, ())
