@@ -80,11 +80,12 @@ def test_everything_that_is_claimed_holds(name: str, events: list[dict[str, Any]
     claims = [e for e in mine if e["event"] == "claim"]
     assert all(e["holds"] for e in claims)
     assert mine[-1]["held"]
-    assert mine[-1]["claims"] == len(claims) >= 22
+    assert mine[-1]["claims"] == len(claims) >= 24
     said = {e["text"] for e in claims}
     measured = SHOWN[name].evidence is not None
     assert ("the report says the same" in said) == measured
     assert ("it takes a new page, knowing of the loss" in said) == bool(SHOWN[name].refused)
+    assert f"it meets: {SHOWN[name].seen.value}" in said
     assert any(text.startswith("left over: ") for text in said)
 
 
@@ -108,6 +109,7 @@ def test_what_the_hardware_is_asked(events: list[dict[str, Any]]) -> None:
     assert flows["sw"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(SECONDS + 10)
 def test_eager_acceptance_for_a_person(environment: dict[str, str]) -> None:
     done = shown(environment, "snp", "--eager")

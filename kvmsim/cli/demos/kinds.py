@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
+from hwemu.encryptedaccess import Outcome
+
 _NEXT: Final = "The guest's next use finds another page."
 
 
@@ -38,6 +40,8 @@ class Shown:
     """How memory becomes the guest's."""
     refused: str
     """How a private page answers that the guest has not accepted, "" where none is accepted."""
+    seen: Outcome
+    """What the host's own software meets at a private page."""
     converted: str
     """What a conversion does."""
     keeps: bool
@@ -63,7 +67,7 @@ SHOWN: Final[Mapping[str, Shown]] = MappingProxyType({
             "TDH.MEM.PAGE.ADD", "TDH.MR.FINALIZE",
             "A page that KVM adds to a running TD is PENDING (TDH.MEM.PAGE.AUG): an access is a "
             "#VE until the guest takes the page by TDG.MEM.PAGE.ACCEPT, which clears it.",
-            "#VE virtualization, error 0x30",
+            "#VE virtualization, error 0x30", Outcome.ZEROS,
             "The guest calls TDVMCALL<MapGPA>; the VMM changes the attributes and frees the "
             "private pages: TDH.MEM.RANGE.BLOCK, TDH.MEM.TRACK, every vCPU leaves, "
             "TDH.MEM.PAGE.REMOVE. Of a leaf of 2 MiB the page is split off first (DEMOTE).",
@@ -82,7 +86,7 @@ SHOWN: Final[Mapping[str, Shown]] = MappingProxyType({
             "SNP_LAUNCH_UPDATE", "SNP_LAUNCH_FINISH",
             "A page that KVM assigns to a running guest (RMPUPDATE) is not validated: an access "
             "is a #VC until the guest executes PVALIDATE.",
-            "#VC VMM communication, error 0x404",
+            "#VC VMM communication, error 0x404", Outcome.CIPHERTEXT,
             "The guest rescinds its validation (PVALIDATE) and asks by its GHCB (page state "
             "change); the VMM changes the attributes and frees the private pages, which are the "
             "hypervisor's in the RMP before anyone else gets them.",
@@ -102,7 +106,7 @@ SHOWN: Final[Mapping[str, Shown]] = MappingProxyType({
             "host_donate_guest", None,
             "There is nothing to accept: a stage-2 fault of the guest makes the host donate the "
             "pages it has there.",
-            "",
+            "", Outcome.STAGE2_ABORT,
             "In place: the guest itself opens a page of its own to the host (MEM_SHARE), and the "
             "host then learns that the page is shared; MEM_UNSHARE closes it, contents and all.",
             keeps=True,
@@ -120,7 +124,7 @@ SHOWN: Final[Mapping[str, Shown]] = MappingProxyType({
             "its RAM with KVM_HC_MAP_GPA_RANGE and moves there.",
             "", None,
             "There is nothing to accept: a private access asks the owner of the file for a page.",
-            "",
+            "", Outcome.DONE,
             "The guest calls KVM_HC_MAP_GPA_RANGE; the VMM changes the attributes and frees the "
             "private pages, and the shared ones on the way back.",
             keeps=False,

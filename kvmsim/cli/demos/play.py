@@ -15,6 +15,7 @@ from typing import Any, Final
 from kvmsim.cli.demos.attest import attest
 from kvmsim.cli.demos.calls import Calls, watch
 from kvmsim.cli.demos.kinds import Shown
+from kvmsim.cli.demos.look import look
 from kvmsim.cli.demos.stage import Differs, Stage
 from kvmsim.cli.demos.talk import Talk, fields
 from kvmsim.cli.vms import make_vm
@@ -171,6 +172,7 @@ class Play:
         total = fields(self._ask(f"sum {_ACCEPTED:#x} {pages}"))["sum"]
         stage.claim(total == _SECRET * pages * _WORDS & _MASK, "it holds what is stored there",
                     hex(total))  # fmt: skip
+        look(stage, shown.seen, vm, _ACCEPTED, _SECRET.to_bytes(8, "little"))
 
     def _convert(self, vm: ConsoleVm, calls: Calls) -> None:
         stage, shown, page = self._stage, self._shown, _CONVERTED
