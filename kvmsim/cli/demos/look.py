@@ -23,7 +23,8 @@ def look(stage: Stage, wanted: Outcome, vm: ConsoleVm, gpa: int, word: bytes) ->
     for one in met:
         if one.data is not None:
             stage.shown(f"{one.data[:_SHOWN].hex(' ')} …")
-    stage.claim({one.outcome for one in met} == {wanted}, f"it meets: {wanted.value}", met[0].outcome)
+    outcomes = {one.outcome for one in met}
+    stage.claim(outcomes == {wanted}, f"it meets: {wanted.value}", outcomes)
     plain, data = word * (PAGE_SIZE // len(word)), [one.data for one in met]
     if wanted is Outcome.CIPHERTEXT:
         text = "of two pages with the same bytes it is different, and neither has them"
