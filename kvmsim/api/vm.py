@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Self
 
+from kvmsim.api.confidential import SnpLaunch, TdLaunch
 from kvmsim.api.memory import GuestMemfd, Memslot
 from kvmsim.api.transport import Memory, Transport
 from kvmsim.api.vcpu import Vcpu
@@ -52,6 +53,18 @@ class Vm:
     def shared_bit(self) -> int:
         """The gpa bit that selects the shared side for its guests; 0: no bit does."""
         return self._transport.shared_bit(self.type)
+
+    @property
+    def td(self) -> TdLaunch:
+        """The launch of a VM of type KVM_X86_TDX_VM."""
+        return TdLaunch(
+            self._transport, self.handle, self.shared_bit + 1 if self.shared_bit else 48
+        )
+
+    @property
+    def snp(self) -> SnpLaunch:
+        """The launch of a VM of type KVM_X86_SNP_VM."""
+        return SnpLaunch(self._transport, self.handle)
 
     def check_extension(self, cap: int) -> int:
         """What this VM offers of a KVM_CAP_*: 0 if it is missing. It may depend on the type."""
