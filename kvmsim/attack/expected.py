@@ -126,7 +126,7 @@ _TABLE: Final[dict[str, dict[str, Row]]] = {
                 "the file is another VM's", "guest_memfd.c, kvm_gmem_bind()")),
         **_same(_PLAIN, Row(succeeds("the guest's bytes"), "a file may have several users, as in "
                 "the v7 series; a guest_memfd has one VM (EINVAL)",
-                "v7 04/14, memfile_notifier; guest_memfd.c, kvm_gmem_bind()")),
+                "v7 03/14, memfile_notifier; guest_memfd.c, kvm_gmem_bind()")),
         "sev": _NO_FILE,
     },
     "read-frame": {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Final
 
 from hwemu.encryptedaccess import Actor
@@ -18,7 +19,7 @@ _FORGED: Final = FORGED.to_bytes(8, "little")
 MACHINE_CHECK: Final = noticed(Layer.MEMORY, "#MC")
 
 
-class FrameHost:
+class FrameHost(ABC):
     """Contents; who may map a frame is the technology's own."""
 
     def __init__(self, guest: LabGuest, platform: Platform) -> None:
@@ -55,9 +56,9 @@ class FrameHost:
         """A store of a device's."""
         return self._bus.write(self._owned(gpa), _FORGED, Actor.DEVICE)
 
+    @abstractmethod
     def _owned(self, gpa: int) -> int:
         """Where the page is; AttackError unless the hardware says that it is the guest's."""
-        raise NotImplementedError
 
     def _meets_poison(self, gpa: int) -> None:
         try:

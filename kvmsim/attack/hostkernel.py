@@ -14,7 +14,10 @@ from kvmsim.confidential.platform import Platform
 
 
 class HostKernel(Protocol):
-    """Deeds against the private page at ``gpa``, in which `SECRET` is. Each undoes itself."""
+    """Deeds against the private page at ``gpa``, in which `SECRET` is.
+
+    Other pages are as they were afterwards; a guest that has met a poisoned one has ended.
+    """
 
     def read(self, gpa: int) -> Outcome:
         """Read the frame through the host's own mapping."""
