@@ -10,7 +10,6 @@ the change takes away in between.
 from __future__ import annotations
 
 import errno
-from bisect import bisect_left, bisect_right, insort
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -33,6 +32,7 @@ from kvmsim.region import (
     error,
     refuse,
 )
+from kvmsim.sortedkeys import SortedKeys
 from kvmsim.uapi import (
     ABIS,
     KVM_MEM_GUEST_MEMFD,
@@ -133,7 +133,7 @@ class Memslots:
         """Changes so far (kvm_memslots.generation); no part of the state."""
         self._by_id: dict[int, Memslot] = {}
         self._by_base: dict[int, Memslot] = {}
-        self._bases: list[int] = []
+        self._bases: SortedKeys[int] = SortedKeys()
         self._by_file: dict[int, RangeIndex] = {}
         self._by_shared: dict[int, RangeIndex] = {}  # by id(), of what a slot keeps alive
 
@@ -150,21 +150,22 @@ class Memslots:
 
     def find(self, gfn: int) -> Memslot | None:
         """The slot that holds ``gfn`` (gfn_to_memslot())."""
-        index = bisect_right(self._bases, gfn) - 1
-        if index < 0:
+        base = self._bases.floor(gfn)
+        if base is None:
             return None
-        slot = self._by_base[self._bases[index]]
+        slot = self._by_base[base]
         return slot if gfn < slot.end_gfn else None
 
     def find_range(self, start: int, end: int) -> Iterator[tuple[Memslot, int, int]]:
         """The slots that meet gfns [start, end), each with the gfns clipped to it."""
-        index = max(bisect_right(self._bases, start) - 1, 0)
-        while index < len(self._bases) and self._bases[index] < end:
-            slot = self._by_base[self._bases[index]]
-            first, last = max(start, slot.base_gfn), min(end, slot.end_gfn)
+        before = self._bases.floor(start)
+        for base in self._bases.since(start if before is None else before):
+            if base >= end:
+                return
+            slot = self._by_base[base]
+            first, last = max(start, base), min(end, slot.end_gfn)
             if first < last:
                 yield slot, first, last
-            index += 1
 
     def find_file(self, file: int, start: int, end: int) -> Iterator[tuple[Memslot, int, int]]:
         """The slots bound to pages [start, end) of ``file``, each with its gfns, clipped.
@@ -292,13 +293,13 @@ class Memslots:
     def _insert(self, slot: Memslot) -> None:
         self._by_id[slot.id] = slot
         self._by_base[slot.base_gfn] = slot
-        insort(self._bases, slot.base_gfn)
+        self._bases.add(slot.base_gfn)
         for indexes, of, page in self._indexed(slot):
             indexes.setdefault(of, RangeIndex()).add(page, slot.npages, slot.id)
 
     def _remove(self, slot: Memslot) -> None:
         del self._by_id[slot.id], self._by_base[slot.base_gfn]
-        del self._bases[bisect_left(self._bases, slot.base_gfn)]
+        self._bases.remove(slot.base_gfn)
         for indexes, of, page in self._indexed(slot):
             indexes[of].remove(page, slot.npages, slot.id)
             if not indexes[of]:

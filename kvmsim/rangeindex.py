@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Iterator
 from typing import Self
+
+from kvmsim.sortedkeys import SortedKeys
 
 
 class RangeIndex:
@@ -18,7 +19,7 @@ class RangeIndex:
     __slots__ = ("_entries", "_longest")
 
     def __init__(self) -> None:
-        self._entries: list[tuple[int, int, int]] = []  # first page, slot id, pages
+        self._entries: SortedKeys[tuple[int, int, int]] = SortedKeys()  # first page, slot, pages
         self._longest = 0
 
     def __len__(self) -> int:
@@ -30,25 +31,25 @@ class RangeIndex:
 
     def add(self, first: int, npages: int, slot: int) -> None:
         """Slot ``slot`` has pages [first, first + npages)."""
-        insort(self._entries, (first, slot, npages))
+        self._entries.add((first, slot, npages))
         self._longest = max(self._longest, npages)
 
     def remove(self, first: int, npages: int, slot: int) -> None:
         """It has them no more."""
-        at = bisect_left(self._entries, (first, slot, npages))
-        if self._entries[at : at + 1] != [(first, slot, npages)]:
-            raise KeyError(f"pages [{first:#x}, {first + npages:#x}) of slot {slot}")
-        del self._entries[at]
+        try:
+            self._entries.remove((first, slot, npages))
+        except KeyError:
+            what = f"pages [{first:#x}, {first + npages:#x}) of slot {slot}"
+            raise KeyError(what) from None
 
     def meeting(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """The slots with any of pages [start, end): (slot, first page, page after the last)."""
-        at = bisect_left(self._entries, (start - self._longest + 1, -1, 0))
-        while at < len(self._entries) and self._entries[at][0] < end:
-            first, slot, npages = self._entries[at]
+        for first, slot, npages in self._entries.since((start - self._longest + 1, -1, 0)):
+            if first >= end:
+                return
             lower, upper = max(start, first), min(end, first + npages)
             if lower < upper:
                 yield slot, lower, upper
-            at += 1
 
     def copy(self) -> Self:
         """An independent twin."""

@@ -46,7 +46,7 @@ from kvmsim.inplace import (
 from kvmsim.invalidate import MmuInvalidate
 from kvmsim.kind import SHARED_BIT_KIND, VmKind
 from kvmsim.memoryuse import MemoryUse, memory_use
-from kvmsim.memslot import Memslots
+from kvmsim.memslot import Memslots, SlotChange
 from kvmsim.mmu import Backing, Mmu, SecondStage, Zapped
 from kvmsim.region import BadFd, PrivateFile, Region, SharedSide
 from kvmsim.statistics import VmStatistics
@@ -95,12 +95,16 @@ class Vm(Brackets):
         shared: SharedSide | None = None,
         file: PrivateFile | BadFd = BadFd.CLOSED,
         v1: bool = False,
+        planned: SlotChange | None = None,
     ) -> Invalidation:
-        """Check the change and zap what it takes away; KvmError if it is refused."""
+        """Check the change and zap what it takes away; KvmError if it is refused.
+
+        ``planned``: what :meth:`Memslots.plan` said of it, where no slot has changed since.
+        """
         self._require_unchanging("KVM_SET_USER_MEMORY_REGION2")
         if self.mmu.files is not None and isinstance(file, PrivateFile):
             file = replace(file, in_place=True)  # kvm_gmem_prepare_memory_region() of the series
-        change = self.mmu.slots.plan(region, shared=shared, file=file, v1=v1)
+        change = planned or self.mmu.slots.plan(region, shared=shared, file=file, v1=v1)
         if change.new is not None and isinstance(file, PrivateFile) and change.new.has_file:
             self.know(file)
         taken = change.taken
@@ -114,6 +118,7 @@ class Vm(Brackets):
         shared: SharedSide | None = None,
         file: PrivateFile | BadFd = BadFd.CLOSED,
         v1: bool = False,
+        planned: SlotChange | None = None,
     ) -> Zapped:
         """Create, delete, move or re-flag a slot (KVM_SET_USER_MEMORY_REGION2).
 
@@ -121,7 +126,11 @@ class Vm(Brackets):
         ``region.guest_memfd`` was resolved to. ``v1`` is the older ioctl. KvmError (EINVAL,
         EEXIST, EBADF) changes nothing.
         """
-        return self.end(self.begin_set_user_memory_region2(region, shared=shared, file=file, v1=v1))
+        return self.end(
+            self.begin_set_user_memory_region2(
+                region, shared=shared, file=file, v1=v1, planned=planned
+            )
+        )
 
     # --- attributes ----------------------------------------------------------------------
 

@@ -11,26 +11,26 @@ from __future__ import annotations
 
 import errno
 import logging
-from bisect import bisect_right, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from kvmsim.device.caller import Caller, HostPiece
 from kvmsim.hostmem import HostMemory
+from kvmsim.sortedkeys import SortedKeys
 from kvmsim.uapi import PAGE_SHIFT, KvmError
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(order=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Placed:
     """Host pages [start, end) at host-physical address ``hpa``, used by slots ``users``."""
 
     start: int
     end: int
-    hpa: int = field(compare=False)
-    writable: bool = field(compare=False)
-    users: set[int] = field(default_factory=set, compare=False)
+    hpa: int
+    writable: bool
+    users: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +50,15 @@ class HostSide:
 
     def __init__(self, host: HostMemory) -> None:
         self._host = host
-        self._placed: list[_Placed] = []
+        self._placed: dict[int, _Placed] = {}  # by first page
+        self._starts: SortedKeys[int] = SortedKeys()
 
     def hpa(self, page: int) -> int | None:
         """Host-physical address of a page; None: nothing is there, or not yet (lock held)."""
-        at = bisect_right(self._placed, page, key=lambda piece: piece.start) - 1
-        if at < 0 or page >= self._placed[at].end:
+        start = self._starts.floor(page)
+        if start is None or page >= self._placed[start].end:
             return None
-        piece = self._placed[at]
+        piece = self._placed[start]
         return piece.hpa + (page - piece.start << PAGE_SHIFT)
 
     def place(
@@ -114,7 +115,8 @@ class HostSide:
     def add(self, slot: int, start: int, end: int, made: list[_Placed]) -> None:
         """Let slot ``slot`` use pages [start, end): new pieces and old (lock held)."""
         for piece in made:
-            insort(self._placed, piece, key=lambda placed: placed.start)
+            self._placed[piece.start] = piece
+            self._starts.add(piece.start)
         for piece in self._over(start, end):
             piece.users.add(slot)
 
@@ -148,15 +150,17 @@ class HostSide:
 
     def close(self) -> None:
         """Unmap everything; the VM's engines are closed."""
-        pieces, self._placed = self._placed, []
-        self.discard(pieces)
+        pieces, self._placed, self._starts = self._placed, {}, SortedKeys()
+        self.discard(list(pieces.values()))
 
     def _over(self, start: int, end: int) -> Iterator[_Placed]:
-        at = max(bisect_right(self._placed, start, key=lambda piece: piece.start) - 1, 0)
-        while at < len(self._placed) and self._placed[at].start < end:
-            if self._placed[at].end > start:
-                yield self._placed[at]
-            at += 1
+        before = self._starts.floor(start)
+        for first in self._starts.since(start if before is None else before):
+            if first >= end:
+                return
+            piece = self._placed[first]
+            if piece.end > start:
+                yield piece
 
     def _gaps(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         for piece in self._over(start, end):
@@ -167,10 +171,8 @@ class HostSide:
             yield start, end
 
     def _drop(self, start: int, end: int, unused: Callable[[_Placed], bool]) -> Dropped:
-        over = list(self._over(start, end))
-        gone = [piece for piece in over if unused(piece)]
-        if gone:
-            first = bisect_right(self._placed, over[0].start - 1, key=lambda piece: piece.start)
-            kept = [piece for piece in over if piece not in gone]
-            self._placed[first : first + len(over)] = kept
+        gone = [piece for piece in self._over(start, end) if unused(piece)]
+        for piece in gone:
+            del self._placed[piece.start]
+            self._starts.remove(piece.start)
         return Dropped(tuple((piece.hpa, piece.end - piece.start << PAGE_SHIFT) for piece in gone))

@@ -24,6 +24,7 @@ from kvmsim.device.hostside import Dropped, HostSide
 from kvmsim.device.prefaulting import PreFaulting
 from kvmsim.device.results import Begun, FdKind, NewFd
 from kvmsim.device.table import Call
+from kvmsim.memslot import SlotChange
 from kvmsim.mmu import Zapped
 from kvmsim.prefault import PreFault
 from kvmsim.region import BadFd, PrivateFile, Region
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 # Stands for any private file while everything else of a region is looked at.
+_Plan = tuple[SlotChange, int]  # and the generation of the slots that it was made for
 _ANY_FILE: Final = PrivateFile(-1, U64)
 
 
@@ -104,15 +106,31 @@ class VmMemory:
                 expected = slots.plan(
                     region, shared=self.side, file=_ANY_FILE if private else BadFd.CLOSED, v1=v1
                 )
+                generation = slots.generation
             file: PrivateFile | BadFd = BadFd.CLOSED
             if private:
                 file = self._resolve(call.caller, region.guest_memfd)
             if expected.old is None:
-                self._create(call, region, file, v1=v1)
+                plan = None if private else (expected, generation)
+                self._create(call, region, file, v1=v1, plan=plan)
             else:
-                self._change(region, v1=v1)
+                self._change(region, v1=v1, plan=(expected, generation))
 
-    def _create(self, call: Call, region: Region, file: PrivateFile | BadFd, *, v1: bool) -> None:
+    def _still(self, plan: _Plan | None) -> SlotChange | None:
+        """What was planned, if no slot has changed since: one loses its file at any time."""
+        if plan is None or plan[1] != self._running.vm.mmu.slots.generation:
+            return None
+        return plan[0]
+
+    def _create(
+        self,
+        call: Call,
+        region: Region,
+        file: PrivateFile | BadFd,
+        *,
+        v1: bool,
+        plan: _Plan | None,
+    ) -> None:
         vm = self._running.vm
         first = region.userspace_addr >> PAGE_SHIFT
         last = first + (region.memory_size >> PAGE_SHIFT)
@@ -127,7 +145,9 @@ class VmMemory:
         try:
             with self._running.lock:
                 self.side.check(call.name, first, last, writable=writable)
-                vm.set_user_memory_region2(region, shared=self.side, file=file, v1=v1)
+                vm.set_user_memory_region2(
+                    region, shared=self.side, file=file, v1=v1, planned=self._still(plan)
+                )
                 self.side.add(region.slot, first, last, made)
                 made = []
                 self._log.follow(region.slot, vm.mmu.slots.get(region.slot))
@@ -146,13 +166,15 @@ class VmMemory:
                 self._change(Region(region.slot, 0, 0, 0), v1=True)
                 raise MemoryError(str(error)) from error
 
-    def _change(self, region: Region, *, v1: bool) -> None:
+    def _change(self, region: Region, *, v1: bool, plan: _Plan | None = None) -> None:
         """Delete, move or re-flag a slot that is there."""
         dropped = Dropped()
         with self._running.lock:
             old = self._running.vm.mmu.slots.get(region.slot)
             assert old is not None
-            zapped = self._running.vm.set_user_memory_region2(region, shared=self.side, v1=v1)
+            zapped = self._running.vm.set_user_memory_region2(
+                region, shared=self.side, v1=v1, planned=self._still(plan)
+            )
             slots = self._running.vm.mmu.slots
             new = slots.get(region.slot)
             if self._log.follow(region.slot, new) and new is not None:

@@ -35,7 +35,7 @@ SANS_IO = {
     "kvmsim.invalidate", "kvmsim.fault", "kvmsim.exits", "kvmsim.vm", "kvmsim.kind",
     "kvmsim.effect", "kvmsim.level", "kvmsim.poison", "kvmsim.change", "kvmsim.memoryuse",
     "kvmsim.prefault", "kvmsim.statistics", "kvmsim.inplace", "kvmsim.hostaccess",
-    "kvmsim.gpc", "kvmsim.pvclock", "kvmsim.rangeindex", "kvmsim.rangelist",
+    "kvmsim.gpc", "kvmsim.pvclock", "kvmsim.rangeindex", "kvmsim.rangelist", "kvmsim.sortedkeys",
     "kvmsim.bracket", "kvmsim.migration", "kvmsim.script", "kvmsim.scriptvalues",
     "kvmsim.report", "kvmsim.trace", "kvmsim.vmm.prealloc",
     "kvmsim.vmm.convert", "kvmsim.vmm.bootparams", "kvmsim.vmm.elf", "kvmsim.vmm.loader",
