@@ -294,14 +294,15 @@ class Emulator:
         ValueError if none is there now. No lock may be held, here and in `host_write`.
         """
         with self.running.lock:
-            hpa = hpa_of(self.running, gpa)
-        return HostView(self._platform).read(hpa, size)
+            return HostView(self._platform).read(hpa_of(self.running, gpa, size), size)
 
     def host_write(self, gpa: int, data: bytes) -> Met:
         """What comes of a store of the host's own software there."""
+        view = HostView(self._platform)
         with self.running.lock:
-            hpa = hpa_of(self.running, gpa)
-        return HostView(self._platform).write(hpa, data)
+            met, poisoned = view.store(hpa_of(self.running, gpa, len(data)), data)
+        view.settle(poisoned)
+        return met
 
     def allocated(self) -> dict[int, Allocated]:
         """What each slot holds, in pages, by its id: asks the owners, so from a thread that may

@@ -26,7 +26,7 @@ class _Part(NamedTuple):
 
 
 class HostView:
-    """The memory of one host. Called with no lock held; a write that poisons waits for vCPUs."""
+    """The memory of one host. Pages of a file must be there: no owner hears of a touch."""
 
     def __init__(self, platform: Platform) -> None:
         self._platform = platform
@@ -51,8 +51,19 @@ class HostView:
         return Met(outcome, bytes(data))
 
     def write(self, hpa: int, data: bytes, actor: Actor = Actor.HOST) -> Met:
-        """Store what may be stored; if part of it is refused nothing is."""
-        outcome, poisoned = Outcome.DONE, []
+        """Store what may be stored; if part of it is refused nothing is.
+
+        No lock is held: where a page is poisoned it waits for its guest's vCPUs.
+        """
+        met, poisoned = self.store(hpa, data, actor)
+        self.settle(poisoned)
+        return met
+
+    def store(
+        self, hpa: int, data: bytes, actor: Actor = Actor.HOST
+    ) -> tuple[Met, list[tuple[RunningVm, int, int]]]:
+        """The same without the wait, also under a VM's lock; what is left is for `settle`."""
+        outcome, poisoned = Outcome.DONE, list[tuple[RunningVm, int, int]]()
         with self._platform.lock:
             parts = list(self._parts(hpa, len(data)))
             for part in parts:
@@ -60,16 +71,19 @@ class HostView:
                     continue
                 found = RULES[part.technology, actor, Operation.WRITE].outcome
                 if found not in (Outcome.POISONS, Outcome.GARBLES):
-                    return Met(found)
+                    return Met(found), poisoned
                 outcome = found
             for part in parts:
                 piece = data[part.hpa - hpa :][: part.size]
                 guest = self._write(part, piece, actor)
                 if guest is not None:
-                    poisoned.append((guest.running, part))
-        for running, part in poisoned:
-            take_leaves(running, part.hpa, part.size)
-        return Met(outcome)
+                    poisoned.append((guest.running, part.hpa, part.size))
+        return Met(outcome), poisoned
+
+    def settle(self, poisoned: list[tuple[RunningVm, int, int]]) -> None:
+        """Have guests find out at their next access (no lock held)."""
+        for running, hpa, size in poisoned:
+            take_leaves(running, hpa, size)
 
     def _read(self, part: _Part, actor: Actor) -> Met:
         if part.technology is None:
@@ -101,10 +115,10 @@ class HostView:
             at = upto
 
 
-def hpa_of(running: RunningVm, gpa: int) -> int:
-    """Where the private page at ``gpa`` lies in the host's memory; ValueError if nothing does.
+def hpa_of(running: RunningVm, gpa: int, size: int = 1) -> int:
+    """Where private memory at ``gpa`` lies; ValueError unless all ``size`` bytes are there.
 
-    VM's lock held.
+    VM's lock held; while it is, nobody takes them away.
     """
     gfn = gpa >> PAGE_SHIFT
     slot = running.vm.mmu.slots.find(gfn)
@@ -112,8 +126,12 @@ def hpa_of(running: RunningVm, gpa: int) -> int:
         page = slot.private_page(gfn)
         for file, start, end, hpa in running.private.pieces():
             if file == slot.file and start <= page < end:
-                return hpa + (page - start << PAGE_SHIFT) + gpa % PAGE_SIZE
-    raise ValueError(f"gpa {gpa:#x}: no private memory of a file is there now")
+                found = hpa + (page - start << PAGE_SHIFT)
+                npages = -(-(gpa % PAGE_SIZE + size) // PAGE_SIZE)
+                inside = gfn + npages <= slot.end_gfn and page + npages <= end
+                if inside and running.host.resident(found, npages * PAGE_SIZE) == [(0, npages)]:
+                    return found + gpa % PAGE_SIZE
+    raise ValueError(f"gpa {gpa:#x}+{size:#x}: no private memory of a file is there now")
 
 
 def take_leaves(running: RunningVm, hpa: int, size: int) -> None:
