@@ -21,6 +21,7 @@ from kvmsim.migration import UNMOVABLE, Migration, Migrations
 from kvmsim.ownerview import OwnerView
 from kvmsim.region import PrivateFile
 from kvmsim.uapi import PAGE_SIZE
+from kvmsim.whichfile import WhichFile, which_file
 from privfs.notifier.lane import Lane, LinkError, find_socket
 from privfs.notifier.user import ExtentArrived, Granted, User, Zap
 from privfs.notifier.wire import MAX_PAGES, Reason
@@ -251,9 +252,7 @@ class Session:
 class PrivateMemory:
     """All private files of one VM; the ``Backing`` of its fault path."""
 
-    def __init__(
-        self, guest: Guest, host: HostMemory, label: str, *, movable: bool = True
-    ) -> None:
+    def __init__(self, guest: Guest, host: HostMemory, label: str, *, movable: bool = True) -> None:
         self._guest = guest
         self._host = host
         self._label = label
@@ -271,13 +270,13 @@ class PrivateMemory:
         finally:
             os.close(fd)
 
-    def open_fd(self, fd: int, status: os.stat_result | None = None) -> PrivateFile:
+    def open_fd(self, fd: int, status: WhichFile | None = None) -> PrivateFile:
         """Become a user of the private file behind ``fd``, which stays the caller's.
 
-        Again for another slot is one request to the mount, for ``status`` (fstat(2)). LinkError if
-        it lies on no privfs mount, or the owner refuses it.
+        Again for another slot asks nobody. ``status`` is what :func:`which_file` says of it.
+        LinkError if it lies on no privfs mount, or the owner refuses it.
         """
-        status = os.fstat(fd) if status is None else status
+        status = which_file(fd) if status is None else status
         session = self._mounts.get(status.st_dev)
         if session is not None and session.lane.alive and status.st_ino in session.files:
             return PrivateFile(session.file_id(status.st_ino), status.st_size // PAGE_SIZE)

@@ -32,6 +32,7 @@ from kvmsim.device.results import (
     Value,
 )
 from kvmsim.uapi import PAGE_SIZE
+from kvmsim.whichfile import which_file
 
 if TYPE_CHECKING:
     from kvmsim.device.gmemfile import GmemFile
@@ -144,7 +145,7 @@ class LocalCaller:
         if number in self.objects:
             return self.objects[number]
         try:
-            status = os.fstat(number)
+            status = which_file(number)
         except OSError as error:  # of a mount that is dead, say
             return NotOurs.CLOSED if error.errno == errno.EBADF else NotOurs.OTHER
         regular = stat.S_ISREG(status.st_mode)

@@ -47,6 +47,7 @@ from kvmsim.uapi import (
     KvmError,
     structs,
 )
+from kvmsim.whichfile import which_file
 from privfs.notifier.lane import LinkError
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ class VmMemory:
         if not isinstance(found, PrivateFd):
             return BadFd.NOT_PRIVATE
         try:
-            status = os.fstat(found.fd)
+            status = which_file(found.fd)
             if self._owners.get((status.st_dev, status.st_ino), self._vm) is not self._vm:
                 return BadFd.OTHER_VM
             file = self._running.private.open_fd(found.fd, status)
