@@ -436,10 +436,13 @@ class SnpGuard:
         return Answer(changed, Zapped(((start, npages),), leaves))
 
     def _refused(self, fault: GuestFault, gpa: int, pfn: int) -> Verdict:
-        """sev_handle_rmp_fault(): a part of a large page, so it is broken."""
+        """sev_handle_rmp_fault(): a part of a large page, so it is broken, its leaf zapped."""
         if isinstance(fault, NestedPageFault) and fault.error & NpfError.SIZEM:
-            psmash(self._rmp, self._rmp.page(pfn))
-            return Again()
+            page = self._rmp.page(pfn)
+            psmash(self._rmp, page)
+            start = (gpa & -PAGE_SIZE) - (pfn - page << PAGE_SHIFT)
+            leaves = self._running.stage2.zap(start, _LARGE)
+            return Again(Zapped(((start, _LARGE),), leaves))
         verdict = self._fault(fault, gpa & ~self._c_bit)
         if verdict is not None:
             return verdict
@@ -497,7 +500,10 @@ class SnpGuard:
         """The RMP."""
         with self._platform.lock:
             own = {hpa >> PAGE_SHIFT for hpa in (*self._vmsas.values(), self._context) if hpa}
-        return SnpTables(self._platform.lock, self._rmp, self.asid, self._frames, own)
+        return SnpTables(
+            self._platform.lock, self._rmp, self.asid, self._frames, own,
+            shadowed=self._encrypt is Encrypt.BACKING,
+        )  # fmt: skip
 
     def residue(self) -> dict[str, int]:
         """Frames that the RMP still has for the guest, and what the AMD-SP has."""

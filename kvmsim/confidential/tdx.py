@@ -502,7 +502,8 @@ class TdxGuard:
 
     def tables(self) -> TdxTables:
         """S-EPT and PAMT."""
-        return TdxTables(self._platform.lock, self._module, self._tdr)
+        shadowed = self._encrypt is Encrypt.BACKING
+        return TdxTables(self._platform.lock, self._module, self._tdr, shadowed=shadowed)
 
     def residue(self) -> dict[str, int]:
         """What the module still knows of the TD."""

@@ -95,6 +95,10 @@ class Tables(Protocol):
     def frame_words(self) -> Vocabulary:
         """What those of frames are called."""
 
+    @property
+    def shadowed(self) -> bool:
+        """Whether leaves lead to plaintext elsewhere, and frames hold ciphertext."""
+
     def prepare(self) -> None:
         """Find by itself what takes long, in pieces; then pages are asked for."""
 
@@ -114,7 +118,7 @@ class Columns:
 
     ``private`` is the attribute; ``page`` whether the owner holds one; ``shared`` the leaves of
     the shared side, empty where the second stage has no sides (``sided``); ``whole``: one file
-    serves both types.
+    serves both types; ``shadowed``: leaves lead to plaintext beside the frames.
     """
 
     first: int
@@ -127,6 +131,7 @@ class Columns:
     typed: bool = True
     sided: bool = True
     whole: bool = False
+    shadowed: bool = False
     odd: Words = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __len__(self) -> int:

@@ -49,7 +49,8 @@ def vm_tables(running: RunningVm, table: str, start: int, end: int) -> dict[str,
     From a thread that may wait. KvmError(EINVAL) if the VM has no such table or the range is
     empty, LinkError if an owner does not answer.
     """
-    tables = running.guard.tables() if isinstance(running.guard, _Telling) else None
+    guard: object = running.guard
+    tables = guard.tables() if isinstance(guard, _Telling) else None
     words = PLAIN if tables is None else tables.words
     known = (*COMMON, *words.tables)
     if table not in known:
@@ -149,4 +150,5 @@ def _chunk(
     return Columns(
         start, slot.id, private, np.zeros(npages, np.bool_), leaf, shared, entry,
         typed=slot.file is not None, sided=sided, whole=slot.whole,
+        shadowed=tables is not None and tables.shadowed,
     )  # fmt: skip

@@ -106,7 +106,7 @@ def _forbidden(columns: Columns, words: Vocabulary) -> Bools:
 def _elsewhere(columns: Columns, words: Vocabulary) -> Bools:
     both = (columns.leaf.hpa >= 0) & (columns.entry.hpa >= 0)
     found: Bools = both & (columns.leaf.hpa != columns.entry.hpa)
-    return found
+    return np.zeros(len(columns), np.bool_) if columns.shadowed else found
 
 
 def _too_large(columns: Columns, words: Vocabulary) -> Bools:

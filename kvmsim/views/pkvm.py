@@ -42,6 +42,11 @@ class PkvmTables:
         return WORDS
 
     @property
+    def shadowed(self) -> bool:
+        """Whether leaves lead to shadow pages."""
+        return False
+
+    @property
     def frame_words(self) -> Vocabulary:
         """The same."""
         return WORDS

@@ -40,8 +40,16 @@ class SnpTables:
     """The entries of one ASID. ``own`` are frames of the guest's beside its memory."""
 
     def __init__(
-        self, lock: Lock, rmp: Rmp, asid: int, frames: FrameMap, own: Collection[int]
+        self,
+        lock: Lock,
+        rmp: Rmp,
+        asid: int,
+        frames: FrameMap,
+        own: Collection[int],
+        *,
+        shadowed: bool = False,
     ) -> None:
+        self._shadowed = shadowed
         self._lock, self._rmp, self._asid, self._frames = lock, rmp, asid, frames
         self._own = frozenset(own)
         self._pfns = self._gfns = np.zeros(0, np.int64)  # of the search, by gfn
@@ -50,6 +58,11 @@ class SnpTables:
     def words(self) -> Vocabulary:
         """States of the firmware ABI."""
         return WORDS
+
+    @property
+    def shadowed(self) -> bool:
+        """Whether leaves lead to shadow pages."""
+        return self._shadowed
 
     @property
     def frame_words(self) -> Vocabulary:
@@ -80,7 +93,8 @@ class SnpTables:
         with self._lock:
             known = self._frames.columns(gfn, npages)
             pfns = np.where(known >= 0, known, pfns)
-            pfns = np.where(leaves.hpa >= 0, leaves.hpa >> PAGE_SHIFT, pfns)
+            if not self._shadowed:
+                pfns = np.where(leaves.hpa >= 0, leaves.hpa >> PAGE_SHIFT, pfns)
             found = self._rmp.columns(pfns)
         there = pfns >= 0
         ours = there & (found.asid == self._asid) & (found.gfn == gfns)

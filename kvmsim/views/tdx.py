@@ -42,13 +42,19 @@ _TYPES: Final = Vocabulary("TDX", "PAMT", (), tuple(
 class TdxTables:
     """The tables of the TD whose TDR is at ``tdr``; ``lock`` is held over every copy."""
 
-    def __init__(self, lock: Lock, module: TdxModule, tdr: int) -> None:
+    def __init__(self, lock: Lock, module: TdxModule, tdr: int, *, shadowed: bool = False) -> None:
         self._lock, self._module, self._tdr = lock, module, tdr
+        self._shadowed = shadowed
 
     @property
     def words(self) -> Vocabulary:
         """S-EPT states."""
         return WORDS
+
+    @property
+    def shadowed(self) -> bool:
+        """Whether leaves lead to shadow pages."""
+        return self._shadowed
 
     @property
     def frame_words(self) -> Vocabulary:

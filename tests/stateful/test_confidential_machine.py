@@ -139,7 +139,7 @@ class Guest:
         grant = PageGrant(3, need.start, need.end, 0, 1, writable=True)
         return not isinstance(fault.page_arrived(self.mmu, grant), Installed)
 
-    def accept(self, gfn: int, *, large: bool, take: bool) -> None:
+    def accept(self, gfn: int, *, large: bool, take: bool, tries: int = 6) -> None:
         """TDG.MEM.PAGE.ACCEPT or PVALIDATE, tried until it is answered."""
         if large:
             gfn &= -LARGE
@@ -147,7 +147,7 @@ class Guest:
         if self.kind.name == "snp":
             regs = Regs(rip=0, rax=gfn * PAGE | self.private_bit, rcx=large, rdx=take)
             name = "pvalidate"
-        for _ in range(6):
+        for _ in range(tries):
             self.guard.enter(0)
             verdict = self.guard.instruction(0, InterceptExit(name, 4), regs)
             self.guard.leave(0)
@@ -250,6 +250,7 @@ class ConfidentialMachine(RuleBasedStateMachine):
         self.guests[guest].take_back(block * LARGE, (block + 1) * LARGE)
         self.guests[guest].convert(block * LARGE, (block + 1) * LARGE, private=True)
         self.guests[guest].accept(block * LARGE, large=True, take=True)
+        self.guests[guest].access(block * LARGE + 3)
 
     @invariant()
     def holds(self) -> None:
@@ -277,6 +278,25 @@ TestTdx = ConfidentialMachine.TestCase
 TestTdx.settings = _SETTINGS
 TestSnp = SnpMachine.TestCase
 TestSnp.settings = _SETTINGS
+
+
+def test_a_page_of_a_large_one_is_given_up() -> None:
+    """PSMASH leaves the second stage no leaf that is larger than the RMP's entries."""
+    host = HostMemory("none")
+    platform = Platform(host)
+    guest = Guest("snp", platform, host)
+    guest.accept(LARGE, large=True, take=True)
+    guest.access(LARGE + 3)
+    assert guest.columns().leaf.level[LARGE + 3] == 2
+    for tries in (1, 2):  # it is broken, then the page is given up
+        guest.accept(LARGE + 9, large=False, take=False, tries=tries)
+        check(platform, [guest])
+    guest.access(LARGE + 3)
+    assert guest.columns().leaf.level[LARGE + 3] == 1
+    check(platform, [guest])
+    guest.guard.close()
+    guest.guard.released(guest.store.base, GFNS * PAGE)
+    host.close()
 
 
 @pytest.mark.parametrize(("kind", "step"), [("tdx", "drained"), ("snp", "released")])
