@@ -10,14 +10,15 @@ from __future__ import annotations
 import errno
 import importlib
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from dataclasses import dataclass
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from kvmsim.confidential.kinds import make_guard
 from kvmsim.device.pending import Call as PendingCall
 from kvmsim.device.results import Begun, Failure, Result
 from kvmsim.device.serial import Serial
-from kvmsim.device.table import Answer, Call, answered
+from kvmsim.device.table import Answer, Call, Level, answered
 
 if TYPE_CHECKING:
     from kvmsim.device.vcpu import VcpuDevice
@@ -47,6 +48,22 @@ class Launch(Protocol):
 
     def protected(self, vcpu: VcpuDevice) -> bool:
         """Whether nobody sees its registers (vcpu->arch.guest_state_protected)."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandRow:
+    """One command of KVM_MEMORY_ENCRYPT_OP; ``what`` and ``errors`` are for people."""
+
+    name: str
+    level: Level
+    handler: Callable[..., Any]
+    what: str
+    errors: str
+
+
+def commands(numbers: ModuleType, *rows: CommandRow) -> Mapping[int, CommandRow]:
+    """Rows by id, which ``numbers`` has under their names."""
+    return MappingProxyType({getattr(numbers, row.name): row for row in rows})
 
 
 class Turns:

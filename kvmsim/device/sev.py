@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
@@ -20,11 +20,11 @@ from kvmsim.confidential.base import Confidential
 from kvmsim.confidential.snp import SnpGuard
 from kvmsim.device import vmsa
 from kvmsim.device.caller import Caller, Efault
-from kvmsim.device.launch import Turns
+from kvmsim.device.launch import CommandRow, Turns, commands
 from kvmsim.device.loading import Loading
 from kvmsim.device.pending import Outcome
 from kvmsim.device.results import Failure, Value
-from kvmsim.device.table import Answer, Call
+from kvmsim.device.table import Answer, Call, Level
 from kvmsim.guard import GuardRefusal
 from kvmsim.populate import Populate
 from kvmsim.uapi import ENC_REGION, KVM_MEMORY_ENCRYPT_REG_REGION, PAGE_SHIFT, PAGE_SIZE, U64, sev
@@ -67,7 +67,7 @@ class Command:
 
     def refused(self, number: int, reason: str) -> Exception:
         """What to raise."""
-        name = _NAMES.get(self.id, self.call.name)
+        name = COMMANDS[self.id].name if self.id in COMMANDS else self.call.name
         return replace(self.call, name=name).refused(number, reason)
 
     def tell(self) -> None:
@@ -111,11 +111,11 @@ class SevLaunch:
             raise command.refused(errno.EINVAL, "VMs of this type begin with KVM_SEV_INIT2")
         if command.id in _OLD:
             raise command.refused(errno.ENOTTY, f"command {command.id}: it is no SEV guest")
-        handler = _COMMANDS.get(command.id)
-        if handler is None:
+        row = COMMANDS.get(command.id)
+        if row is None:
             raise command.refused(errno.EINVAL, f"no command {command.id}")
         try:
-            begun = handler(self, command)
+            begun: Answer = row.handler(self, command)
         except BaseException:
             command.tell()
             raise
@@ -193,7 +193,7 @@ class SevLaunch:
             if type is PageType.CPUID and self._guard.rejected:
                 caller.write(source, self._guard.rejected)  # what would have been accepted
             command.tell()
-            return Failure(errno.EIO, f"{_NAMES[command.id]}: {failure.reason}")
+            return Failure(errno.EIO, f"{COMMANDS[command.id].name}: {failure.reason}")
 
         self._vm.pin()
         pending = Loading(self._populate, self._guard, npages, page, finish).begin()
@@ -320,18 +320,21 @@ class _Refusing:
             raise self._command.refused(error.errno, error.reason) from error
 
 
-_COMMANDS: Final[Mapping[int, Callable[[SevLaunch, Command], Answer]]] = MappingProxyType(
-    {
-        sev.KVM_SEV_INIT2: SevLaunch._init2,
-        sev.KVM_SEV_SNP_LAUNCH_START: SevLaunch._launch_start,
-        sev.KVM_SEV_SNP_LAUNCH_UPDATE: SevLaunch._launch_update,
-        sev.KVM_SEV_SNP_LAUNCH_FINISH: SevLaunch._launch_finish,
-    }
-)
-_NAMES: Final[Mapping[int, str]] = MappingProxyType(
-    {
-        number: name
-        for name, number in vars(sev).items()
-        if name.startswith("KVM_SEV_") and number in _COMMANDS
-    }
-)
+COMMANDS: Final = commands(
+    sev,
+    CommandRow("KVM_SEV_INIT2", Level.VM, SevLaunch._init2,
+               "no VMSA feature can be chosen; GHCB version 2",
+               "EINVAL: there are vCPUs, flags, features, version 1; EPERM: twice"),
+    CommandRow("KVM_SEV_SNP_LAUNCH_START", Level.VM, SevLaunch._launch_start, "all",
+               "ENOTTY: before KVM_SEV_INIT2; EINVAL: twice, flags, policy; EBUSY: every ASID is a "
+               "guest's; EIO: the AMD-SP refuses, error says why"),
+    CommandRow("KVM_SEV_SNP_LAUNCH_UPDATE", Level.VM, SevLaunch._launch_update,
+               "all page types; with any progress it succeeds, and tells what is left",
+               "EINVAL: before KVM_SEV_SNP_LAUNCH_START, len, flags, type, no guest_memfd; EIO: "
+               "not private, assigned before, nothing at uaddr, the AMD-SP refuses"),
+    CommandRow("KVM_SEV_SNP_LAUNCH_FINISH", Level.VM, SevLaunch._launch_finish,
+               "measures the vCPUs in the order of their making; an ID block is compared, its "
+               "signatures are not checked",
+               "ENOTTY, EINVAL: before the others, flags, no address; EIO: the AMD-SP refuses"),
+)  # fmt: skip
+"""By id."""

@@ -10,23 +10,10 @@ topmost of them SHARED, so 40 is what CPUID 0x80000008 EAX[23:16] must say, wher
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from hwemu.cpu.api import (
-    CR0_ET,
-    CR0_NE,
-    CR0_PE,
-    EFER_LME,
-    EFER_NXE,
-    DescriptorTable,
-    Regs,
-    Segment,
-    Sregs,
-)
 from hwemu.cpu.cpuid import DEFAULT
 from hwemu.tdx import TdxError
 from hwemu.tdx.td import XFAM_FIXED1, TdParams
@@ -34,11 +21,12 @@ from kvmsim.confidential.base import Confidential
 from kvmsim.confidential.tdx import TdxGuard
 from kvmsim.device import cpuid
 from kvmsim.device.capabilities import MAX_VCPUS
-from kvmsim.device.launch import Turns
+from kvmsim.device.launch import CommandRow, Turns, commands
 from kvmsim.device.loading import Loading
 from kvmsim.device.pending import Outcome
 from kvmsim.device.results import Begun, Failure, Value
-from kvmsim.device.table import Answer, Call
+from kvmsim.device.table import Answer, Call, Level
+from kvmsim.device.tdreset import reset_state
 from kvmsim.guard import GuardRefusal
 from kvmsim.kind import ADDRESS_BITS
 from kvmsim.populate import Populate
@@ -61,27 +49,7 @@ _PROCESSOR: Final = tuple(
     for function, leaf in sorted(DEFAULT.items())
     if function & 0xC000_0000 != 0x4000_0000  # a hypervisor's
 )
-_CR4_MCE: Final = 1 << 6
-_FLAT_CODE, _FLAT_DATA = 0xC9B, 0xC93
 _MASK64: Final = U64 - 1
-
-
-def reset_state(index: int, rcx: int) -> tuple[Regs, Sregs]:
-    """How a vCPU of a TD starts: 32-bit protected mode, flat, at the reset vector.
-
-    TDX module base specification, "Initial State of TD VCPUs": RBX has the width of guest-physical
-    addresses, RCX and R8 what KVM_TDX_INIT_VCPU said, RDX the processor's family, RSI the vCPU's
-    index; EFER.LME is set, and no WRMSR is needed to enter 64-bit mode.
-    """
-    data = Segment(0, 0, 0xFFFF_FFFF, _FLAT_DATA)
-    regs = Regs(rip=0xFFFF_FFF0, rbx=ADDRESS_BITS, rcx=rcx, r8=rcx,
-                rdx=DEFAULT[1][0], rsi=index)  # fmt: skip
-    sregs = Sregs(
-        cs=Segment(0, 0, 0xFFFF_FFFF, _FLAT_CODE), ds=data, es=data, fs=data, gs=data, ss=data,
-        gdt=DescriptorTable(0, 0), idt=DescriptorTable(0, 0),
-        cr0=CR0_PE | CR0_ET | CR0_NE, cr4=_CR4_MCE, efer=EFER_LME | EFER_NXE,
-    )  # fmt: skip
-    return regs, sregs
 
 
 class State(Enum):
@@ -138,11 +106,11 @@ class TdxLaunch:
 
     def _of_vm(self, call: Call) -> Answer:
         command = self._command(call)
-        handler = _OF_VM.get(command.id)
-        if handler is None:
+        row = COMMANDS.get(command.id)
+        if row is None or row.level is not Level.VM:
             raise call.refused(errno.EINVAL, f"no command {command.id} of a VM")
         try:
-            handler(self, command)
+            row.handler(self, command)
         finally:
             done = (command.id, command.flags, command.data, command.hw_error)
             call.write(tdx.TDX_CMD.pack(*done))
@@ -236,10 +204,11 @@ class TdxLaunch:
         if self._state is not State.INITIALIZED:
             raise call.refused(errno.EINVAL, self._state.value)
         command = self._command(call)
-        handler = _OF_VCPU.get(command.id)
-        if handler is None:
+        row = COMMANDS.get(command.id)
+        if row is None or row.level is not Level.VCPU:
             raise call.refused(errno.EINVAL, f"no command {command.id} of a vCPU")
-        return handler(self, vcpu, command)
+        answer: Answer = row.handler(self, vcpu, command)
+        return answer
 
     def _init_vcpu(self, vcpu: VcpuDevice, command: Command) -> None:
         """KVM_TDX_INIT_VCPU (tdx_vcpu_init()); the immediate is what RCX and R8 hold at first."""
@@ -361,28 +330,30 @@ class _Refusing:
             raise self._command.refused(error.errno, error.reason) from error
 
 
-_NAMES: Final[Mapping[int, str]] = MappingProxyType(
-    {
-        value: name
-        for name, value in vars(tdx).items()
-        if name.startswith("KVM_TDX_") and name != "KVM_TDX_MEASURE_MEMORY_REGION"
-    }
-)
+_INPUT: Final = "flags, hw_error is not 0"
 
-_OF_VM: Final[Mapping[int, Callable[[TdxLaunch, Command], None]]] = MappingProxyType(
-    {
-        tdx.KVM_TDX_CAPABILITIES: TdxLaunch._capabilities,
-        tdx.KVM_TDX_INIT_VM: TdxLaunch._init_vm,
-        tdx.KVM_TDX_FINALIZE_VM: TdxLaunch._finalize,
-    }
-)
-
-_OF_VCPU: Final[Mapping[int, Callable[[TdxLaunch, VcpuDevice, Command], Answer]]] = (
-    MappingProxyType(
-        {
-            tdx.KVM_TDX_INIT_VCPU: TdxLaunch._init_vcpu,
-            tdx.KVM_TDX_INIT_MEM_REGION: TdxLaunch._init_mem_region,
-            tdx.KVM_TDX_GET_CPUID: TdxLaunch._get_cpuid,
-        }
-    )
-)
+COMMANDS: Final = commands(
+    tdx,
+    CommandRow("KVM_TDX_CAPABILITIES", Level.VM, TdxLaunch._capabilities,
+               "SEPT_VE_DISABLE, x87 and SSE; of CPUID the width of guest-physical addresses",
+               f"EINVAL: {_INPUT}; E2BIG: no room"),
+    CommandRow("KVM_TDX_INIT_VM", Level.VM, TdxLaunch._init_vm,
+               "all; the width is 40, not 48 or 52, and its topmost bit is SHARED",
+               f"EINVAL: twice, attributes, XFAM, CPUID, reserved words, {_INPUT}; EBUSY: there "
+               "are vCPUs; E2BIG: more than 256 entries; ENOSPC: every key is a TD's"),
+    CommandRow("KVM_TDX_FINALIZE_VM", Level.VM, TdxLaunch._finalize, "all",
+               "EINVAL: before KVM_TDX_INIT_VM, twice, hw_error is not 0"),
+    CommandRow("KVM_TDX_INIT_VCPU", Level.VCPU, TdxLaunch._init_vcpu,
+               "the state at the reset vector; data goes to RCX and R8",
+               f"EINVAL: twice, after KVM_TDX_FINALIZE_VM, {_INPUT}"),
+    CommandRow("KVM_TDX_INIT_MEM_REGION", Level.VCPU, TdxLaunch._init_mem_region,
+               "all; what is left is told, also with an error",
+               "EINVAL: before KVM_TDX_INIT_VCPU, after KVM_TDX_FINALIZE_VM, not aligned, no "
+               f"pages, wrap, not private, no guest_memfd, {_INPUT}; EEXIST: loaded before; "
+               "EFAULT: nothing at source_addr, the file is gone; EINTR; EIO: the module refuses"),
+    CommandRow("KVM_TDX_GET_CPUID", Level.VCPU, TdxLaunch._get_cpuid,
+               "what the processor has, with the width",
+               "E2BIG: no room, the count is told; EINVAL: after KVM_TDX_FINALIZE_VM"),
+)  # fmt: skip
+"""By id."""
+_NAMES: Final = {id: row.name for id, row in COMMANDS.items()}
