@@ -216,13 +216,6 @@ class VmDevice:
                 raise call.refused(errno.EINVAL, "there are vCPUs already")
             self.irqchip = True
 
-    def irq_line(self, call: Call) -> None:
-        """KVM_IRQ_LINE, KVM_IRQ_LINE_STATUS."""
-        call.read(structs.IRQ_LEVEL)
-        if not self.irqchip:
-            raise call.refused(errno.ENXIO, "no KVM_CREATE_IRQCHIP")
-        raise call.refused(errno.EOPNOTSUPP, "interrupt controllers are not simulated")
-
     def set_tss_addr(self, call: Call) -> None:
         """KVM_SET_TSS_ADDR: only VMX needs one."""
         if call.argument > _TSS_LIMIT:
@@ -265,10 +258,6 @@ class VmDevice:
         """KVM_SET_TSC_KHZ: 0 and the host's own frequency."""
         if call.argument not in (0, self.clock.tsc_khz):
             raise call.refused(errno.EINVAL, "the time stamp counter cannot be scaled")
-
-    def set_gsi_routing(self, call: Call) -> None:
-        """KVM_SET_GSI_ROUTING: kvm_arch_can_set_irq_routing() wants a controller."""
-        raise call.refused(errno.EINVAL, "there is no interrupt controller to route to")
 
     def create_device(self, call: Call) -> None:
         """KVM_CREATE_DEVICE."""

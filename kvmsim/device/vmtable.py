@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
-from kvmsim.device import launch
+from kvmsim.device import irqchip, launch
 from kvmsim.device.table import Answer, Call, Row, table
 from kvmsim.uapi import (
     KVM_CHECK_EXTENSION,
@@ -38,6 +39,12 @@ _REGION_ERRORS: Final = (
     "EINVAL: slot id, flags, alignment, wrap, what the descriptor is, pages of it that are bound "
     "already, a change that needs a deletion; EEXIST: gfns overlap; ENOMEM: no address space"
 )
+
+
+def _without(rule: irqchip.Without) -> str:
+    name = errno.errorcode[rule.number]
+    return f"{name}: {rule.reason}" + (", always" if rule.always else "; else EOPNOTSUPP")
+
 
 TABLE: Final = table(
     (
@@ -74,11 +81,8 @@ TABLE: Final = table(
         Row(requests.KVM_CREATE_IRQCHIP, _of_vm("create_irqchip"),
             "no controller; HLT and INIT wait inside KVM_RUN, for a signal or an NMI",
             "EEXIST: twice; EINVAL: there are vCPUs"),
-        Row(requests.KVM_IRQ_LINE, _of_vm("irq_line"), "nothing",
-            "ENXIO: no KVM_CREATE_IRQCHIP; else EOPNOTSUPP"),
-        Row(requests.KVM_IRQ_LINE_STATUS, _of_vm("irq_line"), "nothing", "as KVM_IRQ_LINE"),
-        Row(requests.KVM_SET_GSI_ROUTING, _of_vm("set_gsi_routing"), "no routes",
-            "EINVAL: always, as where there is no KVM_CREATE_IRQCHIP"),
+        *(Row(request, irqchip.refuse, "nothing", _without(rule))
+          for request, rule in irqchip.RULES.items()),
         Row(requests.KVM_SET_TSS_ADDR, _of_vm("set_tss_addr"), "checked, not needed",
             "EINVAL: beyond 4 GiB"),
         Row(requests.KVM_SET_IDENTITY_MAP_ADDR, _of_vm("set_identity_map_addr"),

@@ -15,9 +15,11 @@ from device_program import PAGE, STACK, TEXT, Program, buffer
 
 from hwemu.arena import ArenaFullError
 from kvmsim import uapi
+from kvmsim.device import irqchip
 from kvmsim.device.local import LocalCaller, LocalProcess
 from kvmsim.device.results import Failure
 from kvmsim.device.system import KvmDevice
+from kvmsim.device.table import NAMES
 from kvmsim.uapi import capabilities as cap
 from kvmsim.uapi import requests, structs
 
@@ -206,10 +208,24 @@ def test_the_clock_goes_on_from_where_it_is_set(program: Program) -> None:
     assert structs.CLOCK_DATA.unpack(clock)[0] >= later
 
 
+def test_no_interrupt_is_promised(shared: Program, caplog: pytest.LogCaptureFixture) -> None:
+    """Without KVM_CREATE_IRQCHIP; what a program may ask before says that there is nothing."""
+    caplog.set_level("INFO", "kvmsim.device.irqchip")
+    for request, rule in irqchip.RULES.items():
+        argument = bytes(structs.IRQCHIP.size)
+        assert number(shared, "vm", request, argument) == rule.number, rule
+        assert NAMES[request] in caplog.text
+    for capability in (cap.KVM_CAP_IRQCHIP, 33, 32, 36, 67, 77):  # PIT2, IRQFD, IOEVENTFD, …MSI
+        assert shared.ioctl(shared.vm, uapi.KVM_CHECK_EXTENSION, None, capability) == 0
+
+
 def test_chips_come_before_vcpus(program: Program) -> None:
     assert number(program, "vm", requests.KVM_CREATE_IRQCHIP) == 0
     assert number(program, "vm", requests.KVM_CREATE_IRQCHIP) == errno.EEXIST
-    assert number(program, "vm", requests.KVM_IRQ_LINE, bytes(8)) == errno.EOPNOTSUPP
+    for request, rule in irqchip.RULES.items():
+        argument = bytes(structs.IRQCHIP.size)
+        expected = rule.number if rule.always else errno.EOPNOTSUPP
+        assert number(program, "vm", request, argument) == expected, rule
     assert number(program, "vm", requests.KVM_SET_BOOT_CPU_ID, 3) == 0
     for id in (0, 3):
         program.add_vcpu(id)
