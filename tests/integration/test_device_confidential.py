@@ -39,8 +39,10 @@ from confidential_program import (
 from device_program import PAGE
 from mounts import Mounted, Mounter
 
+from hwemu.snp import cpuidpage
 from hwemu.snp.guestcontext import IdBlock
 from kvmsim import exits
+from kvmsim.confidential.snp import SnpHost, make_host
 from kvmsim.device.results import Begun, Failure
 from kvmsim.device.sev import SevLaunch
 from kvmsim.device.tdx import TdxLaunch
@@ -411,6 +413,22 @@ def test_a_part_of_an_snp_guests_pages(snp: SnpGuest) -> None:
     libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     assert libc.fallocate(gmem, 3, 0, PAGE) == 0
     assert snp.load_from(memory.address, 0, PAGE)[2] == 0
+
+
+def test_a_cpuid_page_that_claims_too_much(snp: SnpGuest) -> None:
+    """EIO with INVALID_PARAM, and the source page is what would have been accepted."""
+    host = snp.device.platform.hardware(SnpHost, make_host)
+    host.firmware._cpuid = {(1, 0): (0xF, 0xF0, 0, 0)}
+    snp.init2()
+    snp.start()
+    snp.add_slot(0, 0, RAM)
+    memory = snp.process.ranges.allocate(PAGE)
+    memory.write(0, cpuidpage.pack({(1, 0): (0xFF, 0xFF, 1, 0)}))
+    assert refused(lambda: snp.load_from(memory.address, 3, PAGE, 6)) == errno.EIO
+    assert snp.error == 0x16
+    accepted = cpuidpage.pack({(1, 0): (0xF, 0xF0, 0, 0)})
+    assert memory.read(0, PAGE) == accepted
+    assert snp.load_from(memory.address, 3, PAGE, 6)[2] == 0  # which it is now
 
 
 def test_an_author_says_what_a_launch_must_come_to(mounted: Mounted) -> None:
