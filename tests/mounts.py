@@ -10,7 +10,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,21 @@ def start(path: Path, options: tuple[str, ...], log_path: Path) -> Mounted:
         pytest.fail(f"privfs mount {' '.join(options)} failed: {mounted.log()}")
     mounted.facts = json.loads(line)
     return mounted
+
+
+@contextlib.contextmanager
+def for_many(place: Path, *options: str) -> Iterator[Mounted]:
+    """A mount for many tests, in an empty directory; every test leaves it empty."""
+    (place / "mount").mkdir()
+    made = start(place / "mount", options, place / "log")
+    try:
+        yield made
+        made.audit()
+        assert made.ask("status")["files"] == 0, "files are left"
+        made.end()
+    finally:
+        cleared(made)
+    assert made.log() == ""
 
 
 def cleared(mounted: Mounted) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from actors import until
 from device_program import HIGH, PAGE, PLAIN, TEXT, Program
-from mounts import Mounted, Mounter, cleared, start
+from mounts import Mounted, Mounter, for_many
 from test_device_private import SWAP, fallocate, swap
 
 from kvmsim import exits
@@ -60,16 +60,8 @@ Boot = Callable[..., Program]
 def mounted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
     """One mount for all; every test leaves it empty."""
     place = tmp_path_factory.mktemp("inplace")
-    (place / "mount").mkdir()
-    made = start(place / "mount", ("personality=guest_memfd,t_ack=300",), place / "log")
-    try:
+    with for_many(place, "personality=guest_memfd", "t_ack=300") as made:
         yield made
-        made.audit()
-        assert made.ask("status")["files"] == 0, "files are left"
-        made.end()
-    finally:
-        cleared(made)
-    assert made.log() == ""
 
 
 @pytest.fixture

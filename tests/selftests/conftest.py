@@ -8,24 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mounts import Mounted, cleared, start
+from mounts import Mounted, for_many
 from selftests import sealing
 from selftests.machine import Machine, real, simulated
 from selftests.sealing import Target
 
 
 def _mount(factory: pytest.TempPathFactory, personality: str) -> Iterator[Mounted]:
-    place = factory.mktemp("selftests")
-    (place / "mount").mkdir()
-    made = start(place / "mount", (f"personality={personality}",), place / "log")
-    try:
+    with for_many(factory.mktemp("selftests"), f"personality={personality}") as made:
         yield made
-        made.audit()
-        assert made.ask("status")["files"] == 0, "files are left"
-        made.end()
-    finally:
-        cleared(made)
-    assert made.log() == ""
 
 
 @pytest.fixture(scope="module")
