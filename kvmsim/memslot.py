@@ -219,13 +219,14 @@ class Memslots:
         base, end = request.gfns
         if old is None:
             refuse(PLACE, request)
-            new = Memslot(
-                region.slot, base, end - base, region.flags, region.userspace_addr, shared
-            )
-            if request.private:
-                file = self._bind(request)
-                new = replace(new, file=file.id, file_page=request.file_pages[0], whole=file.whole)
+            bound = self._bind(request) if request.private else None
             refuse(ARCH, request)
+            of_file: tuple[int | None, int, bool] = (None, 0, False)
+            if bound is not None:
+                of_file = (bound.id, request.file_pages[0], bound.whole)
+            new = Memslot(
+                region.slot, base, end - base, region.flags, region.userspace_addr, shared, *of_file
+            )
             return SlotChange(Change.CREATE, None, new)
         refuse(MODIFY, request)
         new = replace(old, base_gfn=base, flags=region.flags)
