@@ -41,7 +41,7 @@ SANS_IO = {
     "kvmsim.vmm.convert", "kvmsim.vmm.bootparams", "kvmsim.vmm.elf", "kvmsim.vmm.loader",
     "kvmsim.vmm.launch", "kvmsim.vmm.vmsa", "kvmsim.vmm.bounce",
     "kvmsim.views.columns", "kvmsim.views.odd", "kvmsim.views.rows", "kvmsim.views.picture",
-    "kvmsim.views.png", "kvmsim.views.tdx", "kvmsim.views.snp", "kvmsim.views.pkvm",
+    "kvmsim.confidential.frames", "kvmsim.views.png", "kvmsim.views.tdx", "kvmsim.views.snp", "kvmsim.views.pkvm",
     "kvmsim.qemuoptions", "hwemu.stage2",
     "hwemu.leafruns", "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
     "hwemu.encryption", "hwemu.encryptedaccess", "hwemu.pkvm.state", "hwemu.pkvm.transition",
