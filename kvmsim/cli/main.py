@@ -21,8 +21,8 @@ from kvmsim.cli.demo import demo
 from kvmsim.cli.execute import execute
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.cli.failure import Failure
-from kvmsim.cli.map import show_map
 from kvmsim.cli.leaving import unwind_on
+from kvmsim.cli.map import show_map
 from kvmsim.cli.run import run
 from kvmsim.cli.stat import stat
 from kvmsim.cli.verbosity import Verbosity
