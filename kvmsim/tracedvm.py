@@ -197,7 +197,12 @@ class TracedVm(RunningVm):
                 info1, info2 = port << 16 | size << 4 | (not is_write), regs.rip
             case cpu_api.MmioExit(gpa, _, is_write):
                 info1, info2 = _error_code(cpu_api.Access(2 if is_write else 1)), gpa
-        self._tell("kvm_exit", vcpu.index, reason=_REASONS[type(left)], rip=regs.rip,
+        # What a confidential guest may not execute alone is called by its mnemonic.
+        if isinstance(left, cpu_api.InterceptExit):
+            reason = left.instruction
+        else:
+            reason = _REASONS[type(left)]
+        self._tell("kvm_exit", vcpu.index, reason=reason, rip=regs.rip,
                    info1=info1, info2=info2)  # fmt: skip
 
     def _on_fault(self, vcpu: Vcpu, gpa: int, access: cpu_api.Access) -> bool:
@@ -235,6 +240,7 @@ class TracedVm(RunningVm):
     # --- user space ---------------------------------------------------------------------------
 
     def deliver(self, vcpu: Vcpu, left: exits.Exit) -> None:
+        """Tell of an exit to user space, then deliver it."""
         match left:
             case exits.IoExit(port, size, write, data, count):
                 self._tell(

@@ -177,6 +177,10 @@ _VALUES: Final[Mapping[int, Callable[[Asked], int]]] = MappingProxyType(
         cap.KVM_CAP_READONLY_MEM: lambda asked: int(
             asked.kind is None or not asked.kind.protected_state
         ),
+        # VMMs of TDs begin with it (tdx_vcpu_create() wants a local APIC); others go without.
+        cap.KVM_CAP_SPLIT_IRQCHIP: lambda asked: int(
+            asked.kind is not None and asked.kind.protected_state
+        ),
         cap.KVM_CAP_NR_VCPUS: lambda asked: min(os.cpu_count() or 1, MAX_VCPUS),
         cap.KVM_CAP_MAX_VCPUS: lambda asked: MAX_VCPUS,
         # As of any KVM on x86: QEMU asks, and goes without where it makes no KVM_CREATE_IRQCHIP.

@@ -28,9 +28,11 @@ from kvmsim.kind import VmKind
 from kvmsim.uapi import (
     KVM_CAP_EXIT_HYPERCALL,
     KVM_CAP_MAX_VCPU_ID,
+    KVM_CAP_SPLIT_IRQCHIP,
     KVM_CLOCK_HOST_TSC,
     KVM_CLOCK_REALTIME,
     KVM_CLOCK_TSC_STABLE,
+    KVM_MAX_IRQ_ROUTES,
     KVM_MAX_VCPU_IDS,
     KVM_RUN_MMAP_SIZE,
     KVMSIM_CAP_MAP_GPA_RANGES,
@@ -192,6 +194,8 @@ class VmDevice:
             if arguments[0] & ~FORWARDABLE:
                 raise call.refused(errno.EINVAL, f"hypercalls {arguments[0]:#x}: only number 12")
             self.forwarded_hypercalls = arguments[0]
+        elif cap == KVM_CAP_SPLIT_IRQCHIP and self.launch is not None:
+            self._split_irqchip(call, arguments[0])
         elif cap == KVM_CAP_MAX_VCPU_ID:
             with self._lock:
                 limit = arguments[0]
@@ -204,6 +208,15 @@ class VmDevice:
             self.running.batches = bool(arguments[0])
         else:
             raise call.refused(errno.EINVAL, f"capability {cap} cannot be enabled")
+
+    def _split_irqchip(self, call: Call, pins: int) -> None:
+        """KVM_CAP_SPLIT_IRQCHIP: to a guest what KVM_CREATE_IRQCHIP is."""
+        if pins > KVM_MAX_IRQ_ROUTES:
+            raise call.refused(errno.EINVAL, f"{pins} pins of IOAPICs")
+        with self._lock:
+            if self.irqchip or self._vcpus:
+                raise call.refused(errno.EEXIST, "there is one, or there are vCPUs already")
+            self.irqchip = True
 
     # --- chips and clocks ---------------------------------------------------------------------
 

@@ -74,8 +74,9 @@ TABLE: Final = table(
             "all; reading it takes the marks", "ENOENT: the slot does not log; EINVAL: slot id"),
         Row(KVM_CHECK_EXTENSION, _of_vm("check_extension"), "only what is there"),
         Row(requests.KVM_ENABLE_CAP, _of_vm("enable_cap"),
-            "KVM_CAP_EXIT_HYPERCALL, KVM_CAP_MAX_VCPU_ID, KVMSIM_CAP_MAP_GPA_RANGES",
-            "EINVAL: others, flags, arguments"),
+            "KVM_CAP_EXIT_HYPERCALL, KVM_CAP_MAX_VCPU_ID, KVMSIM_CAP_MAP_GPA_RANGES; of TDs and "
+            "SNP guests KVM_CAP_SPLIT_IRQCHIP",
+            "EINVAL: others, flags, arguments; EEXIST: KVM_CAP_SPLIT_IRQCHIP twice, after a vCPU"),
         Row(requests.KVM_SET_BOOT_CPU_ID, _of_vm("set_boot_cpu_id"), "all",
             "EBUSY: there are vCPUs"),
         Row(requests.KVM_CREATE_IRQCHIP, _of_vm("create_irqchip"),

@@ -19,12 +19,20 @@ pytestmark = [
 ]  # fmt: skip
 
 
+_CALLS = {"td": "tdcall", "snp": "vmgexit"}
+
+
 @pytest.mark.parametrize("kind", ["td", "snp"])
-def test_a_vmm_in_c_launches_confidential_guests(twins: Path, kind: str, mount: Mounter) -> None:
+def test_a_vmm_in_c_launches_confidential_guests(
+    twins: Path, kind: str, mount: Mounter, tmp_path: Path
+) -> None:
+    trace = tmp_path / "vm.txt"
     memory = mount("personality=guest_memfd").path
     command = [sys.executable, "-m", "kvmsim", "exec", "--memory", os.fspath(memory)]
+    command += ["--trace", os.fspath(trace)]
     done = subprocess.run(
         [*command, "--", twins / "coco", kind], capture_output=True, text=True, timeout=90,
         check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
+    assert f"reason {_CALLS[kind]} " in trace.read_text()

@@ -230,6 +230,32 @@ def test_registers_do_not_travel_in_kvm_run(td: Td) -> None:
         td.ioctl(vcpu, uapi.KVM_RUN)
 
 
+def test_the_interrupt_controller_of_a_td_is_split(td: Td) -> None:
+    def split(program: Program, pins: int) -> None:
+        program.ioctl(program.vm, requests.KVM_ENABLE_CAP, structs.ENABLE_CAP,
+                      uapi.KVM_CAP_SPLIT_IRQCHIP, 0, pins, 0, 0, 0)  # fmt: skip
+
+    def offered(program: Program) -> int:
+        what = uapi.KVM_CAP_SPLIT_IRQCHIP
+        return program.ioctl(program.vm, uapi.KVM_CHECK_EXTENSION, None, what)
+
+    assert offered(td) == 1
+    with refused(errno.EINVAL):
+        split(td, 4097)
+    split(td, 24)
+    with refused(errno.EEXIST):
+        split(td, 24)
+    td.init_vm()
+    vcpus = [td.add_td_vcpu(id) for id in (0, 1)]
+    for vcpu in vcpus:  # neither waits for a SIPI
+        state = td.get(vcpu, requests.KVM_GET_MP_STATE, structs.MP_STATE.size)
+        assert structs.MP_STATE.unpack(state) == (uapi.KVM_MP_STATE_RUNNABLE,)
+    with Program() as ordinary:
+        assert offered(ordinary) == 0
+        with refused(errno.EINVAL):
+            split(ordinary, 24)
+
+
 def test_regions_are_sevs(td: Td) -> None:
     with refused(errno.ENOTTY):
         td.ioctl(td.vm, uapi.KVM_MEMORY_ENCRYPT_REG_REGION, uapi.ENC_REGION, 0, PAGE)
