@@ -111,10 +111,10 @@ memory serves a guest's private and shared pages, so it is what conversion in pl
 from hwemu.pkvm.hypervisor import Hypervisor
 
 hyp = Hypervisor(machine, [(0, 1 << 20)], hyp=[(0, 64)])  # pfns; EL2 keeps the first 64
-vm = hyp.create_vm(4096)                                  # gfns 0 to 4095
-hyp.host_donate_guest(vm, 1000, 0, 16)                    # pfn, gfn, pages
-hyp.guest_share_host(vm, 3)                               # as by hypercall(…, MEM_SHARE, 3 << 12)
-hyp.teardown(vm)                                          # every page is the host's again
+vm = hyp.create_vm(4096)  # gfns 0 to 4095
+hyp.host_donate_guest(vm, 1000, 0, 16)  # pfn, gfn, pages
+hyp.guest_share_host(vm, 3)  # as by hypercall(…, MEM_SHARE, 3 << 12)
+hyp.teardown(vm)  # every page is the host's again
 ```
 
 `machine` clears pages and flushes what is cached of a second stage, and is called in the order of

@@ -22,7 +22,7 @@ from hwemu.tdx.fields import pack_params
 from hwemu.tdx.pamt import Tdmr
 from hwemu.tdx.td import TdParams
 
-module = TdxModule([Tdmr(4 << 30, 1 << 30)], memory)   # memory: hwemu.tdx.Memory
+module = TdxModule([Tdmr(4 << 30, 1 << 30)], memory)  # memory: hwemu.tdx.Memory
 tdr, *pages = range(4 << 30, (4 << 30) + (1 << 20), 4096)
 module.mng_create(tdr, 32)
 module.mng_key_config(tdr)
@@ -40,16 +40,16 @@ module.mr_finalize(tdr)
 try:
     module.mem_page_aug(tdr, 0x1000, pages[-1])
 except TdxError as error:
-    print(error)                # EPT_WALK_FAILED | RCX: TDH.MEM.PAGE.AUG at gpa 0x1000 …
+    print(error)  # EPT_WALK_FAILED | RCX: TDH.MEM.PAGE.AUG at gpa 0x1000 …
 for level in (3, 2, 1):
     module.mem_sept_add(tdr, 0, level, pages.pop())
 module.mem_page_aug(tdr, 0x1000, pages.pop())
 
 module.vp_enter(tdvpr)
-module.access(tdvpr, 0x1000, 2)            # VirtualException: the page is PENDING
-module.tdcall(tdvpr, 6, rcx=0x1000)        # TDG.MEM.PAGE.ACCEPT
-module.access(tdvpr, 0x1000, 2)            # Translation(hpa=…, level=0, rights=7)
-module.seamcall(29, rcx=0x1000, rdx=tdr)   # PAGE.REMOVE: GPA_RANGE_NOT_BLOCKED | RCX
+module.access(tdvpr, 0x1000, 2)  # VirtualException: the page is PENDING
+module.tdcall(tdvpr, 6, rcx=0x1000)  # TDG.MEM.PAGE.ACCEPT
+module.access(tdvpr, 0x1000, 2)  # Translation(hpa=…, level=0, rights=7)
+module.seamcall(29, rcx=0x1000, rdx=tdr)  # PAGE.REMOVE: GPA_RANGE_NOT_BLOCKED | RCX
 ```
 """
 
