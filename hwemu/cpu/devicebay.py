@@ -155,7 +155,8 @@ class DeviceBay:
         if self.device is None:
             # the instruction raised an exception or was intercepted: not a device access at all
             return exit_
-        if device.unanswered or self.again or isinstance(exit_, Stage2Fault):
+        cut = not engine.stepped and text is None and exit_ is None
+        if device.unanswered or self.again or cut or isinstance(exit_, Stage2Fault):
             raw.restore(saved)
             engine.flush_tlb()
             return device.unanswered or exit_

@@ -108,6 +108,7 @@ class Engine:
         self._lock = threading.Lock()
         self._closed = False
         self._step_hooks: dict[int, int] = {}
+        self.stepped = False  #: the last step came as far as its instruction
         self._translations = 0
 
         self._uc = unicorn.Uc(
@@ -283,7 +284,8 @@ class Engine:
     def _step(self) -> str | None:
         raw = self.raw
         rip = raw.linear(int(raw.q[raw_layout.RIP]))  # hooks are by linear address
-        if self._precise == "quanta":
+        self.stepped = self._precise == "quanta"
+        if self.stepped:
             return self._emulate(_STEPPING, 1)
         self._hook_step(rip)
         raw.run_one_instruction_next()
@@ -312,11 +314,15 @@ class Engine:
     def _stepped(self, _uc: object, _address: int, _size: int, _data: object) -> None:
         if self._state == _STEPPING:
             # the block holds this one instruction: the stop is seen behind it
+            self.stepped = True
             self._uc.emu_stop()
 
     def _emulate(self, state: int, count: int) -> str | None:
         self._stopping = False
-        self._state = state
+        # Under the lock that a kick holds from its look at the state to the end of emu_stop: one
+        # that was meant for the last run must not cut this one short, which may be a single step.
+        with self._lock:
+            self._state = state
         try:
             # behind the line above: a kick before it is seen here, one after it calls emu_stop
             if self._kicked and state == _RUNNING:
