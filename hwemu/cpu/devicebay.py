@@ -159,7 +159,8 @@ class DeviceBay:
         if device.unanswered or self.again or cut or isinstance(exit_, Stage2Fault):
             raw.restore(saved)
             engine.flush_tlb()
-            return device.unanswered or exit_
+            # what was asked behind a fault may be another instruction's
+            return exit_ if self.again or cut else device.unanswered or exit_
         self.outbox.extend(device.writes())
         self.device = None
         return exit_ if text is None else CpuError(text)

@@ -109,7 +109,10 @@ class SvmCpu:
         else:
             access = Access.WRITE if code & vmcb.NPF_WRITE else Access.READ
         if self._on_fault is not None and self._on_fault(gpa, access):
-            self._bay.again = self._bay.stepping
+            if self._bay.stepping:
+                # the engine would go on from here with whole blocks, not with one instruction
+                self._bay.again = True
+                self._engine.stop()
             return
         self._intercepts.leave_fault(gpa, access)
 

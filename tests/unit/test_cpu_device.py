@@ -440,3 +440,40 @@ def test_a_missing_idt_page_during_a_refused_port(machine: Machine) -> None:
     assert fault.gpa == IDT + 13 * 16
     machine.holes.clear()
     assert cpu.run() == HltExit()
+
+
+@pytest.mark.parametrize("settle", [False, True])
+@pytest.mark.parametrize("taken", [TEXT, HEAP])
+def test_an_instruction_that_faults_when_it_is_tried_again_is_done_once(
+    machine: Machine, taken: int, settle: bool
+) -> None:
+    """Its page, or that of what follows, was taken away between question and answer.
+
+    Nothing behind it runs meanwhile, or a store would be made twice; and it is asked once.
+    """
+    # in al, dx; inc qword [HEAP]; jmp back
+    again = f"48 ff 04 25 {HEAP.to_bytes(4, 'little').hex()}"
+    cpu = machine.boot(code("ec", again, "eb f5"), rdx=0x3F8)
+    for asked in range(20):
+        assert cpu.run() == IoExit(0x3F8, 1, False)
+        assert machine.word(HEAP) == asked
+        cpu.complete(b"\x00")
+        machine.stage2.zap(taken, 1)
+        cpu.flush([(taken, 1)])
+        if settle:
+            assert cpu.settle() == KickExit()
+            assert machine.word(HEAP) == asked
+
+
+def test_a_kick_that_waits_cuts_no_step_short(machine: Machine) -> None:
+    """Also where the instruction has to be translated first, which looks at kicks."""
+    cpu = machine.boot(code("ec", "48 ff c3", "eb fa"), rdx=0x3F8)
+    for asked in range(20):
+        while not isinstance(cpu.run(), IoExit):
+            pass
+        assert cpu.get_regs().rbx == asked
+        cpu.complete(b"\x00")
+        cpu.flush()
+        cpu.kick()
+        if asked % 2:
+            assert cpu.settle() == KickExit()
