@@ -10,6 +10,7 @@ import threading
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -66,18 +67,27 @@ class Store:
     """
 
     def __init__(self, host: HostMemory) -> None:
-        fd = os.memfd_create("store")
-        os.ftruncate(fd, 4 * LARGE * PAGE)
-        base = host.place(fd, 0, 4 * LARGE * PAGE)
-        os.close(fd)
-        self.base = -(-base // (LARGE * PAGE)) * LARGE * PAGE
+        self._host = host
+        self._fd = os.memfd_create("store")
+        os.ftruncate(self._fd, GFNS * PAGE)
+        self.base = self.place()
+        self.away = False  #: it is nowhere, after a move
         self.held = np.zeros(GFNS, np.bool_)
+
+    def place(self) -> int:
+        """Another place for what it holds: as good as a copy."""
+        base = self._host.place(self._fd, 0, GFNS * PAGE)
+        assert base % (LARGE * PAGE) == 0
+        return base
+
+    def close(self) -> None:
+        os.close(self._fd)
 
     def installable(self, file: int, page: int, start: int, end: int, seq: int) -> tuple[int, int]:
         return start, end
 
     def hpa(self, instance: int, page: int) -> int | None:
-        return self.base + page * PAGE if page < GFNS else None
+        return self.base + page * PAGE if page < GFNS and not self.away else None
 
 
 class Nothing:
@@ -135,6 +145,7 @@ class Guest:
         need = fault.look_up(self.mmu)
         if not isinstance(need, NeedPage):
             return True
+        self.arrive()
         self.store.held[need.start : need.end] = True
         grant = PageGrant(3, need.start, need.end, 0, 1, writable=True)
         return not isinstance(fault.page_arrived(self.mmu, grant), Installed)
@@ -162,19 +173,46 @@ class Guest:
 
     def take_back(self, start: int, end: int) -> None:
         """A punch: zap, prove, tell the hardware, free; in this order."""
-        self.mmu.begin_zap([(start, end)], self.kind.halves)
+        self.zap(start, end)
+        if not self.store.away:
+            self.guard.released(self.store.base + start * PAGE, (end - start) * PAGE)
+        self.store.held[start:end] = False
+
+    def zap(self, start: int, end: int, *, moving: bool = False) -> None:
+        self.mmu.begin_zap([(start, end)], self.kind.halves, moving=moving)
         self.mmu.invalidate.end()
         for _ in range(8):
             if not self.guard.drained():
                 break
         else:
             raise AssertionError("the hardware never had enough of flushes")
-        self.guard.released(self.store.base + start * PAGE, (end - start) * PAGE)
-        self.store.held[start:end] = False
+
+    def leave(self) -> None:
+        """All of the file's memory is on its way to another place."""
+        self.zap(0, GFNS, moving=True)
+        self.store.away = True
+        if not self.guard.keeps(self.store.base, GFNS * PAGE):
+            self.guard.released(self.store.base, GFNS * PAGE)
+
+    def arrive(self) -> None:
+        """It has come there, if it was on its way."""
+        if not self.store.away:
+            return
+        old, self.store.base, self.store.away = self.store.base, self.store.place(), False
+        self.guard.migrated(0, GFNS, old, self.store.base)
+        assert not self.guard.keeps(old, GFNS * PAGE), "a page was left behind"
+        self.guard.released(old, GFNS * PAGE)
+        self.host.retire(old, GFNS * PAGE)
 
     def convert(self, start: int, end: int, *, private: bool) -> None:
         if self.mmu.attributes.set(start, end, PRIVATE if private else 0):
             self.take_back(start, end)
+
+    def accepted(self) -> npt.NDArray[np.bool_]:
+        """Which gfns the table says are the guest's to use."""
+        tables = self.guard.tables()
+        state = self.columns().entry.state
+        return np.isin(state, list(tables.words.mapped))
 
     def columns(self) -> Columns:
         leaf = self.stage2.columns(self.private_bit, GFNS)
@@ -252,6 +290,25 @@ class ConfidentialMachine(RuleBasedStateMachine):
         self.guests[guest].accept(block * LARGE, large=True, take=True)
         self.guests[guest].access(block * LARGE + 3)
 
+    @rule(guest=GUESTS)
+    def move(self, guest: int) -> None:
+        """Pages stay accepted, or not, whether or not they have come to their new place."""
+        if not self.guests[guest].guard.movable:
+            return
+        self.guests[guest].arrive()
+        before = self.guests[guest].accepted()
+        self.guests[guest].leave()
+        check(self.platform, self.guests)
+        assert (self.guests[guest].columns().leaf.level == 0).all()
+        self.guests[guest].arrive()
+        assert (self.guests[guest].accepted() == before).all()
+
+    @rule(guest=GUESTS)
+    def leave(self, guest: int) -> None:
+        """Other things happen before the next access brings it back."""
+        if self.guests[guest].guard.movable:
+            self.guests[guest].leave()
+
     @invariant()
     def holds(self) -> None:
         check(self.platform, self.guests)
@@ -261,6 +318,7 @@ class ConfidentialMachine(RuleBasedStateMachine):
             guest.guard.close()
         for guest in self.guests:
             guest.guard.released(guest.store.base, GFNS * PAGE)
+            guest.store.close()
         left = [guest.guard.residue() for guest in self.guests]
         self.host.close()
         assert all(not count for one in left for count in one.values()), left
@@ -296,6 +354,7 @@ def test_a_page_of_a_large_one_is_given_up() -> None:
     check(platform, [guest])
     guest.guard.close()
     guest.guard.released(guest.store.base, GFNS * PAGE)
+    guest.store.close()
     host.close()
 
 
@@ -322,4 +381,5 @@ def test_a_step_that_is_forgotten_is_found(
     for guest in guests:
         guest.guard.close()
         guest.guard.released(guest.store.base, GFNS * PAGE)
+    guest.store.close()
     host.close()
