@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +28,7 @@ from kvmsim.confidential.kinds import make_guard
 from kvmsim.confidential.platform import Platform
 from kvmsim.effect import Installed, NeedPage, PageGrant
 from kvmsim.fault import Fault
-from kvmsim.guard import Again, Answer, Inject, Leave, Resolve
+from kvmsim.guard import Again, Answer, GuardRefusal, Inject, Leave, Resolve
 from kvmsim.hostmem import HostMemory
 from kvmsim.invalidate import MmuInvalidate
 from kvmsim.kind import KINDS
@@ -356,6 +357,60 @@ def test_a_page_of_a_large_one_is_given_up() -> None:
     guest.guard.released(guest.store.base, GFNS * PAGE)
     guest.store.close()
     host.close()
+
+
+@pytest.fixture
+def td() -> Iterator[Guest]:
+    """A TD with a page of 2 MiB at gfn 512, in use, and one that it has not accepted at 1030."""
+    host = HostMemory("none")
+    guest = Guest("tdx", Platform(host), host)
+    guest.accept(LARGE, large=True, take=True)
+    guest.access(LARGE + 3)
+    guest.access(1030)
+    assert guest.columns().entry.level[LARGE + 3] == 2
+    yield guest
+    guest.guard.close()
+    guest.guard.released(guest.store.base, GFNS * PAGE)
+    guest.store.close()
+    assert not any(guest.guard.residue().values())
+    host.close()
+
+
+def test_one_flush_proves_zaps_of_many_kinds(td: Guest) -> None:
+    """Two punches in one large page, and a move of all of it, before anybody has drained."""
+    before = td.accepted()
+    for start, end, moving in ((520, 521, False), (0, GFNS, True), (530, 532, False)):
+        td.mmu.begin_zap([(start, end)], td.kind.halves, moving=moving)
+        td.mmu.invalidate.end()
+    while td.guard.drained():
+        pass
+    td.store.away = True
+    assert not td.accepted().any()
+    td.store.held[[520, 530, 531]] = False
+    td.arrive()
+    before[[520, 530, 531]] = False
+    assert (td.accepted() == before).all()
+    found = td.columns()
+    assert (found.entry.hpa[[520, 530, 531]] == -1).all()
+    there = np.flatnonzero(found.entry.hpa >= 0)
+    assert 1030 in there, "what is pending moves, too"
+    assert (found.entry.hpa[there] == td.store.base + there * PAGE).all()
+
+
+def test_what_cannot_be_relocated_is_refused(td: Guest, caplog: pytest.LogCaptureFixture) -> None:
+    td.leave()
+    old = td.store.base
+    td.guard.migrated(0, GFNS, old, 1 << 51)  # in no TDMR
+    assert "stays blocked at hpa" in caplog.records[-1].getMessage()
+    caplog.clear()
+    with pytest.raises(GuardRefusal, match="was not relocated"):
+        td.guard.admit(3 + LARGE, 0, GFNS, old, private=True, writable=True)
+    assert td.guard.keeps(old, GFNS * PAGE)
+    with pytest.raises(RuntimeError, match="is the TD's still"):
+        td.guard.released(old, GFNS * PAGE)
+    td.take_back(0, GFNS)
+    assert not td.guard.keeps(old, GFNS * PAGE)
+    td.store.away = False
 
 
 @pytest.mark.parametrize(("kind", "step"), [("tdx", "drained"), ("snp", "released")])
