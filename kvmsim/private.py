@@ -26,6 +26,9 @@ from privfs.notifier.lane import Lane, LinkError, find_socket
 from privfs.notifier.user import ExtentArrived, Granted, User, Zap
 from privfs.notifier.wire import MAX_PAGES, Reason
 
+#: Bytes of a confidential VM's file that may move: up to there extents are of 64 MiB, and the
+#: hardware's tables, which follow by 4 KiB, let go of one within the owner's patience.
+_FOLLOWED = 4 << 30
 _INODE_BITS = 48
 _INODE_MASK = (1 << _INODE_BITS) - 1
 _INSTANCE_BITS = 64
@@ -329,7 +332,7 @@ class PrivateMemory:
             binding = (socket, status.st_ino)
             self._host.bindings.take(binding, self, exclusive=self.exclusive)
             try:
-                purpose = self._host.purpose if self.movable else UNMOVABLE
+                purpose = self._host.purpose if self._may_move(status) else UNMOVABLE
                 registered = session.lane.register(fd, purpose)
             except BaseException:
                 self._host.bindings.drop(self, binding)
@@ -337,6 +340,9 @@ class PrivateMemory:
             session.files[registered.ino] = registered.writable
         self._mounts[status.st_dev] = session
         return PrivateFile(session.file_id(status.st_ino), status.st_size // PAGE_SIZE)
+
+    def _may_move(self, status: os.stat_result) -> bool:
+        return self.movable and (not self.exclusive or status.st_size <= _FOLLOWED)
 
     def forget(self, file: int) -> None:
         """Stop using a file that no slot is bound to, and no vCPU can reach (no lock held)."""

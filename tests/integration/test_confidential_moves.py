@@ -94,13 +94,13 @@ def boot(mounted: Mounted, image: bytes) -> Iterator[Boot]:
         def start(
             host: HostMemory,
             encrypt: Encrypt | None = Encrypt.VIEW,
-            technology: Technology = Technology.TDX,
+            size: int = RAM,
         ) -> Guest:
             ram = mounted.path / "ram"
             ram.touch()
-            os.truncate(ram, RAM)
-            memory = MemoryBackend(str(ram), prealloc=True)
-            config = VmConfig((memory,), 2, technology=technology, encrypt=encrypt)
+            os.truncate(ram, size)
+            memory = MemoryBackend(str(ram), size=RAM, prealloc=True)
+            config = VmConfig((memory,), 2, technology=Technology.TDX, encrypt=encrypt)
             console = Console()
             emulator = Emulator(host, config, console.output, platform=Platform(host))
             closing = stack.enter_context(contextlib.ExitStack())
@@ -195,6 +195,12 @@ def test_ciphertext_in_the_file_stays_where_it_is(moving: HostMemory, boot: Boot
     with pytest.raises(control.ControlError, match="UNMOVABLE") as refused:
         guest.compact()
     assert refused.value.errno == errno.EOPNOTSUPP
+
+
+def test_so_does_a_file_whose_extents_are_large(moving: HostMemory, boot: Boot) -> None:
+    guest = boot(moving, size=(4 << 30) + PAGE)
+    with pytest.raises(control.ControlError, match="UNMOVABLE"):
+        guest.compact()
 
 
 def test_kvm_asks_that_nothing_moves(host: HostMemory, boot: Boot) -> None:
