@@ -115,6 +115,8 @@ class Arena:
             )
         self.size = size
         self.hpa_base = hpa_base
+        #: Bytes from the beginning that are used before the others: those that tables cover.
+        self.covered = size
         #: Whether a touch of placed memory may sleep until another thread has seen to it.
         self.careful = False
         self._address = self._reserve(size, hpa_base)
@@ -171,6 +173,18 @@ class Arena:
 
     def _allocate(self, length: int, unit: int, offset: int) -> int:
         """Take ``length`` bytes whose hpa is ``offset`` modulo ``unit``."""
+        hpa = self._fit(length, unit, offset, self.hpa_base + self.covered)
+        if hpa is None and self.covered < self.size:
+            hpa = self._fit(length, unit, offset, self.hpa_base + self.size)
+        if hpa is None:
+            raise ArenaFullError(
+                f"arena place of {length} bytes: no free stretch that long in {self.size} bytes; "
+                "retire ranges first"
+            )
+        return hpa
+
+    def _fit(self, length: int, unit: int, offset: int, end: int) -> int | None:
+        """The same below ``end``; None if there is no room."""
         start = bisect.bisect_left(self._free, (self._cursor, 0))
         # the cursor may be in the middle of a stretch that joined behind it: first what follows it
         for step in range(-1 if start else 0, len(self._free)):
@@ -178,15 +192,12 @@ class Arena:
             lower, upper = self._free[index]
             first = max(lower, self._cursor) if step < 0 else lower
             hpa = first + (offset - first) % unit
-            if hpa + length <= upper:
+            if hpa + length <= min(upper, end):
                 rest = ((lower, hpa), (hpa + length, upper))
                 self._free[index : index + 1] = [part for part in rest if part[0] < part[1]]
                 self._cursor = hpa + length
                 return hpa
-        raise ArenaFullError(
-            f"arena place of {length} bytes: no free stretch that long in {self.size} bytes; "
-            "retire ranges first"
-        )
+        return None
 
     def _release(self, lower: int, upper: int) -> None:
         index = bisect.bisect_left(self._free, (lower, 0))
@@ -235,19 +246,32 @@ class Arena:
         self._places += 1
         return hpa
 
+    def vacate(self, hpa: int, length: int) -> None:
+        """Map fresh anonymous memory over a placed range, which stays placed until `retire`.
+
+        As with `retire`, no leaf leads there: it is for addresses that something else still names.
+        """
+        self._placement("vacate", hpa, length)
+        self._map_anonymous(self._address + hpa - self.hpa_base, length)
+
+    def _placement(self, operation: str, hpa: int, length: int) -> int:
+        """The index of the placement that holds a range; ArenaRangeError if none does."""
+        self._require_open(operation)
+        index = self._find(hpa, length)
+        if index < 0 or length % PAGE_SIZE or hpa % PAGE_SIZE:
+            raise ArenaRangeError(
+                f"arena {operation} of [{hpa:#x}, {hpa + length:#x}): must be page-aligned and "
+                "inside one placed range"
+            )
+        return index
+
     def retire(self, hpa: int, length: int) -> None:
         """Map fresh anonymous memory over a placed range and free its addresses.
 
         Engines may have the arena mapped and may be running; the caller has zapped and flushed
         every leaf into the range. Part of a placement may be retired.
         """
-        self._require_open("retire")
-        index = self._find(hpa, length)
-        if index < 0 or length % PAGE_SIZE or hpa % PAGE_SIZE:
-            raise ArenaRangeError(
-                f"arena retire of [{hpa:#x}, {hpa + length:#x}): must be page-aligned and inside "
-                "one placed range"
-            )
+        index = self._placement("retire", hpa, length)
         self._map_anonymous(self._address + hpa - self.hpa_base, length)
         lower, upper = self._placed.pop(index)
         if hpa + length < upper:

@@ -205,6 +205,13 @@ class PrivateMemory:
         if self._poisoned:
             self._poisoned.difference_update(range(hpa, hpa + npages * PAGE_SIZE, PAGE_SIZE))
 
+    def moved(self, hpa: int, target: int, npages: int) -> None:
+        """Pages of a guest have another place: a wrong tag stays wrong there."""
+        if self._poisoned:
+            gone = self._poisoned.intersection(range(hpa, hpa + npages * PAGE_SIZE, PAGE_SIZE))
+            self._poisoned -= gone
+            self._poisoned.update(page - hpa + target for page in gone)
+
     def poisoned(self, hpa: int, length: int) -> bool:
         """Whether the guest's access to a range is a machine check."""
         if not self._poisoned:

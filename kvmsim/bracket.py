@@ -41,19 +41,25 @@ class Brackets:
         """What makes an access private in this VM."""
         return self.mmu.kind
 
-    def begin_invalidate_file(self, file: int, start: int, end: int) -> Invalidation:
-        """Zap the private side of every slot bound to pages [start, end) of ``file``."""
+    def begin_invalidate_file(
+        self, file: int, start: int, end: int, *, moving: bool = False
+    ) -> Invalidation:
+        """Zap the private side of every slot bound to pages [start, end) of ``file``.
+
+        ``moving``: they are not lost, but will lie somewhere else.
+        """
         known = (self.mmu.files or {}).get(file)
         if known is not None:
             known.sever(start, end)
         found = list(self.mmu.slots.find_file(file, start, end))
         gfns = [(first, last) for _, first, last in found]
         whole = any(slot.whole for slot, _, _ in found)
-        return self._begin(gfns, halves=self.kind.halves if whole else self.kind.halves[:1])
+        halves = self.kind.halves if whole else self.kind.halves[:1]
+        return self._begin(gfns, halves=halves, moving=moving)
 
-    def invalidate_file(self, file: int, start: int, end: int) -> Zapped:
+    def invalidate_file(self, file: int, start: int, end: int, *, moving: bool = False) -> Zapped:
         """The same with its end: what the acknowledging thread calls."""
-        return self.end(self.begin_invalidate_file(file, start, end))
+        return self.end(self.begin_invalidate_file(file, start, end, moving=moving))
 
     def freed(self, file: int, start: int, end: int) -> None:
         """The owner gives pages [start, end) back: what was wrong with their memory is past."""
@@ -145,8 +151,9 @@ class Brackets:
         *,
         halves: Iterable[int],
         then: Then | None = None,
+        moving: bool = False,
     ) -> Invalidation:
-        zapped = self.mmu.begin_zap(gfns, halves)
+        zapped = self.mmu.begin_zap(gfns, halves, moving=moving)
         if then is not None:
             self._changing = then
         self._counters.invalidations += bool(gfns)

@@ -4,8 +4,9 @@
 KVM reaches such hardware through struct kvm_x86_ops (arch/x86/include/asm/kvm_host.h, v6.18), and
 the hooks here stand for these of it: ``admit`` for set_external_spte (TDX) and gmem_prepare (SNP),
 ``zapped`` and ``drained`` for remove_external_spte with its TDH.MEM.TRACK, ``released`` for
-gmem_invalidate, ``enter`` and ``leave`` for vcpu_run, ``instruction`` for handle_exit. ``fault`` is
-what the processor itself decides before KVM hears of a missing leaf.
+gmem_invalidate, ``enter`` and ``leave`` for vcpu_run, ``instruction`` for handle_exit. ``migrated``
+is what kvm_gmem_migrate_folio() would need if it moved pages. ``fault`` is what the processor
+itself decides before KVM hears of a missing leaf.
 
 A guard is called under the VM's lock and never waits.
 """
@@ -88,6 +89,10 @@ class Guard(Protocol):
     def instructions(self) -> frozenset[str]:
         """What the guest may not execute alone (`Cpu.protect`)."""
 
+    @property
+    def movable(self) -> bool:
+        """Whether `migrated` can follow a page of its to another place; the same always."""
+
     def fault(self, vcpu: int, gpa: int, access: cpu_api.Access) -> Verdict | None:
         """No leaf allows this access. None: it is KVM's to resolve, as in any VM."""
 
@@ -103,8 +108,11 @@ class Guard(Protocol):
         Raises GuardRefusal.
         """
 
-    def zapped(self, gfn: int, npages: int, *, private: bool) -> None:
-        """The leaves of that side are cleared; a TLB may still hold them."""
+    def zapped(self, gfn: int, npages: int, *, private: bool, moving: bool) -> None:
+        """The leaves of that side are cleared; a TLB may still hold them.
+
+        ``moving``: the pages stay the guest's, until `migrated` or a `zapped` that moves nothing.
+        """
 
     def drained(self) -> bool:
         """No vCPU holds a translation from before the zaps so far, or it is told of again.
@@ -114,6 +122,12 @@ class Guard(Protocol):
 
     def host_reaches(self, hpa: int, size: int) -> bool:
         """Whether the host's own stage 2, if it has one, lets it get to these bytes."""
+
+    def keeps(self, hpa: int, size: int) -> bool:
+        """Whether a table names any of these bytes as this guest's; no leaf may."""
+
+    def migrated(self, gfn: int, npages: int, old: int, new: int) -> None:
+        """What lay at hpa ``old`` lies at ``new`` now, its bytes copied by their owner."""
 
     def released(self, hpa: int, size: int) -> None:
         """These bytes go back to their owner: no guest of this host has them any more."""

@@ -84,6 +84,15 @@ class HostMemory:
             self.arena.retire(hpa, length)
             self.fence.uncover(self._address(hpa), length)
 
+    def vacate(self, hpa: int, length: int) -> None:
+        """Let go of the file behind a range that no vCPU can reach; its addresses stay taken.
+
+        :meth:`retire` gives them back.
+        """
+        with self._lock:
+            self.arena.vacate(hpa, length)
+            self.fence.uncover(self._address(hpa), length)
+
     def resident(self, hpa: int, length: int) -> list[tuple[int, int]]:
         """The runs of pages of a placed range whose file has them in memory: mincore(2).
 

@@ -99,7 +99,8 @@ class VmKind:
         """Whether a page may get another host-physical address without its hardware's help.
 
         What is encrypted is bound to its address, and what a hypervisor protects it moves alone
-        (kvm_gmem_migrate_folio() of virt/kvm/guest_memfd.c moves nothing either).
+        (kvm_gmem_migrate_folio() of virt/kvm/guest_memfd.c moves nothing either). The hardware
+        around a VM has the last word (`kvmsim.guard.Guard.movable`).
         """
         return self.contents is Contents.COMMON
 

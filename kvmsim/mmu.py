@@ -71,8 +71,8 @@ class Gate(Protocol):
     ) -> tuple[Leaf, ...]:
         """Take pages for gfns around ``gfn``; the leaves to store now. Raises GuardRefusal."""
 
-    def zapped(self, gfn: int, npages: int, *, private: bool) -> None:
-        """Leaves were cleared."""
+    def zapped(self, gfn: int, npages: int, *, private: bool, moving: bool) -> None:
+        """Leaves were cleared; ``moving``: what the pages hold comes back at another place."""
 
 
 class Backing(Protocol):
@@ -153,9 +153,12 @@ class Mmu:
         run = self.attributes.run(gfn)
         return run.start, run.end
 
-    def begin_zap(self, gfns: Sequence[tuple[int, int]], halves: Iterable[int]) -> Zapped:
+    def begin_zap(
+        self, gfns: Sequence[tuple[int, int]], halves: Iterable[int], *, moving: bool = False
+    ) -> Zapped:
         """Open the bracket over ranges [start, end) and clear their leaves on these sides.
 
+        ``moving``: what the pages hold is not lost, it comes back at another place.
         Without a range nothing is opened. ``invalidate.end()`` closes it.
         """
         ranges: list[tuple[int, int]] = []
@@ -179,5 +182,5 @@ class Mmu:
                 ranges.append(gone)
                 if self.gate is not None:  # exactly these: what is lost there loses its content
                     private = not self.kind.side_bit or half == self.kind.half(private=True)
-                    self.gate.zapped(start, npages, private=private)
+                    self.gate.zapped(start, npages, private=private, moving=moving)
         return Zapped(tuple(ranges), leaves)

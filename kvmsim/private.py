@@ -26,6 +26,9 @@ from privfs.notifier.lane import Lane, LinkError, find_socket
 from privfs.notifier.user import ExtentArrived, Granted, User, Zap
 from privfs.notifier.wire import MAX_PAGES, Reason
 
+#: Bytes of a confidential VM's file that may move: up to there extents are of 64 MiB, and the
+#: hardware's tables, which follow by 4 KiB, let go of one within the owner's patience.
+_FOLLOWED = 4 << 30
 _INODE_BITS = 48
 _INODE_MASK = (1 << _INODE_BITS) - 1
 _INSTANCE_BITS = 64
@@ -40,14 +43,22 @@ class Guest(Protocol):
     def bound_pages(self, file: int, start: int, end: int) -> Iterable[tuple[int, int]]:
         """Return the parts of file pages ``[start, end)`` that slots are bound to (lock held)."""
 
-    def zap_file(self, file: int, start: int, end: int) -> int:
-        """Zap and return the flush epoch to wait for (lock held)."""
+    def zap_file(self, file: int, start: int, end: int, *, moving: bool = False) -> int:
+        """Zap and return the flush epoch to wait for (lock held).
+
+        ``moving``: the pages will come back at another place, or be zapped again.
+        """
 
     def drain(self, epoch: int) -> None:
         """Wait until no vCPU can use a translation from before ``epoch`` (no lock held)."""
 
     def released(self, hpa: int, size: int) -> None:
-        """Bytes of the arena go back to their owner: no vCPU can reach them (no lock held)."""
+        """Bytes of the arena go back to their owner: no vCPU can reach them (lock held)."""
+
+    def keeps(self, hpa: int, size: int) -> bool:
+        """Whether something names these addresses still, although no vCPU gets there: they must
+        not become another page's (lock held).
+        """
 
     def page_granted(self, session: Session, granted: Granted) -> None:
         """Go on with the fault that asked (lock held)."""
@@ -89,6 +100,7 @@ class _Ticket:
     epoch: int
     dead: tuple[_Extent, ...]
     shut: tuple[tuple[int, int], ...]  #: (hpa, bytes) of what lives on
+    moving: bool
 
 
 class Session:
@@ -105,6 +117,7 @@ class Session:
         self._base = number << _INODE_BITS
         self._extents: dict[tuple[int, int], _Extent] = {}
         self._migrations = Migrations()
+        self._vacated: list[tuple[int, int]] = []  #: (hpa, bytes) that nothing else may become yet
         self._closed = False
         self.lane = Lane(self, User())
         self.lane.start(socket, label, fence=host.fence.kind, userfault=host.fence.fd)
@@ -134,6 +147,7 @@ class Session:
         self._extents[key] = held = _Extent(extent.start, extent.end, fd)
         try:
             self._place(extent.ino, held)
+            self._retire_vacated()
         except ArenaError as error:  # the session ends with this: no fault could ever end
             raise OSError(errno.ENOMEM, f"cannot map an extent: {error}") from error
 
@@ -150,8 +164,9 @@ class Session:
             for piece in (piece for extent in dead for piece in extent.pieces):
                 self._migrations.left(self.file_id(zap.ino), piece.start, piece.end, piece.hpa)
         shut = tuple(self._placed(zap.ino, zap.start, zap.end))
-        epoch = self._guest.zap_file(self.file_id(zap.ino), zap.start, zap.end)
-        return _Ticket(epoch, dead, shut)
+        moving = zap.reason is Reason.MOVE
+        epoch = self._guest.zap_file(self.file_id(zap.ino), zap.start, zap.end, moving=moving)
+        return _Ticket(epoch, dead, shut, moving)
 
     def drain(self, tickets: list[object]) -> None:
         """Wait for old translations and accesses, then shut the fence and let go of the dead."""
@@ -159,10 +174,13 @@ class Session:
         self._guest.drain(max(ticket.epoch for ticket in held))
         for ticket in held:
             for hpa, length in ticket.shut:
-                self._guest.released(hpa, length)
+                with self.lock:
+                    self._guest.released(hpa, length)
                 self._host.shut(hpa, length)
             for extent in ticket.dead:
-                self._release(extent)
+                self._release(extent, moving=ticket.moving)
+        with self.lock:
+            self._retire_vacated()
 
     def granted(self, granted: Granted) -> None:
         """Pass a grant on."""
@@ -214,12 +232,26 @@ class Session:
             for piece in extent.pieces:
                 yield self.file_id(ino), piece.start, piece.end, piece.hpa
 
-    def _release(self, extent: _Extent) -> None:
+    def _release(self, extent: _Extent, *, moving: bool = False) -> None:
+        """Let go of an extent; of one that moves, addresses that are still named stay taken."""
         for piece in extent.pieces:
             size = (piece.end - piece.start) * PAGE_SIZE
-            self._guest.released(piece.hpa, size)
+            with self.lock:
+                if moving and self._guest.keeps(piece.hpa, size):
+                    self._host.vacate(piece.hpa, size)
+                    self._vacated.append((piece.hpa, size))
+                    continue
+                self._guest.released(piece.hpa, size)
             self._host.retire(piece.hpa, size)
         os.close(extent.fd)
+
+    def _retire_vacated(self, *, closing: bool = False) -> None:
+        """Give back the addresses that nothing names any more (lock held)."""
+        kept = [] if closing else [one for one in self._vacated if self._guest.keeps(*one)]
+        for hpa, size in set(self._vacated).difference(kept):
+            self._guest.released(hpa, size)
+            self._host.retire(hpa, size)
+        self._vacated = kept
 
     def forget(self, ino: int) -> None:
         """Let go of a file that no slot is bound to (no lock held)."""
@@ -230,6 +262,8 @@ class Session:
             extents = [self._extents.pop(key) for key in gone]
         for extent in extents:
             self._release(extent)
+        with self.lock:
+            self._retire_vacated()
         if known and self.lane.alive:
             self.lane.unregister(ino)
 
@@ -241,6 +275,8 @@ class Session:
             self._extents.clear()
         for extent in extents:
             self._release(extent)
+        with self.lock:
+            self._retire_vacated(closing=True)
         if self.lane.alive:
             for ino in list(self.files):
                 self.lane.unregister(ino)
@@ -256,7 +292,7 @@ class PrivateMemory:
         self._guest = guest
         self._host = host
         self._label = label
-        self._purpose = host.purpose if movable else UNMOVABLE
+        self.movable = movable  #: whether it can follow its pages, where `host` lets them move
         self._sessions: list[Session] = []
         self._mounts: dict[int, Session] = {}  #: by st_dev of their files
         self.exclusive = False  #: whether its files are no other VM's (of a confidential one)
@@ -296,13 +332,17 @@ class PrivateMemory:
             binding = (socket, status.st_ino)
             self._host.bindings.take(binding, self, exclusive=self.exclusive)
             try:
-                registered = session.lane.register(fd, self._purpose)
+                purpose = self._host.purpose if self._may_move(status) else UNMOVABLE
+                registered = session.lane.register(fd, purpose)
             except BaseException:
                 self._host.bindings.drop(self, binding)
                 raise
             session.files[registered.ino] = registered.writable
         self._mounts[status.st_dev] = session
         return PrivateFile(session.file_id(status.st_ino), status.st_size // PAGE_SIZE)
+
+    def _may_move(self, status: os.stat_result) -> bool:
+        return self.movable and (not self.exclusive or status.st_size <= _FOLLOWED)
 
     def forget(self, file: int) -> None:
         """Stop using a file that no slot is bound to, and no vCPU can reach (no lock held)."""

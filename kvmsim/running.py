@@ -44,7 +44,7 @@ from kvmsim.kind import SHARED_BIT_KIND, VmKind
 from kvmsim.level import MAX_LEVEL
 from kvmsim.migration import Migration
 from kvmsim.private import PrivateMemory, Session
-from kvmsim.uapi import KVM_INTERNAL_ERROR_EMULATION, Abi
+from kvmsim.uapi import KVM_INTERNAL_ERROR_EMULATION, PAGE_SHIFT, Abi
 from kvmsim.vcpus import Handler, RunnerStatistics, State, Supervisor, Vcpu
 from kvmsim.verdicts import Verdicts
 from kvmsim.vm import Vm, Zapped
@@ -139,6 +139,7 @@ class RunningVm:
         """Let a confidential processor's tables decide; before any vCPU runs or slot is made."""
         self.guard = self.vm.mmu.gate = guard
         self.private.exclusive = True
+        self.private.movable = guard.movable
         self._verdicts = Verdicts(self, guard)
         for vcpu in self.vcpus:
             vcpu.cpu.protect(guard.instructions)
@@ -240,13 +241,14 @@ class RunningVm:
         for slot, first, last in self.vm.mmu.slots.find_file(file, start, end):
             yield slot.private_page(first), slot.private_page(last)
 
-    def zap_file(self, file: int, start: int, end: int) -> int:
+    def zap_file(self, file: int, start: int, end: int, *, moving: bool = False) -> int:
         """Zap file pages; return the epoch whose drain proves it (lock held).
 
+        ``moving``: what they hold will lie somewhere else (:meth:`migrated`).
         Where no leaf was, an earlier zap of the same pages may still wait for its flush: that
         epoch, the newest, is the one to wait for.
         """
-        zapped = self.vm.invalidate_file(file, start, end)
+        zapped = self.vm.invalidate_file(file, start, end, moving=moving)
         self.vm.freed(file, start, end)  # they are another's once this is acknowledged
         self.statistics.shootdowns += 1
         return self.request_flush(zapped) if zapped.leaves else self.shootdown.epoch
@@ -281,10 +283,13 @@ class RunningVm:
         self.drain(epoch)
 
     def released(self, hpa: int, size: int) -> None:
-        """Tell the confidential processor that these bytes are no guest's (no lock held)."""
+        """Tell the confidential processor that these bytes are no guest's (lock held)."""
         if self.guard is not None:
-            with self.lock:
-                self.guard.released(hpa, size)
+            self.guard.released(hpa, size)
+
+    def keeps(self, hpa: int, size: int) -> bool:
+        """Whether its tables still name these bytes, until they are told of a move (lock held)."""
+        return self.guard is not None and self.guard.keeps(hpa, size)
 
     # --- grants -------------------------------------------------------------------------------
 
@@ -320,7 +325,13 @@ class RunningVm:
 
     def migrated(self, migration: Migration) -> None:
         """Count what has moved; the next faults map it where it is now (lock held)."""
-        self.statistics.pages_moved += migration.end - migration.start
+        file, start, end, old, new = migration
+        self.statistics.pages_moved += end - start
+        if self.guard is None:
+            return
+        for slot, first, last in self.vm.mmu.slots.find_file(file, start, end):
+            offset = slot.private_page(first) - start << PAGE_SHIFT
+            self.guard.migrated(first, last - first, old + offset, new + offset)
 
     def owner_lost(self, why: str) -> None:
         """Stop: without its owner this memory is nobody's (no lock held)."""

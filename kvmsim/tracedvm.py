@@ -131,10 +131,12 @@ class _Core(Vm):
         self._tell = tell
         self.mmu.stage2 = _Stage2(self.mmu.stage2, self.kind, tell)
 
-    def begin_invalidate_file(self, file: int, start: int, end: int) -> Invalidation:
+    def begin_invalidate_file(
+        self, file: int, start: int, end: int, *, moving: bool = False
+    ) -> Invalidation:
         """Zap the private side."""
         self._tell("kvmsim_gmem_invalidate", file=file, start=start, end=end)
-        return super().begin_invalidate_file(file, start, end)
+        return super().begin_invalidate_file(file, start, end, moving=moving)
 
     def invalidate_shared(self, side: SharedSide, start: int, end: int) -> Zapped:
         """Zap the shared side."""

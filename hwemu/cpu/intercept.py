@@ -108,11 +108,14 @@ class Intercepts:
         self.look()
         try:
             return recognise(self._memory.code(self._raw.linear(rip), self._raw.cpl == 3))
-        except (GuestFault, Stage2Miss, Unsupported):
+        except (GuestFault, Unsupported):
             return None
 
     def length_at(self, rip: int, name: str) -> int | None:
-        """Length of the instruction ``name`` at ``rip``; None: an error exit is on its way."""
+        """Length of the instruction ``name`` at ``rip``; None: an error exit is on its way.
+
+        Stage2Miss if its page was zapped since it was fetched.
+        """
         found = self._instruction(rip)
         if found is None or found.name != name:
             self.leave(CpuError(f"no {name} found at RIP {rip:#x}"))
@@ -121,6 +124,13 @@ class Intercepts:
 
     def handle(self, number: int) -> None:
         """From a hook: exit or exception ``number``."""
+        try:
+            self._handle(number)
+        except Stage2Miss as miss:  # zapped since it was fetched: it is met again
+            self._raw.forget_exception()
+            self.leave_fault(miss.gpa, miss.access)
+
+    def _handle(self, number: int) -> None:
         raw = self._raw
         code = number - vmcb.VMEXIT
         rip = raw.q[raw_layout.RIP]

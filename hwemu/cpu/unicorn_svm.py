@@ -133,7 +133,11 @@ class SvmCpu:
             return
         raw = self._raw
         rip = raw.q[raw_layout.RIP]
-        length = self._intercepts.length_at(rip, "syscall")
+        try:
+            length = self._intercepts.length_at(rip, "syscall")
+        except Stage2Miss as miss:
+            self._intercepts.leave(CpuError(f"SYSCALL at RIP {rip:#x}: {miss}"))
+            return
         if length is None:
             return
         try:

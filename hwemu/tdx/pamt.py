@@ -249,6 +249,21 @@ class Pamt:
                     npages = (last - first) << 9 * level
                     yield page << PAGE_SHIFT, npages, level, PageType(int(types[first]))
 
+    def owns(self, owner: int, hpa: int, size: int) -> bool:
+        """Whether any page of ``size`` bytes at ``hpa`` is of the TD whose TDR is page ``owner``.
+
+        What lies in no TDMR is nobody's.
+        """
+        first, last = hpa >> PAGE_SHIFT, (hpa + size - 1) >> PAGE_SHIFT
+        for tables in self._tables:
+            low, high = max(first, tables.first), min(last, tables.first + tables.npages - 1)
+            for level in LEVELS if low <= high else ():
+                rows = slice(tables.row(low, level), tables.row(high, level) + 1)
+                used = tables.pt[level][rows] > PageType.RSVD
+                if bool((used & (tables.owner[level][rows] == owner)).any()):
+                    return True
+        return False
+
     def owned(self, owner: int) -> Iterator[tuple[int, int, PageType]]:
         """Pages (hpa, level, type) of the TD whose TDR is page ``owner``, its TDR left out."""
         for tables in self._tables:

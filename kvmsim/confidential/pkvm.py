@@ -110,6 +110,11 @@ class PkvmGuard:
         self.finished = False
 
     @property
+    def movable(self) -> bool:
+        """No hypercall moves a guest's page."""
+        return False
+
+    @property
     def instructions(self) -> frozenset[str]:
         """HVC, which is VMCALL here."""
         return _OTHERS | {"vmcall"}
@@ -180,12 +185,19 @@ class PkvmGuard:
         self._running.stage2.zap(gfn << PAGE_SHIFT, npages)
         self._gone.append((gfn << PAGE_SHIFT, npages))
 
-    def zapped(self, gfn: int, npages: int, *, private: bool) -> None:
+    def zapped(self, gfn: int, npages: int, *, private: bool, moving: bool) -> None:
         """The host's idea of the guest's stage 2; the hypervisor's stands."""
 
     def drained(self) -> bool:
         """Nothing waits."""
         return False
+
+    def keeps(self, hpa: int, size: int) -> bool:
+        """Nothing is kept for a move."""
+        return False
+
+    def migrated(self, gfn: int, npages: int, old: int, new: int) -> None:
+        """Never: nothing of it moves."""
 
     def released(self, hpa: int, size: int) -> None:
         """The pages are the host's again, zeroed; see the head of this file."""

@@ -115,6 +115,7 @@ class Platform:
 
     def __init__(self, host: HostMemory) -> None:
         self.host = host
+        host.arena.covered = min(host.arena.size, _COVERED)  # what moves must stay in there
         self.memory = HpaMemory(host)
         self.frames = FrameMemory(self.memory)
         self.lock = threading.RLock()
@@ -133,10 +134,10 @@ class Platform:
     def ram(self) -> tuple[int, int]:
         """(first hpa, bytes) of the memory that the hardware's tables cover.
 
-        The arena fills from its beginning; what lies behind is no guest's whom they protect.
+        The arena prefers it; what lies behind is no guest's whom they protect.
         """
         arena = self.host.arena
-        return arena.hpa_base, min(arena.size, _COVERED)
+        return arena.hpa_base, arena.covered
 
     def hardware(self, kind: type[_T], make: Callable[[Platform], _T]) -> _T:
         """What this host has of ``kind``, made at its first use by ``make``."""

@@ -147,6 +147,13 @@ class SnpGuard:
         self.finished = False
 
     @property
+    def movable(self) -> bool:
+        """No: only of a Pre-Swap page does SNP_PAGE_MOVE keep the validation, and RMPUPDATE, which
+        takes it (APM vol. 2, 15.36.6), makes none.
+        """
+        return False
+
+    @property
     def instructions(self) -> frozenset[str]:
         """All that an SNP guest does not execute without its hypervisor, or its RMP."""
         return frozenset(_VC_CODES) | _OWN | _UNDEFINED
@@ -320,7 +327,7 @@ class SnpGuard:
             return ()
         return self._own.leaves(gfn, (Leaf(base, npages, page << PAGE_SHIFT),))
 
-    def zapped(self, gfn: int, npages: int, *, private: bool) -> None:
+    def zapped(self, gfn: int, npages: int, *, private: bool, moving: bool) -> None:
         """The second stage forgets; the RMP does not."""
         if private:
             self._frames.forget(gfn, npages)
@@ -328,6 +335,13 @@ class SnpGuard:
     def drained(self) -> bool:
         """Nothing waits: an RMPUPDATE flushes what it has to."""
         return False
+
+    def keeps(self, hpa: int, size: int) -> bool:
+        """Nothing is kept for a move."""
+        return False
+
+    def migrated(self, gfn: int, npages: int, old: int, new: int) -> None:
+        """Never: nothing of it moves."""
 
     def released(self, hpa: int, size: int) -> None:
         """sev_gmem_invalidate(): the pages are the hypervisor's, large ones broken first."""

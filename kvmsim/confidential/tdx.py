@@ -19,7 +19,7 @@ from typing import Any, Final
 from hwemu.cpu import api as cpu_api
 from hwemu.cpu.api import Regs
 from hwemu.encryptedaccess import Encrypt, Technology
-from hwemu.tdx import Result, Status, TdxError, TdxModule
+from hwemu.tdx import Result, TdxError, TdxModule
 from hwemu.tdx.entry import STATES, SeptState, hpa_of
 from hwemu.tdx.fields import pack_params
 from hwemu.tdx.machine import tdmrs
@@ -30,6 +30,7 @@ from hwemu.tdx.td import ATTRIBUTE_SEPT_VE_DISABLE, Td, TdParams, VeInfo
 from hwemu.tdx.td import Vcpu as TdVcpu
 from kvmsim import exits
 from kvmsim.confidential.encryption import Encryption, GuestPages, ModuleMemory
+from kvmsim.confidential.leaving import Leaving
 from kvmsim.confidential.platform import Platform
 from kvmsim.confidential.tdvmcall import TdVmCalls
 from kvmsim.guard import Answer, GuardRefusal, Inject, Leaf, Leave, Resolve, Verdict
@@ -74,7 +75,7 @@ def make_module(platform: Platform) -> TdxModule:
 
     A vCPU stays on the logical processor of its index.
     """
-    memory = ModuleMemory(platform)
+    memory = platform.hardware(ModuleMemory, ModuleMemory)
     module = TdxModule(tdmrs([platform.ram]), memory, gpa_width=ADDRESS_BITS, lps=_LPS)
 
     def holder(hpa: int) -> tuple[Technology, int] | None:
@@ -109,7 +110,7 @@ class TdxGuard:
         self._tdvprs: dict[int, int] = {}  #: vCPU → hpa of its TDVPR
         self._taken: list[int] = []  #: pages of the host that the module has
         self._staged: dict[int, LaunchPage] = {}
-        self._blocked: dict[tuple[int, int], range] = {}  #: (gpa, level) → gfns that go
+        self._leaving: Leaving | None = None  #: while the TD has its key
         self._owed: set[int] = set()  #: vCPUs whose TLB the module wants flushed
         self._lengths: dict[int, int] = {}  #: vCPU → length of the instruction that #VE tells of
         self._calls = TdVmCalls(running)
@@ -121,6 +122,11 @@ class TdxGuard:
     def instructions(self) -> frozenset[str]:
         """All that a TD does not execute by itself."""
         return frozenset(_VE_REASONS) | _UNDEFINED | {"tdcall"}
+
+    @property
+    def movable(self) -> bool:
+        """Ciphertext in the file is bound to its address, and its owner copies it as it is."""
+        return self._encrypt is not Encrypt.BACKING
 
     @property
     def td(self) -> Td:
@@ -153,26 +159,30 @@ class TdxGuard:
         free = [hkid for hkid, key in self._module.keys.items() if key.state is KeyState.FREE]
         if not free:
             raise GuardRefusal(errno.ENOSPC, "every HKID of this host has a TD")
-        tdr = self._take()
+        tdr = self.take()
         self._module.mng_create(tdr, free[0])
         self._tdr = tdr
         self._module.mng_key_config(tdr)
         self._pages = GuestPages(
             self._platform, self._running, Technology.TDX, free[0], self._encrypt
         )
+        memory = self._platform.hardware(ModuleMemory, ModuleMemory)
+        self._leaving = Leaving(
+            self._module, tdr, memory, self._pages, self, self._running.stage2.zap
+        )
         for _ in range(self._module.config.tdcs_pages):
-            self._module.mng_addcx(tdr, self._take())
+            self._module.mng_addcx(tdr, self.take())
         with self._page(pack_params(params)) as page:
             self._module.mng_init(tdr, page)
 
     def init_vcpu(self, index: int) -> None:
         """KVM_TDX_INIT_VCPU (tdx_td_vcpu_init())."""
         with self._refusing(f"vCPU {index} cannot be made"), self._platform.lock:
-            tdvpr = self._take()
+            tdvpr = self.take()
             self._module.vp_create(self._tdr, tdvpr)
             self._tdvprs[index] = tdvpr
             for _ in range(self._module.config.tdvps_pages - 1):
-                self._module.vp_addcx(tdvpr, self._take())
+                self._module.vp_addcx(tdvpr, self.take())
             self._module.vp_init(tdvpr, lp=index)
 
     def stage(self, page: LaunchPage) -> bool:
@@ -248,6 +258,8 @@ class TdxGuard:
                 if hpa_of(at.word, at.level) + (gfn - begin << PAGE_SHIFT) != page:
                     raise GuardRefusal(errno.EIO, f"gpa {gpa:#x} has another page already")
                 return self._mapped(gfn, page, Leaf(begin, span, hpa_of(at.word, at.level)))
+            if self._leaving is not None and self._leaving.moves(gfn):
+                raise GuardRefusal(errno.EIO, f"gpa {gpa:#x} was not relocated, and stays blocked")
             if at.state in (SeptState.FREE, SeptState.REMOVED):
                 self._augment(gfn, first, last, hpa)
             return ()
@@ -278,92 +290,42 @@ class TdxGuard:
             if at.state is not SeptState.FREE:
                 return  # a leaf that is larger, or blocked: the leaf that follows says so
             span = PAGE_SIZE << 9 * at.level
-            self._module.mem_sept_add(self._tdr, gpa & -span, at.level, self._take())
+            self._module.mem_sept_add(self._tdr, gpa & -span, at.level, self.take())
 
-    def zapped(self, gfn: int, npages: int, *, private: bool) -> None:
-        """TDH.MEM.RANGE.BLOCK of what is mapped there, and a new TLB epoch.
-
-        A large leaf that reaches out of the range is blocked as a whole, to be split; its shadow
-        goes, and what of it stays the guest's is found again by the next fault.
-        """
+    def zapped(self, gfn: int, npages: int, *, private: bool, moving: bool) -> None:
+        """TDH.MEM.RANGE.BLOCK of what is mapped there, and a new TLB epoch."""
         if not private:
             return
         with self._platform.lock:
-            if self._tdr not in self._module.tds:
+            if self._tdr not in self._module.tds or self._leaving is None:
                 return  # it is no more, or was never made
-            before = len(self._blocked)
-            for gpa, level, state in self._leaves(gfn, gfn + npages):
-                if STATES[state].blocked is None:
-                    continue
-                self._module.mem_range_block(self._tdr, gpa, level)
-                first, span = gpa >> PAGE_SHIFT, 1 << 9 * level
-                inside = range(max(gfn, first), min(gfn + npages, first + span))
-                self._blocked[gpa, level] = inside
-                if len(inside) < span:
-                    self._running.stage2.zap(gpa, span)
-            if len(self._blocked) > before:
-                self._track()
+            self._leaving.zap(gfn, npages, moving=moving)
 
     def drained(self) -> bool:
         """TDH.MEM.PAGE.REMOVE or DEMOTE of what was blocked, as far as it is tracked."""
         with self._platform.lock:
-            for (gpa, level), going in list(self._blocked.items()):
-                try:
-                    if len(going) == 1 << 9 * level:
-                        page = hpa_of(self.td.tree.walk(gpa, level).word, level)
-                        self._module.mem_page_remove(self._tdr, gpa, level)
-                        self._own.forget(page, len(going))
-                    else:
-                        self._split(gpa, level, going)
-                except TdxError as error:
-                    if error.code is not Status.TLB_TRACKING_NOT_DONE:
-                        raise
-                    continue
-                del self._blocked[gpa, level]
-            if self._blocked:
-                self._track()
-            return bool(self._blocked)
+            return self._leaving is not None and self._leaving.settle()
 
-    def _split(self, gpa: int, level: int, going: range) -> None:
-        """TDH.MEM.PAGE.DEMOTE: 512 leaves, none of them blocked; block those that go."""
-        table = self._take()
-        try:
-            self._module.mem_page_demote(self._tdr, gpa, level, table)
-        except BaseException:
-            self._give(table)
-            raise
-        for below, smaller, _ in self._leaves(going.start, going.stop):
-            self._module.mem_range_block(self._tdr, below, smaller)
-            first, span = below >> PAGE_SHIFT, 1 << 9 * smaller
-            inside = range(max(going.start, first), min(going.stop, first + span))
-            self._blocked[below, smaller] = inside
+    def keeps(self, hpa: int, size: int) -> bool:
+        """Whether the PAMT says of any page there that it is the TD's."""
+        with self._platform.lock:
+            if self._leaving is None:
+                return False
+            return self._module.pamt.owns(self._tdr >> PAGE_SHIFT, hpa, size)
 
-    def _track(self) -> None:
-        """TDH.MEM.TRACK; while a vCPU of the epoch before the last runs it has to wait."""
-        try:
-            self._module.mem_track(self._tdr)
-        except TdxError as error:
-            if error.code is not Status.PREVIOUS_TLB_EPOCH_BUSY:
-                raise
-
-    def _leaves(self, start: int, end: int) -> Iterator[tuple[int, int, SeptState]]:
-        """Leaves (gpa, level, state) that map any of gfns [start, end)."""
-        gfn = start
-        while gfn < end:
-            at = self.td.tree.walk(gfn << PAGE_SHIFT, 0)
-            gfn &= -(1 << 9 * at.level)
-            if at.state not in (SeptState.FREE, SeptState.REMOVED):
-                yield gfn << PAGE_SHIFT, at.level, at.state
-            gfn += 1 << 9 * at.level
+    def migrated(self, gfn: int, npages: int, old: int, new: int) -> None:
+        """TDH.MEM.PAGE.RELOCATE of what was blocked to move."""
+        with self._platform.lock:
+            if self._leaving is not None:
+                self._leaving.relocate(gfn, npages, old, new)
 
     def released(self, hpa: int, size: int) -> None:
         """The PAMT must not say any more that these bytes are the TD's."""
         with self._platform.lock:
+            if self.keeps(hpa, size):
+                raise RuntimeError(f"hpa {hpa:#x}+{size:#x} is released, and is the TD's still")
             if self._pages is not None:
                 self._pages.release(hpa, size >> PAGE_SHIFT)
-            entry = self._module.pamt.walk(hpa)
-            if entry.pt is PageType.REG and entry.owner == self._tdr >> PAGE_SHIFT:
-                raise RuntimeError(f"hpa {hpa:#x}+{size:#x} is released, and is the TD's still")
 
     def host_reaches(self, hpa: int, size: int) -> bool:
         """The host's mappings have all memory; what it gets of a guest's is another matter."""
@@ -476,12 +438,11 @@ class TdxGuard:
             module.mng_key_freeid(tdr)
             if self._pages is not None:
                 self._pages.close()
-                self._pages = None
+                self._pages = self._leaving = None
             for hpa, _, _ in list(module.pamt.owned(tdr >> PAGE_SHIFT)):
                 module.phymem_page_reclaim(hpa)
             module.phymem_page_reclaim(tdr)
             self._give_all()
-        self._blocked.clear()
 
     def describe(self) -> dict[str, Any]:
         """Measurement registers, states, pages."""
@@ -527,12 +488,14 @@ class TdxGuard:
     def _shared(self) -> int:
         return self._running.vm.kind.side_bit
 
-    def _take(self) -> int:
+    def take(self) -> int:
+        """A page of the host's for the module; MemoryError."""
         hpa = self._platform.pages.take()
         self._taken.append(hpa)
         return hpa
 
-    def _give(self, hpa: int) -> None:
+    def give(self, hpa: int) -> None:
+        """The module has it no more."""
         self._taken.remove(hpa)
         self._platform.pages.give(hpa)
 

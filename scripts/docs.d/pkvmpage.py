@@ -262,13 +262,27 @@ part of it is refused.
 
 ## Moves
 
-Ciphertext is bound to its address, PAMT and RMP name pages by theirs, and a page of a protected
-VM is not the host's to copy. So a file that such a guest uses is UNMOVABLE (MEMFILE_F_UNMOVABLE
-of v7), also under `kvmsim boot --movable`, and [`privfs compact`](cli.md#moving-memory) refuses
-it with EOPNOTSUPP and the guest's name, as `kvm_gmem_migrate_folio()` moves nothing. The models
-have what a move needs, TDH.MEM.PAGE.RELOCATE ([tdx.md](tdx.md)) and SNP_PAGE_MOVE
-([snp.md](snp.md)), but both copy from a page that is still there, and an owner gives the new page
-out after the old one was let go of.
+KVM's guests ask that their memory stays where it is (MEMFILE_F_UNMOVABLE of v7), as
+`kvm_gmem_migrate_folio()` moves nothing: [`privfs compact`](cli.md#moving-memory) refuses with
+EOPNOTSUPP and the guest's name. Under `kvmsim boot --movable`:
+
+| guest | moves | since |
+|---|---|---|
+| `tdx` with `view` or `none` | yes | TDH.MEM.PAGE.RELOCATE ([tdx.md](tdx.md)) takes the guest's acceptance along |
+| `tdx` with `backing` | no | ciphertext is bound to its address, and the owner copies it as it is |
+| `snp` | no | SNP_PAGE_MOVE ([snp.md](snp.md)) keeps the validation of Pre-Swap pages alone, and RMPUPDATE, which clears it, makes none |
+| `pkvm` | no | no hypercall moves a guest's page |
+
+A move of a TD's memory: its entries are blocked and tracked before the acknowledgement, leaves of
+2 MiB split (TDH.MEM.PAGE.DEMOTE), for RELOCATE takes 4 KiB; they stay so small. They stay BLOCKED,
+their frames the TD's in the PAMT, while the owner copies; no other memory gets these addresses.
+The next access brings the new extent, and every entry of it is relocated before a leaf is stored:
+MAPPED again, or PENDING. A page that is punched meanwhile is removed (TDH.MEM.PAGE.REMOVE).
+That is work by the page, about 25 µs before the acknowledgement and 30 at the arrival, so files of
+more than 4 GiB, whose extents are larger than 64 MiB, are registered UNMOVABLE.
+Where hardware's RELOCATE copies, here the owner has copied already, past the module; a poisoned
+page is as poisoned at its new place. What the module refuses to relocate, as outside of its
+TDMRs, stays blocked: the guest's access is KVM_EXIT_MEMORY_FAULT with EIO.
 
 ## Who meets what at a private page
 

@@ -273,7 +273,7 @@ def test_shadow_pages_are_gone_when_a_punch_is_acknowledged(
         guest.close()
 
 
-@pytest.mark.parametrize("technology", [*ENCRYPTED, Technology.PKVM], ids=lambda t: t.kind)
+@pytest.mark.parametrize("technology", [Technology.SNP, Technology.PKVM], ids=lambda t: t.kind)
 def test_their_memory_stays_where_it_is(
     moving: HostMemory, boot: Boot, technology: Technology, mounted: Mounted
 ) -> None:

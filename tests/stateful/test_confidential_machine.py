@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -26,7 +28,7 @@ from kvmsim.confidential.kinds import make_guard
 from kvmsim.confidential.platform import Platform
 from kvmsim.effect import Installed, NeedPage, PageGrant
 from kvmsim.fault import Fault
-from kvmsim.guard import Again, Answer, Inject, Leave, Resolve
+from kvmsim.guard import Again, Answer, GuardRefusal, Inject, Leave, Resolve
 from kvmsim.hostmem import HostMemory
 from kvmsim.invalidate import MmuInvalidate
 from kvmsim.kind import KINDS
@@ -66,18 +68,27 @@ class Store:
     """
 
     def __init__(self, host: HostMemory) -> None:
-        fd = os.memfd_create("store")
-        os.ftruncate(fd, 4 * LARGE * PAGE)
-        base = host.place(fd, 0, 4 * LARGE * PAGE)
-        os.close(fd)
-        self.base = -(-base // (LARGE * PAGE)) * LARGE * PAGE
+        self._host = host
+        self._fd = os.memfd_create("store")
+        os.ftruncate(self._fd, GFNS * PAGE)
+        self.base = self.place()
+        self.away = False  #: it is nowhere, after a move
         self.held = np.zeros(GFNS, np.bool_)
+
+    def place(self) -> int:
+        """Another place for what it holds: as good as a copy."""
+        base = self._host.place(self._fd, 0, GFNS * PAGE)
+        assert base % (LARGE * PAGE) == 0
+        return base
+
+    def close(self) -> None:
+        os.close(self._fd)
 
     def installable(self, file: int, page: int, start: int, end: int, seq: int) -> tuple[int, int]:
         return start, end
 
     def hpa(self, instance: int, page: int) -> int | None:
-        return self.base + page * PAGE if page < GFNS else None
+        return self.base + page * PAGE if page < GFNS and not self.away else None
 
 
 class Nothing:
@@ -135,6 +146,7 @@ class Guest:
         need = fault.look_up(self.mmu)
         if not isinstance(need, NeedPage):
             return True
+        self.arrive()
         self.store.held[need.start : need.end] = True
         grant = PageGrant(3, need.start, need.end, 0, 1, writable=True)
         return not isinstance(fault.page_arrived(self.mmu, grant), Installed)
@@ -162,19 +174,46 @@ class Guest:
 
     def take_back(self, start: int, end: int) -> None:
         """A punch: zap, prove, tell the hardware, free; in this order."""
-        self.mmu.begin_zap([(start, end)], self.kind.halves)
+        self.zap(start, end)
+        if not self.store.away:
+            self.guard.released(self.store.base + start * PAGE, (end - start) * PAGE)
+        self.store.held[start:end] = False
+
+    def zap(self, start: int, end: int, *, moving: bool = False) -> None:
+        self.mmu.begin_zap([(start, end)], self.kind.halves, moving=moving)
         self.mmu.invalidate.end()
         for _ in range(8):
             if not self.guard.drained():
                 break
         else:
             raise AssertionError("the hardware never had enough of flushes")
-        self.guard.released(self.store.base + start * PAGE, (end - start) * PAGE)
-        self.store.held[start:end] = False
+
+    def leave(self) -> None:
+        """All of the file's memory is on its way to another place."""
+        self.zap(0, GFNS, moving=True)
+        self.store.away = True
+        if not self.guard.keeps(self.store.base, GFNS * PAGE):
+            self.guard.released(self.store.base, GFNS * PAGE)
+
+    def arrive(self) -> None:
+        """It has come there, if it was on its way."""
+        if not self.store.away:
+            return
+        old, self.store.base, self.store.away = self.store.base, self.store.place(), False
+        self.guard.migrated(0, GFNS, old, self.store.base)
+        assert not self.guard.keeps(old, GFNS * PAGE), "a page was left behind"
+        self.guard.released(old, GFNS * PAGE)
+        self.host.retire(old, GFNS * PAGE)
 
     def convert(self, start: int, end: int, *, private: bool) -> None:
         if self.mmu.attributes.set(start, end, PRIVATE if private else 0):
             self.take_back(start, end)
+
+    def accepted(self) -> npt.NDArray[np.bool_]:
+        """Which gfns the table says are the guest's to use."""
+        tables = self.guard.tables()
+        state = self.columns().entry.state
+        return np.isin(state, list(tables.words.mapped))
 
     def columns(self) -> Columns:
         leaf = self.stage2.columns(self.private_bit, GFNS)
@@ -252,6 +291,25 @@ class ConfidentialMachine(RuleBasedStateMachine):
         self.guests[guest].accept(block * LARGE, large=True, take=True)
         self.guests[guest].access(block * LARGE + 3)
 
+    @rule(guest=GUESTS)
+    def move(self, guest: int) -> None:
+        """Pages stay accepted, or not, whether or not they have come to their new place."""
+        if not self.guests[guest].guard.movable:
+            return
+        self.guests[guest].arrive()
+        before = self.guests[guest].accepted()
+        self.guests[guest].leave()
+        check(self.platform, self.guests)
+        assert (self.guests[guest].columns().leaf.level == 0).all()
+        self.guests[guest].arrive()
+        assert (self.guests[guest].accepted() == before).all()
+
+    @rule(guest=GUESTS)
+    def leave(self, guest: int) -> None:
+        """Other things happen before the next access brings it back."""
+        if self.guests[guest].guard.movable:
+            self.guests[guest].leave()
+
     @invariant()
     def holds(self) -> None:
         check(self.platform, self.guests)
@@ -261,6 +319,7 @@ class ConfidentialMachine(RuleBasedStateMachine):
             guest.guard.close()
         for guest in self.guests:
             guest.guard.released(guest.store.base, GFNS * PAGE)
+            guest.store.close()
         left = [guest.guard.residue() for guest in self.guests]
         self.host.close()
         assert all(not count for one in left for count in one.values()), left
@@ -296,7 +355,62 @@ def test_a_page_of_a_large_one_is_given_up() -> None:
     check(platform, [guest])
     guest.guard.close()
     guest.guard.released(guest.store.base, GFNS * PAGE)
+    guest.store.close()
     host.close()
+
+
+@pytest.fixture
+def td() -> Iterator[Guest]:
+    """A TD with a page of 2 MiB at gfn 512, in use, and one that it has not accepted at 1030."""
+    host = HostMemory("none")
+    guest = Guest("tdx", Platform(host), host)
+    guest.accept(LARGE, large=True, take=True)
+    guest.access(LARGE + 3)
+    guest.access(1030)
+    assert guest.columns().entry.level[LARGE + 3] == 2
+    yield guest
+    guest.guard.close()
+    guest.guard.released(guest.store.base, GFNS * PAGE)
+    guest.store.close()
+    assert not any(guest.guard.residue().values())
+    host.close()
+
+
+def test_one_flush_proves_zaps_of_many_kinds(td: Guest) -> None:
+    """Two punches in one large page, and a move of all of it, before anybody has drained."""
+    before = td.accepted()
+    for start, end, moving in ((520, 521, False), (0, GFNS, True), (530, 532, False)):
+        td.mmu.begin_zap([(start, end)], td.kind.halves, moving=moving)
+        td.mmu.invalidate.end()
+    while td.guard.drained():
+        pass
+    td.store.away = True
+    assert not td.accepted().any()
+    td.store.held[[520, 530, 531]] = False
+    td.arrive()
+    before[[520, 530, 531]] = False
+    assert (td.accepted() == before).all()
+    found = td.columns()
+    assert (found.entry.hpa[[520, 530, 531]] == -1).all()
+    there = np.flatnonzero(found.entry.hpa >= 0)
+    assert 1030 in there, "what is pending moves, too"
+    assert (found.entry.hpa[there] == td.store.base + there * PAGE).all()
+
+
+def test_what_cannot_be_relocated_is_refused(td: Guest, caplog: pytest.LogCaptureFixture) -> None:
+    td.leave()
+    old = td.store.base
+    td.guard.migrated(0, GFNS, old, 1 << 51)  # in no TDMR
+    assert "stays blocked at hpa" in caplog.records[-1].getMessage()
+    caplog.clear()
+    with pytest.raises(GuardRefusal, match="was not relocated"):
+        td.guard.admit(3 + LARGE, 0, GFNS, old, private=True, writable=True)
+    assert td.guard.keeps(old, GFNS * PAGE)
+    with pytest.raises(RuntimeError, match="is the TD's still"):
+        td.guard.released(old, GFNS * PAGE)
+    td.take_back(0, GFNS)
+    assert not td.guard.keeps(old, GFNS * PAGE)
+    td.store.away = False
 
 
 @pytest.mark.parametrize(("kind", "step"), [("tdx", "drained"), ("snp", "released")])
@@ -322,4 +436,5 @@ def test_a_step_that_is_forgotten_is_found(
     for guest in guests:
         guest.guard.close()
         guest.guard.released(guest.store.base, GFNS * PAGE)
+    guest.store.close()
     host.close()

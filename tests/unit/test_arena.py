@@ -85,6 +85,39 @@ def test_a_placement_lies_behind_2_mib_as_its_offset_does(arena: Arena, offset: 
     os.close(fd)
 
 
+def test_a_vacated_range_is_fresh_zeros_and_nobody_elses(arena: Arena, memfd: int) -> None:
+    hpa = arena.place(memfd, 0, 2 * PAGE)
+    arena.write(hpa, b"guest")
+    arena.vacate(hpa, 2 * PAGE)
+    assert arena.read(hpa, 5) == bytes(5)
+    arena.write(hpa, b"other")
+    assert os.pread(memfd, 5, 0) == b"guest"
+    assert arena.statistics().placed_bytes == 2 * PAGE
+    with pytest.raises(ArenaRangeError, match="vacate"):
+        arena.vacate(hpa, 3 * PAGE)
+    arena.retire(hpa, 2 * PAGE)
+    assert arena.statistics().placed_bytes == 0
+
+
+def test_what_is_covered_is_used_again_before_the_rest() -> None:
+    arena = Arena(8 * PAGE)
+    arena.covered = 4 * PAGE
+    fd = os.memfd_create("extent")
+    os.ftruncate(fd, PAGE)
+    for _ in range(3):  # next-fit, but not past it
+        first = arena.place(fd, 0, PAGE)
+        second = arena.place(fd, 0, PAGE)
+        assert max(first, second) < arena.hpa_base + 4 * PAGE
+        for hpa in (first, second):
+            arena.retire(hpa, PAGE)
+    placed = {arena.place(fd, 0, PAGE) for _ in range(8)}
+    assert len(placed) == 8
+    with pytest.raises(ArenaFullError):
+        arena.place(fd, 0, PAGE)
+    arena.close()
+    os.close(fd)
+
+
 def test_what_alignment_skipped_is_not_lost() -> None:
     arena = Arena(8 * MIB)
     fd = os.memfd_create("extent")

@@ -168,7 +168,7 @@ class Gate:
         found: tuple[Leaf, ...] = self.answer(gfn, first, last, hpa)
         return found
 
-    def zapped(self, gfn: int, npages: int, *, private: bool) -> None:
+    def zapped(self, gfn: int, npages: int, *, private: bool, moving: bool) -> None:
         self.gone.append((gfn, npages, private))
 
 

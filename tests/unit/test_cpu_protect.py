@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from hwemu.cpu.api import (
+    Access,
     CpuExit,
     CpuStateError,
     HltExit,
@@ -16,8 +17,10 @@ from hwemu.cpu.api import (
     InterceptExit,
     IoExit,
     MsrExit,
+    Stage2Fault,
 )
-from hwemu.testing import TEXT, Machine
+from hwemu.cpu.guestmemory import GuestMemory
+from hwemu.testing import PAGE, TEXT, Machine
 
 HLT = "f4"
 ALL = (
@@ -73,6 +76,40 @@ def test_the_instruction_leaves_before_it_does_anything(
     assert (after.rip, after.rbx, after.r10, after.rflags & 1) == (
         TEXT + len(bytes.fromhex(bytes_)) + 3, 2, 5, 1,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("bytes_", "expected"),
+    [
+        ("66 0f 01 cc", InterceptExit("tdcall", 4)),
+        ("0f a2", InterceptExit("cpuid", 2)),
+        ("0f 32", InterceptExit("rdmsr", 2)),
+        ("0f 01 d9", InterceptExit("vmmcall", 3)),
+        ("f4", InterceptExit("hlt", 1)),
+        ("ee", InterceptExit("out", 1, 0x3F8, 1, True)),
+    ],
+)
+def test_its_page_is_zapped_before_it_is_looked_at(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, bytes_: str, expected: CpuExit
+) -> None:
+    """Another thread's zap comes between fetch and intercept: a fault, and then the exit."""
+    cpu = machine.cpu
+    cpu.protect(ALL)
+    load(machine, bytes_, HLT, rcx=GHCB_MSR, rdx=0x3F8)
+    look = GuestMemory.code
+
+    def zapped(self: GuestMemory, address: int, user: bool) -> bytes:
+        machine.stage2.zap(TEXT, 1)
+        machine.holes.add(TEXT // PAGE)
+        monkeypatch.undo()
+        return look(self, address, user)
+
+    monkeypatch.setattr(GuestMemory, "code", zapped)
+    assert cpu.run() == Stage2Fault(TEXT, Access.EXEC)
+    assert cpu.get_regs().rip == TEXT
+    machine.holes.clear()
+    assert cpu.run() == expected
+    assert cpu.run() == InterceptExit("hlt", 1)
 
 
 def test_an_exception_takes_its_place(machine: Machine) -> None:
