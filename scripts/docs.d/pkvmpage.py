@@ -268,9 +268,11 @@ EOPNOTSUPP and the guest's name. Under `kvmsim boot --movable`:
 
 | guest | moves | since |
 |---|---|---|
-| `tdx` with `view` or `none` | yes | TDH.MEM.PAGE.RELOCATE ([tdx.md](tdx.md)) takes the guest's acceptance along |
+| `tdx` with `view` or `none` | yes | TDH.MEM.PAGE.RELOCATE ([tdx.md](tdx.md)) takes the guest's \
+acceptance along |
 | `tdx` with `backing` | no | ciphertext is bound to its address, and the owner copies it as it is |
-| `snp` | no | SNP_PAGE_MOVE ([snp.md](snp.md)) keeps the validation of Pre-Swap pages alone, and RMPUPDATE, which clears it, makes none |
+| `snp` | no | SNP_PAGE_MOVE ([snp.md](snp.md)) keeps the validation of Pre-Swap pages alone, \
+and RMPUPDATE, which clears it, makes none |
 | `pkvm` | no | no hypercall moves a guest's page |
 
 A move of a TD's memory: its entries are blocked and tracked before the acknowledgement, leaves of
