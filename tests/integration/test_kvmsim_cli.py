@@ -99,7 +99,7 @@ def test_a_guest_answers_and_ends_with_its_status(mounted: Mounted, fence: str) 
     assert done.returncode == 3
     assert "> ok info vcpus=2 private_capable=33554432" in done.stdout
     assert done.stderr.splitlines() == [
-        f"kvmsim: vm0: 2 vCPUs, 32768 KiB of private memory in {mounted.path / 'ram'}, "
+        f"kvmsim: vm0: shared-bit, 2 vCPUs, 32768 KiB of private memory in {mounted.path / 'ram'}, "
         f"fence {fence}; Ctrl-C ends it",
         "kvmsim: vm0: the guest ended with status 3",
     ]

@@ -116,7 +116,7 @@ def test_preallocation_is_shown_on_a_terminal(mounted: Mounted) -> None:
     assert done.returncode == 0
     path = mounted.path / "ram"
     assert f"\r\x1b[Kkvmsim: vm0: {path}: allocating   0% of 32M" in shown
-    assert "allocating 100% of 32M\r\x1b[Kkvmsim: vm0: 2 vCPUs, 32768 KiB" in shown
+    assert "allocating 100% of 32M\r\x1b[Kkvmsim: vm0: shared-bit, 2 vCPUs, 32768 KiB" in shown
 
 
 def test_preallocation_of_more_than_there_is(mount: Mounter) -> None:
