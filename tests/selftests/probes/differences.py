@@ -32,10 +32,6 @@ _MIXED: Final = (
     "(api.rst, KVM_RUN): this kernel's emulator drops the answer, complete_fast_pio_in() of VMX "
     "and SVM puts it into RAX, and so does the simulator"
 )
-_WORDS: Final = (
-    "the engine takes an unaligned access to a device apart into the aligned words that hold it: "
-    "the device is asked for more bytes than the instruction takes"
-)
 _EFER: Final = (
     "kvm_is_valid_sregs() does not look at reserved bits of EFER; the simulated processor refuses "
     "what it has not"
@@ -59,13 +55,6 @@ DIFFERENCES: Final[Mapping[str, Mapping[str, Difference]]] = {
         "out": Difference("IO out 0x80 1*1 5a", _MIXED),
         "rax": Difference("0x225a", _MIXED),
         "after RIP was set": Difference("IO out 0x80 1*1 5b", _MIXED),
-    },
-    "an_access_across_two_device_pages": {
-        "first": Difference("MMIO read 0x400ff8+8", _WORDS),
-        "second": Difference("MMIO read 0x401000+8", _WORDS),
-    },
-    "an_access_from_memory_into_a_device": {
-        "first": Difference("MMIO read 0x401000+8", _WORDS),
     },
     "control_registers_that_cannot_be": {
         "unknown bit of efer": Difference("EINVAL", _EFER),
