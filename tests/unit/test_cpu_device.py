@@ -463,17 +463,3 @@ def test_an_instruction_that_faults_when_it_is_tried_again_is_done_once(
         if settle:
             assert cpu.settle() == KickExit()
             assert machine.word(HEAP) == asked
-
-
-def test_a_kick_that_waits_cuts_no_step_short(machine: Machine) -> None:
-    """Also where the instruction has to be translated first, which looks at kicks."""
-    cpu = machine.boot(code("ec", "48 ff c3", "eb fa"), rdx=0x3F8)
-    for asked in range(20):
-        while not isinstance(cpu.run(), IoExit):
-            pass
-        assert cpu.get_regs().rbx == asked
-        cpu.complete(b"\x00")
-        cpu.flush()
-        cpu.kick()
-        if asked % 2:
-            assert cpu.settle() == KickExit()
