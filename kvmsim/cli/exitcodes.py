@@ -11,6 +11,7 @@ import enum
 from typing import Final
 
 from kvmsim.console import End, Ending
+from privfs.leaving import BY_SIGNAL
 
 
 class Exit(enum.IntEnum):
@@ -25,7 +26,7 @@ class Exit(enum.IntEnum):
     CRASHED = 123
     TIMEOUT = 124
     INTERNAL = 125
-    SIGNAL = 128
+    SIGNAL = BY_SIGNAL
 
 
 MEANING: Final = {

@@ -21,11 +21,11 @@ from kvmsim.cli.demo import demo
 from kvmsim.cli.execute import execute
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.cli.failure import Failure
-from kvmsim.cli.leaving import unwind_on
 from kvmsim.cli.map import show_map
 from kvmsim.cli.run import run
 from kvmsim.cli.stat import stat
 from kvmsim.cli.verbosity import Verbosity
+from privfs.leaving import unwind_on
 
 _PACKAGES: Final = {"kvmsim": "privfs", "unicorn": "unicorn", "numpy": "numpy"}
 

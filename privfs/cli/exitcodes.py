@@ -6,6 +6,8 @@ from __future__ import annotations
 import enum
 from typing import Final
 
+from privfs.leaving import BY_SIGNAL
+
 
 class Exit(enum.IntEnum):
     """What a command ends with."""
@@ -20,7 +22,7 @@ class Exit(enum.IntEnum):
     RUN_FAILED = 125
     RUN_CANNOT_EXECUTE = 126
     RUN_NOT_FOUND = 127
-    SIGNAL = 128
+    SIGNAL = BY_SIGNAL
 
 
 MEANING: Final = {

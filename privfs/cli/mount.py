@@ -18,8 +18,8 @@ from privfs.backing import StoreError, default_size
 from privfs.cli import child, options, supervisor, tables
 from privfs.cli.exitcodes import Exit
 from privfs.cli.failure import Failure, mount_failed
-from privfs.cli.leaving import unwind_on
 from privfs.cli.verbosity import Verbosity, verbose_options
+from privfs.leaving import unwind_on
 
 if TYPE_CHECKING:
     from privfs.fuse import ground

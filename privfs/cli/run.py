@@ -20,9 +20,9 @@ import click
 from privfs.cli import child, options
 from privfs.cli.exitcodes import Exit
 from privfs.cli.failure import Failure
-from privfs.cli.leaving import unwind_on
 from privfs.cli.mount import option_arguments
 from privfs.cli.verbosity import Verbosity, verbose_options
+from privfs.leaving import unwind_on
 
 #: Passed on to the command.  Those of the terminal reach it anyway, see :func:`_wait`.
 _FORWARDED: Final = frozenset({

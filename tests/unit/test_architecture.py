@@ -17,7 +17,7 @@ PACKAGES = ("privfs", "kvmsim", "hwemu")
 ARROWS = {
     "hwemu": set(),
     "privfs": set(),
-    "kvmsim": {"hwemu", "privfs.notifier"},
+    "kvmsim": {"hwemu", "privfs.notifier", "privfs.leaving"},
 }
 
 #: Modules that decide and perform nothing: values in, values out.

@@ -14,7 +14,7 @@ DEMO = Path(__file__).parents[2] / "scripts" / "demo.d"
 
 _UNWIND = """
 import signal, threading
-from {package}.cli.leaving import unwind_on
+from privfs.leaving import unwind_on
 unwind_on(signal.SIGTERM, signal.SIGHUP)
 """
 _DEMO = """
@@ -47,27 +47,24 @@ def end(begin: str, name: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("package", ["privfs", "kvmsim"])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
-def test_a_signal_in_a_finalizer_ends_the_program(package: str, name: str) -> None:
-    done = end(_UNWIND.format(package=package), name)
+def test_a_signal_in_a_finalizer_ends_the_program(name: str) -> None:
+    done = end(_UNWIND, name)
     assert (done.stdout, done.stderr) == ("lost\nunwound\n", "")
     assert done.returncode == 128 + signal.Signals[name]
 
 
-@pytest.mark.parametrize("package", ["privfs", "kvmsim"])
-def test_so_does_ctrl_c(package: str) -> None:
-    done = end(_UNWIND.format(package=package), "SIGINT")
+def test_so_does_ctrl_c() -> None:
+    done = end(_UNWIND, "SIGINT")
     assert done.stdout == "lost\nunwound\n"
     assert done.stderr.endswith("KeyboardInterrupt\n")
     assert done.returncode == -signal.SIGINT
 
 
-@pytest.mark.parametrize("package", ["privfs", "kvmsim"])
-def test_other_exceptions_there_are_told_as_ever(package: str) -> None:
+def test_other_exceptions_there_are_told_as_ever() -> None:
     script = "class F:\n    def __del__(self):\n        raise ValueError('of its own')\nF()\n"
     done = subprocess.run(
-        [sys.executable, "-c", _UNWIND.format(package=package) + script],
+        [sys.executable, "-c", _UNWIND + script],
         capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
     assert done.returncode == 0

@@ -12,8 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Final
 
-from kvmsim.cli.exitcodes import Exit
-
+BY_SIGNAL: Final = 128  #: + n is the status of a program that signal n ended, as shells say it
 _AGAIN_SECONDS: Final = 0.01
 
 _lost: list[int] = []
@@ -23,7 +22,7 @@ class Leave(SystemExit):
     """Signal ``number`` asks the program to end."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(Exit.SIGNAL + number)
+        super().__init__(BY_SIGNAL + number)
         self.number = number
 
 
