@@ -172,7 +172,7 @@ class Engine:
         finally:
             # in this order: a kick that saw a hook counts on this look at its flag
             self._state = before
-            if self._kicked or self._stopping:
+            if self._stopping or (self._kicked and before == _RUNNING):
                 self._uc.emu_stop()
 
     def _interrupt(self, _uc: object, number: int, _data: object) -> None:

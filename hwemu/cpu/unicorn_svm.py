@@ -99,7 +99,9 @@ class SvmCpu:
             return
         if number != _NPF:
             if self._bay.stepping:
+                # a handler is run like anything else: whole blocks, and kicks stop it
                 self._bay.device = None
+                self._engine.stop()
             self._intercepts.handle(number)
             return
         gpa = self._area.exit_info_2

@@ -12,9 +12,10 @@ from collections.abc import Callable
 import pytest
 
 from hwemu.cpu import rawcontext
-from hwemu.cpu.api import CpuExit, HltExit, KickExit, Stage2Fault
+from hwemu.cpu.api import Access, CpuExit, HltExit, IoExit, KickExit, MmioExit, Stage2Fault
+from hwemu.cpu.engine import Precise
 from hwemu.cpu.unicorn_svm import SvmCpu
-from hwemu.testing import HEAP, TEXT, Machine
+from hwemu.testing import HEAP, PD, TEXT, Machine
 
 # lock inc [rsi]; add [rsi+64],rax; mov rbx,1; lock xadd [rsi+128],rbx; inc [rsi+192];
 # dec rcx; jnz; hlt
@@ -23,6 +24,9 @@ COUNTERS = bytes.fromhex(
     "48 ff 86 c0 00 00 00  48 ff c9  75 dc  f4"
 )
 SPIN = bytes.fromhex("eb fe")
+DEVICE = 0x200_0000
+HANDLER = 0x1_2000
+MODES: list[Precise] = ["exit-request", "quanta"]
 
 
 class Runner:
@@ -186,3 +190,62 @@ def test_kicks_from_many_threads_with_faults_between() -> None:
         runner.join()
         assert runner.last == HltExit()
         assert all(machine.word(0x100_0000 + page * 4096) == 1 for page in range(pages))
+
+
+@pytest.mark.parametrize("precise", MODES)
+def test_a_kick_that_waits_cuts_no_port_access_short(precise: Precise) -> None:
+    """Although the step is translated afresh, and each translation is a hook, which may stop."""
+    with Machine(precise=precise) as machine:
+        # in al, dx; inc rbx; jmp back
+        cpu = machine.boot(bytes.fromhex("ec 48 ff c3 eb fa"), rdx=0x3F8)
+        for asked in range(4):
+            assert cpu.run() == IoExit(0x3F8, 1, False)
+            assert cpu.get_regs().rbx == asked
+            cpu.complete(bytes([asked]))
+            cpu.flush()
+            cpu.kick()
+            assert cpu.settle() == KickExit()
+            regs = cpu.get_regs()
+            assert (regs.rip, regs.rax & 0xFF) == (TEXT + 1, asked)
+            assert cpu.run() == KickExit(), "the kick still waits for its answer"
+
+
+@pytest.mark.parametrize("precise", MODES)
+def test_a_kick_that_waits_cuts_no_device_access_short(precise: Precise) -> None:
+    """Each load is a hook too, in the middle of an instruction that has yet to store."""
+    with Machine(precise=precise) as machine:
+        machine.holes.add(DEVICE >> 12)
+        # inc qword [rsi]; jmp back
+        cpu = machine.boot(bytes.fromhex("48 ff 06 eb fb"), rsi=DEVICE)
+        for asked in range(4):
+            fault = cpu.run()
+            assert isinstance(fault, Stage2Fault)
+            assert cpu.run_mmio(fault.gpa) == MmioExit(DEVICE, 8, False)
+            cpu.complete(asked.to_bytes(8, "little"))
+            cpu.flush()
+            cpu.kick()
+            assert cpu.settle() == MmioExit(DEVICE, 8, True, (asked + 1).to_bytes(8, "little"))
+            assert cpu.settle() == KickExit()
+            assert cpu.get_regs().rip == TEXT + 3
+            assert cpu.run() == KickExit()
+
+
+@pytest.mark.parametrize("precise", MODES)
+def test_a_step_ends_where_its_instruction_faults(precise: Precise) -> None:
+    """The handler is run like anything else, so that kicks reach it."""
+    far = 2 << 21
+    with Machine(precise=precise) as machine:
+        machine.gate(14, HANDLER)
+        machine.write(HANDLER, bytes.fromhex("48 ff c3 f4"))  # inc rbx; hlt
+        assert machine.on_fault(HANDLER, Access.EXEC)  # or fetching it would end the step
+        cpu = machine.boot(bytes.fromhex("ec eb fd"), at=far, rdx=0x3F8)  # in al, dx; jmp back
+        assert cpu.run() == IoExit(0x3F8, 1, False)
+        cpu.complete(b"\x01")
+        machine.write(PD + 8 * (far >> 21), bytes(8))  # meanwhile another vCPU took its page away
+        cpu.flush()
+        assert cpu.settle() == KickExit()
+        regs = cpu.get_regs()
+        assert (regs.rip, regs.rbx, regs.rax) == (HANDLER, 0, 0)
+        cpu.kick()
+        assert [cpu.run(), cpu.run()] == [KickExit(), HltExit()]
+        assert cpu.get_regs().rbx == 1
