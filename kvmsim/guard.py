@@ -123,8 +123,14 @@ class Guard(Protocol):
     def host_reaches(self, hpa: int, size: int) -> bool:
         """Whether the host's own stage 2, if it has one, lets it get to these bytes."""
 
+    def leaving(self, hpa: int, size: int) -> bool:
+        """The owner is about to copy these bytes to another place, and no vCPU gets there.
+
+        Whether a table names any of them, and must until `migrated`, or a `released` of them.
+        """
+
     def keeps(self, hpa: int, size: int) -> bool:
-        """Whether a table names any of these bytes as this guest's; no leaf may."""
+        """Whether a table still names any of these bytes as this guest's; no leaf may."""
 
     def migrated(self, gfn: int, npages: int, old: int, new: int) -> None:
         """What lay at hpa ``old`` lies at ``new`` now, its bytes copied by their owner."""

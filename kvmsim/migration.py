@@ -61,17 +61,26 @@ class Migrations:
         self.freed(file, start, end)
         yield from found
 
-    def freed(self, file: int, start: int, end: int) -> None:
-        """These pages are given back: those that come in their place are others."""
+    def freed(self, file: int, start: int, end: int) -> tuple[tuple[int, int], ...]:
+        """These pages are given back: those that come in their place are others.
+
+        Returns (hpa, bytes) of where they were.
+        """
         kept: list[tuple[int, int, int]] = []
+        gone: list[tuple[int, int]] = []
         for first, last, hpa in self._away.pop(file, ()):
+            low, high = min(max(start, first), last), max(min(end, last), first)
+            if low < high:
+                gone.append((hpa + (low - first) * PAGE_SIZE, (high - low) * PAGE_SIZE))
             if first < min(start, last):
                 kept.append((first, min(start, last), hpa))
             if max(end, first) < last:
                 kept.append((max(end, first), last, hpa + (max(end, first) - first) * PAGE_SIZE))
         if kept:
             self._away[file] = kept
+        return tuple(gone)
 
-    def forget(self, file: int) -> None:
-        """A file is used no more."""
-        self._away.pop(file, None)
+    def forget(self, file: int) -> tuple[tuple[int, int], ...]:
+        """A file is used no more. Returns (hpa, bytes) of what had not come to its new place."""
+        away = self._away.pop(file, ())
+        return tuple((hpa, (end - start) * PAGE_SIZE) for start, end, hpa in away)

@@ -55,10 +55,14 @@ class Guest(Protocol):
     def released(self, hpa: int, size: int) -> None:
         """Bytes of the arena go back to their owner: no vCPU can reach them (lock held)."""
 
-    def keeps(self, hpa: int, size: int) -> bool:
-        """Whether something names these addresses still, although no vCPU gets there: they must
-        not become another page's (lock held).
+    def leaving(self, hpa: int, size: int) -> bool:
+        """Bytes are about to be copied to another place, and no vCPU can reach them: whether
+        something names their addresses until `migrated`, or `released`: they must not become
+        another page's before (lock held).
         """
+
+    def keeps(self, hpa: int, size: int) -> bool:
+        """Whether it does so still (lock held)."""
 
     def page_granted(self, session: Session, granted: Granted) -> None:
         """Go on with the fault that asked (lock held)."""
@@ -100,6 +104,7 @@ class _Ticket:
     epoch: int
     dead: tuple[_Extent, ...]
     shut: tuple[tuple[int, int], ...]  #: (hpa, bytes) of what lives on
+    lost: tuple[tuple[int, int], ...]  #: (hpa, bytes) of what was on its way to another place
     moving: bool
 
 
@@ -158,15 +163,16 @@ class Session:
             for instance in zap.dead
             if (extent := self._extents.pop((zap.ino, instance), None)) is not None
         )
-        if zap.reason is not Reason.MOVE:
-            self._migrations.freed(self.file_id(zap.ino), zap.start, zap.end)
+        moving = zap.reason is Reason.MOVE
+        lost: tuple[tuple[int, int], ...] = ()
+        if not moving:
+            lost = self._migrations.freed(self.file_id(zap.ino), zap.start, zap.end)
         else:
             for piece in (piece for extent in dead for piece in extent.pieces):
                 self._migrations.left(self.file_id(zap.ino), piece.start, piece.end, piece.hpa)
         shut = tuple(self._placed(zap.ino, zap.start, zap.end))
-        moving = zap.reason is Reason.MOVE
         epoch = self._guest.zap_file(self.file_id(zap.ino), zap.start, zap.end, moving=moving)
-        return _Ticket(epoch, dead, shut, moving)
+        return _Ticket(epoch, dead, shut, lost, moving)
 
     def drain(self, tickets: list[object]) -> None:
         """Wait for old translations and accesses, then shut the fence and let go of the dead."""
@@ -177,6 +183,9 @@ class Session:
                 with self.lock:
                     self._guest.released(hpa, length)
                 self._host.shut(hpa, length)
+            with self.lock:
+                for hpa, length in ticket.lost:
+                    self._guest.released(hpa, length)
             for extent in ticket.dead:
                 self._release(extent, moving=ticket.moving)
         with self.lock:
@@ -237,7 +246,7 @@ class Session:
         for piece in extent.pieces:
             size = (piece.end - piece.start) * PAGE_SIZE
             with self.lock:
-                if moving and self._guest.keeps(piece.hpa, size):
+                if moving and self._guest.leaving(piece.hpa, size):
                     self._host.vacate(piece.hpa, size)
                     self._vacated.append((piece.hpa, size))
                     continue
@@ -257,7 +266,8 @@ class Session:
         """Let go of a file that no slot is bound to (no lock held)."""
         with self.lock:
             known = self.files.pop(ino, None) is not None
-            self._migrations.forget(self.file_id(ino))
+            for hpa, length in self._migrations.forget(self.file_id(ino)):
+                self._guest.released(hpa, length)
             gone = [key for key in self._extents if key[0] == ino]
             extents = [self._extents.pop(key) for key in gone]
         for extent in extents:

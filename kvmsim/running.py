@@ -287,6 +287,12 @@ class RunningVm:
         if self.guard is not None:
             self.guard.released(hpa, size)
 
+    def leaving(self, hpa: int, size: int) -> bool:
+        """Tell it that these bytes will lie somewhere else: whether it keeps them until then
+        (lock held).
+        """
+        return self.guard is not None and self.guard.leaving(hpa, size)
+
     def keeps(self, hpa: int, size: int) -> bool:
         """Whether its tables still name these bytes, until they are told of a move (lock held)."""
         return self.guard is not None and self.guard.keeps(hpa, size)

@@ -192,6 +192,10 @@ class PkvmGuard:
         """Nothing waits."""
         return False
 
+    def leaving(self, hpa: int, size: int) -> bool:
+        """Never: nothing of it moves."""
+        return False
+
     def keeps(self, hpa: int, size: int) -> bool:
         """Nothing is kept for a move."""
         return False

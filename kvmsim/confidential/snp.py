@@ -336,6 +336,10 @@ class SnpGuard:
         """Nothing waits: an RMPUPDATE flushes what it has to."""
         return False
 
+    def leaving(self, hpa: int, size: int) -> bool:
+        """Never: nothing of it moves."""
+        return False
+
     def keeps(self, hpa: int, size: int) -> bool:
         """Nothing is kept for a move."""
         return False

@@ -306,6 +306,10 @@ class TdxGuard:
         with self._platform.lock:
             return self._leaving is not None and self._leaving.settle()
 
+    def leaving(self, hpa: int, size: int) -> bool:
+        """It stays blocked: `zapped` was told."""
+        return self.keeps(hpa, size)
+
     def keeps(self, hpa: int, size: int) -> bool:
         """Whether the PAMT says of any page there that it is the TD's."""
         with self._platform.lock:

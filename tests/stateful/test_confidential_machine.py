@@ -175,8 +175,7 @@ class Guest:
     def take_back(self, start: int, end: int) -> None:
         """A punch: zap, prove, tell the hardware, free; in this order."""
         self.zap(start, end)
-        if not self.store.away:
-            self.guard.released(self.store.base + start * PAGE, (end - start) * PAGE)
+        self.guard.released(self.store.base + start * PAGE, (end - start) * PAGE)
         self.store.held[start:end] = False
 
     def zap(self, start: int, end: int, *, moving: bool = False) -> None:
@@ -192,7 +191,7 @@ class Guest:
         """All of the file's memory is on its way to another place."""
         self.zap(0, GFNS, moving=True)
         self.store.away = True
-        if not self.guard.keeps(self.store.base, GFNS * PAGE):
+        if not self.guard.leaving(self.store.base, GFNS * PAGE):
             self.guard.released(self.store.base, GFNS * PAGE)
 
     def arrive(self) -> None:

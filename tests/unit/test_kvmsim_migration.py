@@ -46,13 +46,17 @@ def test_pieces_are_cut_where_either_side_is() -> None:
 def test_what_is_given_back_meanwhile_has_not_moved() -> None:
     moves = Migrations()
     moves.left(FILE, 0, 16, at(100))
-    moves.freed(FILE, 4, 6)
+    assert moves.freed(FILE, 4, 6) == ((at(104), at(2)),)
+    assert moves.freed(FILE, 4, 6) == moves.freed(OTHER, 0, 16) == ()
     assert list(moves.arrived(FILE, 0, 16, at(500))) == [
         Migration(FILE, 0, 4, at(100), at(500)),
         Migration(FILE, 6, 16, at(106), at(506)),
     ]
     moves.left(FILE, 0, 16, at(100))
-    moves.forget(FILE)
+    moves.left(FILE, 20, 24, at(200))
+    assert moves.freed(FILE, 14, 21) == ((at(114), at(2)), (at(200), at(1)))
+    assert moves.forget(FILE) == ((at(100), at(14)), (at(201), at(3)))
+    assert moves.forget(FILE) == ()
     assert list(moves.arrived(FILE, 0, 16, at(500))) == []
 
 
