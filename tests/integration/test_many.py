@@ -79,7 +79,7 @@ def test_three_vms_on_two_mounts(mount: Mounter, host: HostMemory, image: bytes)
         ]
         for one in runs:
             one.start()
-        threads = [threading.Thread(target=one.punch, args=[300]) for one in runs]
+        threads = [threading.Thread(target=one.punch, args=[100]) for one in runs]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -87,7 +87,7 @@ def test_three_vms_on_two_mounts(mount: Mounter, host: HostMemory, image: bytes)
         results = [one.stop() for one in runs]
     print(*results, sep="\n")
     for result in results:
-        assert (result.punches, result.bad) == (300, 0)
+        assert (result.punches, result.bad) == (100, 0)
         assert result.hot > 0
         assert result.decisive > 0
     for mounted in mounts:
