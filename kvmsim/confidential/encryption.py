@@ -10,7 +10,6 @@ cleared and let go of before an invalidation is acknowledged. None: no key, and 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
@@ -72,7 +71,6 @@ class ModuleMemory:
     def __init__(self, platform: Platform) -> None:
         self._memory = platform.memory
         self._encryption = platform.hardware(Encryption, Encryption)
-        self._copied = (0, 0, 0)  #: from, to, bytes
 
     def read(self, hpa: int, size: int) -> bytes:
         """Bytes within a page."""
@@ -93,22 +91,9 @@ class ModuleMemory:
         self._encryption.view(Technology.TDX).assign(hpa, npages)
 
     def copy(self, source: int, target: int) -> None:
-        """A page over another, unless it was `copied`."""
-        old, new, size = self._copied
-        if not (old <= source < old + size and target - source == new - old):
-            self._memory.copy(source, target)
+        """A page over another."""
+        self._memory.copy(source, target)
         self._encryption.view(Technology.TDX).assign(target, 1)
-
-    @contextlib.contextmanager
-    def copied(self, old: int, new: int, npages: int) -> Iterator[None]:
-        """What lay at ``old`` lies at ``new`` already: its owner has moved it, and the module
-        cannot read the old place any more. Exactly these copies are not made meanwhile.
-        """
-        self._copied = old, new, npages * PAGE_SIZE
-        try:
-            yield
-        finally:
-            self._copied = 0, 0, 0
 
     def _sealed(self, hpa: int) -> GuestPages | None:
         return next((g for g in self._encryption.guests.values() if g.is_sealed(hpa)), None)

@@ -23,7 +23,8 @@ from hwemu.tdx.entry import STATES, SeptState, hpa_of
 from hwemu.tdx.sept import Walk
 from hwemu.tdx.td import Td
 from kvmsim.attributes import Attributes
-from kvmsim.confidential.encryption import GuestPages, ModuleMemory
+from kvmsim.confidential.encryption import GuestPages
+from kvmsim.confidential.platform import HpaMemory
 from kvmsim.uapi import PAGE_SHIFT
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ class Leaving:
         self,
         module: TdxModule,
         tdr: int,
-        memory: ModuleMemory,
+        memory: HpaMemory,
         pages: GuestPages,
         tables: Tables,
         unmap: Callable[[int, int], object],

@@ -7,10 +7,11 @@ Each is made when the first guest of its kind needs it.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final, TypeVar
 
 from hwemu.encryption import Buffer
@@ -27,6 +28,7 @@ class HpaMemory:
 
     def __init__(self, host: HostMemory) -> None:
         self._host = host
+        self._copied = (0, 0, 0)  #: from, to, bytes
 
     def read(self, hpa: int, size: int) -> bytes:
         """Bytes at ``hpa``."""
@@ -43,8 +45,21 @@ class HpaMemory:
         self.write(hpa, bytes(npages * PAGE_SIZE))
 
     def copy(self, source: int, target: int) -> None:
-        """Copy one page."""
-        self.write(target, self.read(source, PAGE_SIZE))
+        """Copy one page, unless it was `copied`."""
+        old, new, size = self._copied
+        if not (old <= source < old + size and target - source == new - old):
+            self.write(target, self.read(source, PAGE_SIZE))
+
+    @contextlib.contextmanager
+    def copied(self, old: int, new: int, npages: int) -> Iterator[None]:
+        """What lay at ``old`` lies at ``new`` already: its owner has moved it, and nobody can read
+        the old place any more. Exactly these copies are not made meanwhile.
+        """
+        self._copied = old, new, npages * PAGE_SIZE
+        try:
+            yield
+        finally:
+            self._copied = 0, 0, 0
 
     def _open(self, hpa: int, size: int) -> None:
         """Granted pages may be touched before a leaf maps them: they are loaded and zeroed."""

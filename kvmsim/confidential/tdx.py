@@ -166,9 +166,8 @@ class TdxGuard:
         self._pages = GuestPages(
             self._platform, self._running, Technology.TDX, free[0], self._encrypt
         )
-        memory = self._platform.hardware(ModuleMemory, ModuleMemory)
         self._leaving = Leaving(
-            self._module, tdr, memory, self._pages, self, self._running.stage2.zap
+            self._module, tdr, self._platform.memory, self._pages, self, self._running.stage2.zap
         )
         for _ in range(self._module.config.tdcs_pages):
             self._module.mng_addcx(tdr, self.take())
