@@ -16,6 +16,8 @@ import struct
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from hwemu.snp import guestmessage
 from hwemu.snp.asids import Asids, AsidState
 from hwemu.snp.check import failing
@@ -279,6 +281,46 @@ class Firmware:
             after, (after[0], PageState.VMSA)
         )  # fmt: skip
         self._advance(asked)
+
+    def page_move_range(
+        self, gctx: int, source: int, target: int, npages: int
+    ) -> tuple[int, FirmwareRefused | None]:
+        """SNP_PAGE_MOVE of ``npages`` small pages in a row; how many are done, and what stopped it.
+
+        What a loop of `page_move` does, as a whole where all pages are alike.
+        """
+        if self._alike(source, target, npages):
+            try:
+                for step in (npages - 1, 0):  # the same is asked of those between
+                    asked = self._ask(
+                        Command.SNP_PAGE_MOVE, gctx=gctx, page=source + step, target=target + step
+                    )
+            except FirmwareRefused:
+                pass
+            else:
+                for step in range(npages):
+                    self._memory.copy(source + step, target + step)
+                self.rmp.move_run(source, target, npages)
+                self._advance(asked)
+                return npages, None
+        for step in range(npages):
+            try:
+                self.page_move(gctx, source + step, target + step)
+            except FirmwareRefused as refused:
+                return step, refused
+        return npages, None
+
+    def _alike(self, source: int, target: int, npages: int) -> bool:
+        """Whether these small pages are each a guest's, of one state and owner a side."""
+        if npages < 2 or abs(source - target) < npages:
+            return False
+        for pfn in (source, target):
+            found = self.rmp.columns(np.arange(pfn, pfn + npages, dtype=np.int64))
+            if found.large.any() or not found.asid[0]:
+                return False
+            if (found.state != found.state[0]).any() or (found.asid != found.asid[0]).any():
+                return False
+        return True
 
     def page_reclaim(self, page: int, size: int = PageSize.SIZE_4K) -> None:
         """SNP_PAGE_RECLAIM: let the hypervisor have a page that the AMD-SP was lent.

@@ -17,7 +17,7 @@ import numpy as np
 from hwemu.snp.asids import AsidState
 from hwemu.snp.check import Check
 from hwemu.snp.fwstatus import Command, FwStatus
-from hwemu.snp.guestcontext import TRANSITIONS, GuestContext, IdBlock, policy_allowed
+from hwemu.snp.guestcontext import TRANSITIONS, GuestContext, IdBlock, Policy, policy_allowed
 from hwemu.snp.launch import TYPES, PageType
 from hwemu.snp.rmp import Rmp
 from hwemu.snp.rmpentry import Entry, PageState, state_of
@@ -288,6 +288,12 @@ COMMANDS: Final[dict[Command, tuple[Check[Asked], ...]]] = {
         ),
         _GUEST_STATE,
         _ACTIVE,
+        Check(
+            "the policy lets pages be moved (PAGE_SWAP_DISABLE)",
+            _F.POLICY_FAILURE,
+            lambda a: not a.who.policy & Policy.PAGE_SWAP_DISABLE,
+            "56860, guest policy; ours for its place",
+        ),
         Check(
             "the pages are lent, the target empty",
             _F.INVALID_PAGE_STATE,

@@ -57,6 +57,7 @@ class Policy(enum.IntFlag):
     MIGRATE_MA = 1 << 18
     DEBUG = 1 << 19
     SINGLE_SOCKET = 1 << 20
+    PAGE_SWAP_DISABLE = 1 << 25
 
 
 POLICY_RESERVED: Final = ((1 << 64) - 1) & ~((1 << 26) - 1)

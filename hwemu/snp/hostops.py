@@ -10,8 +10,13 @@ states); *ours* closes what those leave open, towards a refusal.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Final
+
+import numpy as np
+import numpy.typing as npt
 
 from hwemu.snp.check import Check, failing
 from hwemu.snp.outcome import PsmashStatus, Returned, RmpreadStatus, RmpupdateStatus
@@ -67,6 +72,11 @@ class Update:
     def npages(self) -> int:
         """Frames that the new page has."""
         return self.rmp.pages(self.new.size)
+
+    @property
+    def old(self) -> Entry:
+        """What is written for the frame."""
+        return self.rmp.raw(self.pfn)
 
 
 _U = RmpupdateStatus
@@ -132,6 +142,22 @@ RMPUPDATE: Final[tuple[Check[Update], ...]] = (
 )
 
 
+_STATES = (
+    "56860, page states: RMPUPDATE makes Guest-Valid Pre-Swap. APM 15.36.6 clears Validated of a "
+    "page that is assigned anew"
+)
+#: When all of it holds, nothing but Immutable changes, and RMPUPDATE clears nothing; the size is
+#: as it was, for FAIL_OVERLAP would say otherwise.  We know of no sentence that says so; it is
+#: implied by the states of the firmware ABI, as there is no other way to Pre-Swap, the state that
+#: SNP_PAGE_MOVE and SNP_PAGE_SWAP_OUT want.  Published tools for attacks on SNP's encryption move
+#: pages of running guests in this way, which costs these no validation.
+KEPT: Final[tuple[Check[Update], ...]] = (
+    Check("the page was a guest's before", _U.SUCCESS, lambda u: u.old.asid > 0, _STATES),
+    Check("it was this guest's", _U.SUCCESS, lambda u: u.old.asid == u.new.asid, _STATES),
+    Check("it belonged at this gpa", _U.SUCCESS, lambda u: u.old.gpa == u.new.gpa, _STATES),
+)
+
+
 def _span(update: Update) -> int:
     """Frames from the first of the old page to the last of the new and the old one."""
     rmp, page = update.rmp, update.rmp.page(update.pfn)
@@ -142,12 +168,14 @@ def rmpupdate(rmp: Rmp, pfn: int, new: NewState) -> Returned:
     """Make a page what ``new`` says; a page that is assigned begins unvalidated.
 
     Success clears Validated, VMSA and every permission, and gives VMPL0 of a guest all of them
-    (APM vol. 2, 15.36.6 and 15.36.7).
+    (APM vol. 2, 15.36.6 and 15.36.7); but not where `KEPT` holds.
     """
-    refused = failing(RMPUPDATE, Update(rmp, pfn, new))
+    update = Update(rmp, pfn, new)
+    refused = failing(RMPUPDATE, update)
     if refused:
         return Returned(RmpupdateStatus(refused.status), refused.must)
-    rmp.store(pfn, _entry(new))
+    kept = failing(KEPT, update) is None
+    rmp.store(pfn, replace(update.old, immutable=new.immutable) if kept else _entry(new))
     return Returned(RmpupdateStatus.SUCCESS)
 
 
@@ -169,7 +197,12 @@ def rmpupdate_range(rmp: Rmp, pfn: int, npages: int, new: NewState) -> tuple[int
     last = replace(new, gpa=new.gpa + (npages - 1) * PAGE_SIZE if new.asid else new.gpa)
     ends = ((pfn, new), (pfn + npages - 1, last))
     if rmp.plain(pfn, npages) and not any(failing(RMPUPDATE, Update(rmp, *end)) for end in ends):
-        rmp.store_run(pfn, npages, _entry(new))
+        for start, count, kept in _alike(rmp.holds(pfn, npages, new.asid, new.gpa)):
+            if kept:
+                rmp.freeze(pfn + start, count, immutable=new.immutable)
+            else:
+                gpa = new.gpa + start * PAGE_SIZE if new.asid else new.gpa
+                rmp.store_run(pfn + start, count, _entry(replace(new, gpa=gpa)))
         return npages, Returned(RmpupdateStatus.SUCCESS)
     for done in range(npages):
         gpa = new.gpa + done * PAGE_SIZE if new.asid else new.gpa
@@ -177,6 +210,13 @@ def rmpupdate_range(rmp: Rmp, pfn: int, npages: int, new: NewState) -> tuple[int
         if not answer.ok:
             return done, answer
     return npages, Returned(RmpupdateStatus.SUCCESS)
+
+
+def _alike(flags: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int, bool]]:
+    """Runs (index, length, value) of equal elements; there is one at least."""
+    edges = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(flags)]
+    for start, end in pairwise(edges):
+        yield start, end - start, bool(flags[start])
 
 
 @dataclass(frozen=True, slots=True)

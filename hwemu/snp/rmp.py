@@ -281,6 +281,28 @@ class Rmp:
         self._asid[at] = entry.asid
         self._permissions[at] = entry.permissions
 
+    def freeze(self, pfn: int, npages: int, *, immutable: bool) -> None:
+        """Write nothing but Immutable of entries of small pages."""
+        self._immutable[self._index(pfn) : self._index(pfn + npages - 1) + 1] = immutable
+
+    def move_run(self, pfn: int, target: int, npages: int) -> None:
+        """Write the entries of small pages for other frames, mutable both; the old ones are
+        validated no more.  The ranges do not overlap.
+        """
+        old = slice(self._index(pfn), self._index(pfn + npages - 1) + 1)
+        new = slice(self._index(target), self._index(target + npages - 1) + 1)
+        for name in _COLUMNS:
+            column = getattr(self, name)
+            column[new] = column[old]
+        self._immutable[old] = self._immutable[new] = self._validated[old] = False
+
+    def holds(self, pfn: int, npages: int, asid: int, gpa: int) -> npt.NDArray[np.bool_]:
+        """Which of these small pages are ``asid``'s, one behind the other from ``gpa`` on."""
+        at = slice(self._index(pfn), self._index(pfn + npages - 1) + 1)
+        gfns = np.arange(npages, dtype=np.uint64) + np.uint64(gpa >> PAGE_SHIFT)
+        mine = self._assigned[at] & (self._asid[at] == asid) & (self._gfn[at] == gfns)
+        return mine if asid else np.zeros(npages, np.bool_)
+
     def plain(self, pfn: int, npages: int) -> bool:
         """Whether a range is covered, mutable, not held, and touches no large page."""
         if npages < 1 or not self.covered(pfn, npages):

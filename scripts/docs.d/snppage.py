@@ -30,7 +30,7 @@ from hwemu.snp.sev import SEV_TRANSITIONS
 Table = Callable[[list[str], list[list[str]]], str]
 
 INSTRUCTIONS: list[tuple[str, str, Sequence[Check[Any]]]] = [
-    ("RMPUPDATE", "host; success clears Validated and VMSA", hostops.RMPUPDATE),
+    ("RMPUPDATE", "host; success clears Validated, VMSA and permissions", hostops.RMPUPDATE),
     ("PSMASH", "host; 2M becomes 512 × 4K, all else is kept", hostops.PSMASH),
     ("RMPREAD", "host; changes nothing", hostops.RMPREAD),
     ("PVALIDATE", "guest; sets or clears Validated", guestops.PVALIDATE),
@@ -103,11 +103,12 @@ def _launch(kind: PageType) -> Callable[[Firmware], object]:
     return lambda firmware: firmware.launch_update(_CONTEXT, _PAGE, kind)
 
 
+LEND = "RMPUPDATE immutable"
 #: What can happen to a page, and under which name the diagram has it.
 DEEDS: list[tuple[str, Callable[[Firmware], object]]] = [
     ("RMPUPDATE", _update(NewState())),
     ("RMPUPDATE", _update(NewState(True, asid=_ASID))),
-    ("RMPUPDATE immutable", _update(NewState(True, immutable=True, asid=_ASID))),
+    (LEND, _update(NewState(True, immutable=True, asid=_ASID))),
     ("RMPUPDATE immutable, ASID 0", _update(NewState(True, immutable=True))),
     ("PVALIDATE", _validate(True)),
     ("PVALIDATE", _validate(False)),
@@ -124,8 +125,8 @@ DEEDS: list[tuple[str, Callable[[Firmware], object]]] = [
 def _page_moves() -> list[tuple[str, str, str]]:
     """Do everything to a page in every state; what changes its state, for the diagram.
 
-    RMPUPDATE of an assigned page is shown to Hypervisor only: what else it makes of one, it makes
-    of a page of the hypervisor.
+    RMPUPDATE of an assigned page is shown to Hypervisor only, and where it lends a guest's page
+    (gpa and ASID stay): what else it makes of one, it makes of a page of the hypervisor.
     """
     found = []
     for row in STATES:
@@ -140,6 +141,7 @@ def _page_moves() -> list[tuple[str, str, str]]:
                 deed(firmware)
             new = firmware.rmp.state(_PAGE)
             again = row.assigned and name.startswith("RMPUPDATE") and new.value != "Hypervisor"
+            again &= not (row.guest and name == LEND)
             if new is not row.state and not again:
                 found.append((str(row.state), name, str(new)))
     firmware = _machine()
@@ -163,7 +165,22 @@ def _checks(table: Table, of: list[tuple[str, str, Sequence[Check[Any]]]]) -> st
         ]
         head = ["", "must hold", "else", "source"]
         parts.append(f"### {name}\n\n{what[0].upper()}{what[1:]}.\n\n{table(head, rows)}")
+        if checks is hostops.RMPUPDATE:
+            parts.append(_kept(table))
     return "\n".join(parts)
+
+
+def _kept(table: Table) -> str:
+    rows = [[row.must, row.source] for row in hostops.KEPT]
+    return f"""It clears nothing when nothing but Immutable changes, which is so if
+
+{table(["holds", "source"], rows)}
+We know of no sentence in the manuals that says that this update keeps Validated. It is implied by
+the states of the firmware ABI: there is no other way to Pre-Swap, which SNP_PAGE_MOVE and
+SNP_PAGE_SWAP_OUT take. Published tools for attacks on SNP's encryption move pages of running guests
+so: RMPUPDATE, immutable, of the source with its gpa and of the target with any, then SNP_PAGE_MOVE.
+The guest goes on, and nobody reclaims the target: it is Guest-Valid at once.
+"""
 
 
 def _diagram(steps: Sequence[tuple[str, str, str]]) -> str:

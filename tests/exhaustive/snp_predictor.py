@@ -68,6 +68,10 @@ class Predictor:
         if any(page.frames != count for page in self.around(frame)):
             # a page of 2M covers this one, or small ones are in its way
             return 4
+        if old and assigned and asid and (old.asid, old.gfn) == (asid, gfn):
+            # the same page of the same guest: it is lent to the AMD-SP, or stays as it is
+            old.immutable = immutable
+            return 0
         if old:
             self.pages.remove(old)
         if assigned:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,7 +51,7 @@ def chosen(dice: random.Random, oracle: FirmwarePredictor) -> Operation:
         return "page_reclaim", page.first, int(page.frames > 1)
     page = oracle.find(frame)
     size = int(page is not None and page.frames > 1) if dice.random() < 0.9 else dice.randrange(2)
-    match dice.randrange(22):
+    match dice.randrange(24):
         case 0:
             return "rmpupdate", dice.randrange(FRAMES), True, 0, True, 0, 0
         case 1:
@@ -98,18 +97,23 @@ def chosen(dice: random.Random, oracle: FirmwarePredictor) -> Operation:
             if dice.random() < 0.5:
                 return "page_unsmash", dice.choice((frame, frame - frame % 2))
             return "page_reclaim", dice.randrange(FRAMES), size
+        case 21 | 22:
+            # what a guest has is lent as it is: Pre-Swap, if it was valid
+            pages = [page for page in oracle.pages if page.asid and not page.immutable]
+            if pages:
+                page = dice.choice(pages)
+                return (
+                    "rmpupdate",
+                    page.first,
+                    True,
+                    int(page.frames > 1),
+                    True,
+                    page.gfn,
+                    page.asid,
+                )
     target = dice.choice(lent) if lent and dice.random() < 0.8 else dice.randrange(FRAMES + 1)
     source = frame if dice.random() < 0.7 else dice.randrange(FRAMES)
     return "page_move", context, source, target, size
-
-
-def swapped_in(dice: random.Random, oracle: FirmwarePredictor, rmp: Rmp) -> None:
-    """Make a lent page a Pre-Swap page, as SNP_PAGE_SWAP_IN would."""
-    pages = [page for page in oracle.pages if page.immutable and page.asid]
-    if pages:
-        page = dice.choice(pages)
-        page.valid = True
-        rmp.store(page.first, replace(rmp.raw(page.first), validated=True))
 
 
 def run(seed: int, steps: int) -> Counter[tuple[str, int | str]]:
@@ -134,8 +138,6 @@ def run(seed: int, steps: int) -> Counter[tuple[str, int | str]]:
         answers[name, found] += 1
         if step % 16 == 0:
             same(firmware.rmp, oracle)
-        if step % 64 == 0:
-            swapped_in(dice, oracle, firmware.rmp)
     same(firmware.rmp, oracle)
     return answers
 

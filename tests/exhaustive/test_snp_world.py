@@ -101,10 +101,13 @@ class World:
 
     def _rmpupdate(self, frame: int, asid: int, gfn: int, size: int, immutable: bool) -> bool:
         old = [page for page in FRAMES if page == frame or size]
-        large = self.firmware.rmp.entry(frame).large
+        was = self.firmware.rmp.entry(frame)
+        large = was.large
         new = NewState(asid > 0, size, immutable, gfn * PAGE_SIZE, asid)
         if not rmpupdate(self.firmware.rmp, frame, new).ok:
             return False
+        if asid and (was.asid, was.gpa) == (new.asid, new.gpa):
+            return True  # the guest's page as before, but perhaps lent
         for page in FRAMES if large else old:
             self.held.pop(page, None)
         return True
@@ -255,6 +258,24 @@ def test_a_rule_switched_off_is_found(
     report = explored()
     assert report.problem is not None
     assert report.trace is not None
+
+
+@pytest.mark.parametrize("must", ["it was this guest's", "it belonged at this gpa"])
+def test_keeping_too_much_is_found(monkeypatch: pytest.MonkeyPatch, must: str) -> None:
+    left = tuple(row for row in hostops.KEPT if row.must != must)
+    assert len(left) == len(hostops.KEPT) - 1
+    monkeypatch.setattr(hostops, "KEPT", left)
+    report = explored()
+    assert report.problem is not None
+
+
+def test_keeping_nothing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a guest validated is lost on its way to Pre-Swap."""
+    none = replace(hostops.KEPT[0], holds=lambda update: False)
+    monkeypatch.setattr(hostops, "KEPT", (none,))
+    report = explored()
+    assert report.problem is not None
+    assert "lost" in report.problem
 
 
 def test_a_reassignment_that_keeps_validated_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

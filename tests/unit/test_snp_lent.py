@@ -1,21 +1,29 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 from __future__ import annotations
 
+import random
+from collections import Counter
+from dataclasses import replace
+
 from snp_machine import (
     ASID,
     GCTX,
     LARGE,
     OTHER,
     PAGE,
+    POLICY,
+    Pages,
     assign,
     launched,
+    machine,
     refused,
 )
 
-from hwemu.snp.fwstatus import FwStatus
-from hwemu.snp.hostops import psmash
+from hwemu.snp.fwstatus import FirmwareRefused, FwStatus
+from hwemu.snp.guestcontext import Policy
+from hwemu.snp.hostops import HYPERVISOR, psmash, rmpupdate
 from hwemu.snp.launch import PageType
-from hwemu.snp.rmpentry import PAGE_SIZE, PageState
+from hwemu.snp.rmpentry import PAGE_SIZE, Entry, PageState
 
 
 def test_reclaim_lends_back_what_it_lent() -> None:
@@ -87,3 +95,69 @@ def test_metadata_pages_move_too() -> None:
     firmware.page_move(GCTX, 8, 9)
     assert firmware.rmp.state(8) is PageState.FIRMWARE
     assert firmware.rmp.state(9) is PageState.METADATA
+
+
+def test_a_page_of_a_running_guest_is_moved_and_it_notices_nothing() -> None:
+    """Guest-Valid, Pre-Swap by RMPUPDATE, moved, Guest-Valid."""
+    firmware, _ = launched()
+    rmp = firmware.rmp
+    firmware.launch_update(GCTX, PAGE, PageType.NORMAL)
+    rmp.store(PAGE, replace(rmp.raw(PAGE), permissions=(15, 3, 0, 1)))
+    valid = rmp.raw(PAGE)
+    firmware.launch_finish(GCTX)
+    assign(rmp, PAGE, gpa=0x5000, asid=ASID, immutable=1)
+    assert (rmp.state(PAGE), rmp.raw(PAGE).permissions) == (PageState.PRE_SWAP, (15, 3, 0, 1))
+    assign(rmp, OTHER, asid=ASID, immutable=1)
+    firmware.page_move(GCTX, PAGE, OTHER)
+    assert rmp.raw(OTHER) == valid
+    assert rmpupdate(rmp, PAGE, HYPERVISOR).ok
+
+
+def test_nothing_moves_against_the_guests_policy() -> None:
+    firmware, _ = machine()
+    rmp = firmware.rmp
+    assign(rmp, GCTX, immutable=1)
+    firmware.gctx_create(GCTX)
+    firmware.launch_start(GCTX, POLICY | Policy.PAGE_SWAP_DISABLE)
+    firmware.activate(GCTX, ASID)
+    for pfn in (PAGE, OTHER):
+        assign(rmp, pfn, asid=ASID, immutable=1)
+    assert refused(firmware, firmware.page_move, GCTX, PAGE, OTHER) is FwStatus.POLICY_FAILURE
+
+
+def test_moves_of_a_range_are_a_loop_of_moves() -> None:
+    """With pages of every state, owner and size in the way, and ranges that meet."""
+    dice = random.Random(4)
+    ends: Counter[str] = Counter()
+    for _ in range(400):
+        firmware, memory = launched()
+        rmp, source, target = firmware.rmp, dice.randrange(4, 8), dice.randrange(8, 12)
+        npages = dice.randrange(5)
+        for pfn in range(4, 16):
+            memory.write(pfn, bytes([pfn]) * PAGE_SIZE)
+            valid = source <= pfn < source + npages and dice.random() < 0.95
+            rmp.store(pfn, Entry(
+                True, 0, dice.random() < 0.98, pfn * PAGE_SIZE, ASID, False,
+                valid, (15, pfn % 4, 0, 0)))  # fmt: skip
+        if dice.random() < 0.2:
+            rmp.store(dice.randrange(4, 16), Entry())
+        if dice.random() < 0.2:
+            rmp.store(8, Entry(True, 1, True, 0x8000, ASID))
+        if dice.random() < 0.1:
+            target += 4  # behind the end of the table, some of it
+        loop, moved = firmware.copy(twin := Pages()), 0
+        twin.pages = dict(memory.pages)
+        for moved in range(npages + 1):
+            try:
+                if moved < npages:
+                    loop.page_move(GCTX, source + moved, target + moved)
+            except FirmwareRefused as error:
+                stopped = str(error)
+                break
+        else:
+            stopped = ""
+        done, why = firmware.page_move_range(GCTX, source, target, npages)
+        assert (done, str(why or "")) == (moved, stopped)
+        assert (firmware.key(), memory.pages) == (loop.key(), twin.pages)
+        ends["whole" if done == npages > 1 else "part"] += 1
+    assert min(ends.values()) > 50, ends

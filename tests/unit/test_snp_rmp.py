@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,6 +54,7 @@ from hwemu.snp.rmpentry import (
 from hwemu.snp.rmpfault import Remedy, remedy
 
 M2 = 2 << 20
+PRE_SWAP = next(n for n, row in enumerate(STATES) if row.state is PageState.PRE_SWAP)
 
 
 def guests(rmp: Rmp, pfn: int, gpa: int, asid: int = 1, size: int = 0) -> None:
@@ -203,7 +205,7 @@ def test_rmpupdate_is_read_from_the_kernels_structure() -> None:
 def test_rmpupdate_of_a_range_is_a_loop_of_rmpupdate() -> None:
     """With large pages, held frames, immutable ones and ends in the way."""
     dice = random.Random(3)
-    whole = 0
+    whole = lent = 0
     for _ in range(300):
         rmp = Rmp(24, group=4, max_asid=3)
         for _ in range(dice.randrange(3)):
@@ -213,10 +215,17 @@ def test_rmpupdate_of_a_range_is_a_loop_of_rmpupdate() -> None:
             rmpupdate(rmp, pfn, NewState(True, size, immutable, dice.randrange(4) * 0x4000, 1))
         if dice.random() < 0.2:
             rmp.hold(dice.randrange(24))
-        asid = dice.randrange(5)
-        gpa = dice.choice((0, 0x3000, (1 << 51) - 0x2000, 0x123)) if asid else 0
-        new = NewState(asid > 0 or dice.random() < 0.3, 0, dice.random() < 0.2, gpa, asid)
+        for at in range(dice.randrange(24)):
+            if not rmp.assigned(at) and dice.random() < 0.8:
+                rmp.store(at, Entry(
+                    True, 0, False, 0x3000 + at * 4096, 1, dice.random() < 0.1,
+                    dice.random() < 0.7, (15, at % 3, 0, 0)))  # fmt: skip
+        asid = dice.choice((0, 1, 1, 1, 2, 4))
+        gpa = dice.choice((0, 0x3000, 0x3000, 0x3000, (1 << 51) - 0x2000, 0x123)) if asid else 0
         pfn, npages = dice.randrange(24), dice.randrange(12)
+        if gpa == 0x3000:
+            gpa += pfn * 4096  # those that are there already
+        new = NewState(asid > 0 or dice.random() < 0.3, 0, dice.random() < 0.4, gpa, asid)
         loop, done, answer = rmp.copy(), 0, Returned(RmpupdateStatus.SUCCESS)
         for step in range(npages):
             at = gpa + step * 4096 if asid else gpa
@@ -227,7 +236,9 @@ def test_rmpupdate_of_a_range_is_a_loop_of_rmpupdate() -> None:
         assert rmpupdate_range(rmp, pfn, npages, new) == (done, answer)
         assert rmp.key() == loop.key()
         whole += done == npages > 0
+        lent += done == npages > 2 and bool((rmp.states(pfn, npages) == PRE_SWAP).any())
     assert whole > 50
+    assert lent > 3
     with pytest.raises(ValueError, match="of 4 KiB"):
         rmpupdate_range(rmp, 0, 4, NewState(size=1))
 
@@ -259,6 +270,24 @@ def test_rmpread() -> None:
     refused = rmpread(rmp, 5000)
     assert isinstance(refused, Returned)
     assert refused.status is RmpreadStatus.FAIL_INPUT
+
+
+def test_rmpupdate_that_changes_nothing_but_immutable_clears_nothing() -> None:
+    rmp = Rmp(1024)
+    for pfn, gpa, size in ((1, 0x5000, 0), (512, M2, 1)):
+        valid(rmp, pfn, gpa, size=size)
+        leaf = Leaf(gpa, pfn)
+        assert rmpadjust(rmp, Vcpu(1), leaf, size, target=1, permissions=3) == Returned(
+            GuestStatus.SUCCESS
+        )
+        before = rmp.raw(pfn)
+        guests(rmp, pfn, gpa, size=size)
+        assert rmp.raw(pfn) == before
+        assert rmpupdate(rmp, pfn, NewState(True, size, True, gpa, 1)).ok
+        assert rmp.raw(pfn) == replace(before, immutable=True)
+        assert rmp.state(pfn) is PageState.PRE_SWAP
+        found = guest_access(GuestAccess(rmp, Vcpu(1), leaf, Kind.READ))
+        assert isinstance(found, NestedPageFault), "it is the AMD-SP's for now"
 
 
 def test_a_remapped_page_is_no_longer_validated() -> None:
