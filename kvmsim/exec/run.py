@@ -18,6 +18,7 @@ from hwemu import processmemory
 from kvmsim.device.system import KvmDevice
 from kvmsim.exec.notification import Listener
 from kvmsim.exec.refusals import no_access
+from kvmsim.exec.requests import Requests
 from kvmsim.exec.supervisor import Supervisor
 from kvmsim.exec.syscalls import pidfd_getfd
 
@@ -42,7 +43,9 @@ def run(program: Sequence[str], device: KvmDevice) -> int:
         child, listener = _start(program, os.fspath(node))
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the program's
         try:
-            Supervisor(device, listener, (status.st_dev, status.st_ino)).serve()
+            with Requests() as requests:
+                known = status.st_dev, status.st_ino
+                Supervisor(device, listener, known, requests).serve()
             return child.wait()
         finally:
             signal.signal(signal.SIGINT, previous)

@@ -28,6 +28,7 @@ from kvmsim.exec.notification import Gone, Listener, Notification
 from kvmsim.exec.objects import Objects
 from kvmsim.exec.process import Identity, Process, Repeating, Thread, pending_signals
 from kvmsim.exec.remap import Remapper, Replacement
+from kvmsim.exec.requests import Requests
 from kvmsim.exec.watcher import Watcher
 from kvmsim.uapi import KVM_SET_USER_MEMORY_REGION, PAGE_SHIFT, USERSPACE_MEMORY_REGION
 from privfs.notifier.fds import thread_group
@@ -46,15 +47,22 @@ class _Waiting:
 
 
 class Supervisor:
-    """``node`` is what /dev/kvm is for the program: its identity."""
+    """``node`` is what /dev/kvm is for the program: its identity.
 
-    def __init__(self, device: KvmDevice, listener: Listener, node: Identity) -> None:
+    ``requests`` are those to end.
+    """
+
+    def __init__(
+        self, device: KvmDevice, listener: Listener, node: Identity, requests: Requests
+    ) -> None:
         self._device = device
         self._listener = listener
         self._objects_lock = threading.Lock()  # over the end of VMs
         self._watcher = Watcher(self._changed)
         self._epoll = select.epoll()
         self._epoll.register(listener.fd, select.EPOLLIN)
+        self._requests = requests
+        self._epoll.register(requests.fd, select.EPOLLIN)
         self._objects = Objects(self._epoll)
         self._objects.known[node] = device
         self._processes: dict[int, Process] = {}
@@ -68,7 +76,7 @@ class Supervisor:
         self._ended = threading.Event()
 
     def serve(self) -> None:
-        """Serve until nobody is left who could call."""
+        """Serve until nobody is left who could call, or we are asked to end."""
         poller = threading.Thread(target=self._watch_signals, name="signals")
         poller.start()
         try:
@@ -96,6 +104,9 @@ class Supervisor:
                 if not events & select.EPOLLIN:
                     return False  # EPOLLHUP: no task has the filter any more
                 self._receive()
+            elif fd == self._requests.fd:
+                if self._requests.hear():
+                    return False
             elif fd in self._gone:
                 self._forget(fd)
             else:
