@@ -117,7 +117,9 @@ class Guard(Protocol):
     def drained(self) -> bool:
         """No vCPU holds a translation from before the zaps so far, or it is told of again.
 
-        True: another flush must be requested and proven first, and this called again.
+        True: another flush must be requested and proven first, and this called again. Raises
+        GuardRefusal where something is freed that the hardware takes from no guest that lives:
+        this one ends first, then this is called again.
         """
 
     def host_reaches(self, hpa: int, size: int) -> bool:

@@ -38,7 +38,7 @@ from kvmsim.fault import (
     RetryReason,
 )
 from kvmsim.fence import FencedStage2
-from kvmsim.guard import Guard
+from kvmsim.guard import Guard, GuardRefusal
 from kvmsim.hostmem import HostMemory
 from kvmsim.kind import SHARED_BIT_KIND, VmKind
 from kvmsim.level import MAX_LEVEL
@@ -97,6 +97,8 @@ class RunningVm:
         self.stop_reason = ""
         self.batches = False  #: the VMM takes many ranges in one exit (kvmsim.rangelist)
         self.storing: int | None = None  #: gpa of the write fault at work (lock held)
+        self.freeing = False  #: an owner frees the pages that are being zapped (lock held)
+        self.death: GuardRefusal | None = None  #: why no vCPU runs any more (kvm->vm_dead)
         self._handler: Handler = lambda vcpu, exit: False
         self._supervisor = supervisor
         self._pending: dict[tuple[Session, int], tuple[int, Callable[[PageGrant], None]]] = {}
@@ -104,6 +106,7 @@ class RunningVm:
         self._gate = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._current: Vcpu | None = None
+        self._entered: Vcpu | None = None  #: in its guest, as the guard has it
         self._stopping = False
         self._last = 0
         self._slice_over = False
@@ -248,7 +251,9 @@ class RunningVm:
         Where no leaf was, an earlier zap of the same pages may still wait for its flush: that
         epoch, the newest, is the one to wait for.
         """
+        self.freeing = not moving
         zapped = self.vm.invalidate_file(file, start, end, moving=moving)
+        self.freeing = False
         self.vm.freed(file, start, end)  # they are another's once this is acknowledged
         self.statistics.shootdowns += 1
         return self.request_flush(zapped) if zapped.leaves else self.shootdown.epoch
@@ -260,20 +265,39 @@ class RunningVm:
         return self.shootdown.request()
 
     def drain(self, epoch: int) -> None:
-        """Wait until no vCPU runs with a translation from before ``epoch`` (no lock held)."""
+        """Wait until no vCPU runs with a translation from before ``epoch`` (no lock held).
+
+        What the guard does not give back of a guest that lives is the guest's death.
+        """
         self._drain(epoch)
         while self.guard is not None:
-            with self.lock:
-                if not self.guard.drained():
-                    return
-                epoch = self.shootdown.request()
-            self._drain(epoch)
+            try:
+                with self.lock:
+                    if not self.guard.drained():
+                        return
+                    epoch = self.shootdown.request()
+            except GuardRefusal as refused:
+                self._die(refused)
+            else:
+                self._drain(epoch)
 
     def _drain(self, epoch: int) -> None:
         with self._gate:
             while not self.shootdown.drained(epoch):
                 for index in self.shootdown.stragglers(epoch):
                     self.vcpus[index].cpu.kick()
+                self._gate.wait()
+
+    def _die(self, why: GuardRefusal) -> None:
+        """kvm_vm_dead(): no vCPU is in guest code any more, nor enters it (no lock held)."""
+        with self.lock:
+            if self.death is None:
+                self.death = why
+                log.error("%s: dead: %s", self.label, why)
+        self.stop(f"dead: {self.death}")
+        with self._gate:
+            while self._entered is not None:
+                self._entered.cpu.kick()
                 self._gate.wait()
 
     def flush_zapped(self, zapped: Zapped) -> None:
@@ -425,7 +449,11 @@ class RunningVm:
         self.statistics.slices += 1
         if self.guard is not None:
             with self.lock:
+                if self.death is not None:
+                    self._current = None
+                    return cpu_api.KickExit()
                 self.guard.enter(vcpu.index)
+                self._entered = vcpu
         with self._gate:
             must_flush = self.shootdown.enter(vcpu.index)
         try:
@@ -439,6 +467,7 @@ class RunningVm:
                 with self.lock:
                     self.guard.leave(vcpu.index)
             with self._gate:
+                self._entered = None
                 self.shootdown.leave(vcpu.index)
                 self._gate.notify_all()
 
@@ -497,8 +526,8 @@ class RunningVm:
                 self.deliver(vcpu, left_with)
 
     def deliver(self, vcpu: Vcpu, left: exits.Exit) -> None:
-        """Hand an exit to the VMM, who may end the VM."""
-        if not self._handler(vcpu.index, left):
+        """Hand an exit to the VMM, who may end the VM; of a dead one nothing is left to do."""
+        if self.death is None and not self._handler(vcpu.index, left):
             self.stop(self.stop_reason or "ended by its VMM")
 
     def complete(self, index: int, data: bytes | int | None) -> None:

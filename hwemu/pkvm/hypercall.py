@@ -95,13 +95,16 @@ CALLS: Final[Mapping[int, Callable[[Hypervisor, int, tuple[int, int, int]], Answ
             FEATURES: _features,
             HYP_MEMINFO: _meminfo,
             MEM_SHARE: _page(
-                Hypervisor.guest_share_host,
+                lambda hyp, *page: hyp.guest_share_host(*page),
                 {errno.ENOENT: HostTask.MAP, errno.E2BIG: HostTask.SPLIT},
             ),
-            MEM_UNSHARE: _page(Hypervisor.guest_unshare_host, {errno.E2BIG: HostTask.SPLIT}),
+            MEM_UNSHARE: _page(
+                lambda hyp, *page: hyp.guest_unshare_host(*page), {errno.E2BIG: HostTask.SPLIT}
+            ),
             # what is not mapped was given back already
             MEM_RELINQUISH: _page(
-                Hypervisor.guest_relinquish, {errno.ENOENT: _OK, errno.E2BIG: HostTask.SPLIT}
+                lambda hyp, *page: hyp.guest_relinquish(*page),
+                {errno.ENOENT: _OK, errno.E2BIG: HostTask.SPLIT},
             ),
         }
     )

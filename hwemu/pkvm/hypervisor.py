@@ -92,9 +92,10 @@ class Hypervisor:
         self.vms.remove(guest)
 
     def teardown(self, handle: int) -> int:
-        """All of it, whatever was left; the pages that the host has back. Errors of the start."""
-        self.start_teardown(handle)
+        """What of it is not done yet; the pages that the host has back. Errors of the start."""
         guest = self.vms.get("teardown", handle)
+        if not guest.dying:
+            self.start_teardown(handle)
         given = 0
         for state, deed in _LAST:
             for gfn, npages in list(guest.runs(state)):

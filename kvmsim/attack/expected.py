@@ -26,15 +26,11 @@ from kvmsim.attack.outcome import (
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One cell: what it ends in, why, and who says so.
-
-    ``hardware`` is what real hardware ends it in where this simulation is weaker, and knows it.
-    """
+    """One cell: what it ends in, why, and who says so."""
 
     outcome: Outcome
     why: str
     source: str
-    hardware: Outcome | None = None
 
 
 _PLAIN: Final = ("sw-protected", "shared-bit")
@@ -86,8 +82,11 @@ _PENDING = ("KVM's new page is PENDING: the guest is told before it can use it",
             "Base spec, Page Acceptance by the Guest TD; ABI, TDH.MEM.PAGE.AUG")  # fmt: skip
 _UNVALIDATED = ("RMPUPDATE clears Validated: the guest is told before it can use the page",
                 "APM vol. 2, 15.36.6")  # fmt: skip
-_RELINQUISHED = ("a punched page counts as relinquished here, zeroed first: hardware keeps it "
-                 "until teardown", "mem_protect.c, __pkvm_host_reclaim_page()")  # fmt: skip
+_LIVES = Row(
+    refused(Layer.EL2, "EINVAL"),
+    "nothing is reclaimed from a VM that lives: it dies of the punch, and its page goes back zeroed",
+    "mem_protect.c, __pkvm_host_reclaim_page(); pkvm.c, __pkvm_start_teardown_vm()",
+)
 _FRESH = (
     "a hole is filled with a new page, and nobody tells the guest",
     "virt/kvm/guest_memfd.c, kvm_gmem_punch_hole()",
@@ -243,7 +242,7 @@ _TABLE: Final[dict[str, dict[str, Row]]] = {
     "punch-refill": {
         "tdx": Row(_VE, *_PENDING),
         "snp": Row(_VC, *_UNVALIDATED),
-        "pkvm": Row(_ZEROS, *_RELINQUISHED, hardware=_EPERM),
+        "pkvm": _LIVES,
         "sev": Row(_NOISE, *_SEV_INTEGRITY),
         **_same(_PLAIN, Row(_ZEROS, *_FRESH)),
     },
@@ -252,7 +251,7 @@ _TABLE: Final[dict[str, dict[str, Row]]] = {
                    "ABI, TDH.MEM.PAGE.DEMOTE and TDH.MEM.PAGE.REMOVE"),
         "snp": Row(_VC, "the page of 2 MiB was smashed; its other pages stay validated",
                    "APM vol. 3, PSMASH; vol. 2, 15.36.6"),
-        "pkvm": Row(_ZEROS, *_RELINQUISHED, hardware=_EPERM),
+        "pkvm": _LIVES,
         "sev": _NO_FILE,
         **_same(_PLAIN, Row(_ZEROS, *_FRESH)),
     },

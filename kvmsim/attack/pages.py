@@ -45,10 +45,11 @@ def look(lab: Lab, guest: LabGuest, command: str) -> Found:
     try:
         answer = guest.ask(command)
     except Ended as ended:
-        if len(guest.faults) == before:
+        death = guest.running.death
+        if death is None and len(guest.faults) == before:
             raise AttackError(f"{command!r}: the guest has ended: {ended}") from ended
         layer = _HARDWARE.get(lab.kind, Layer.KVM)
-        number = guest.faults[-1].errno or errno.EFAULT
+        number = death.errno if death is not None else guest.faults[-1].errno or errno.EFAULT
         return Found(outcome=refused(layer, errno.errorcode[number]))
     for word, code in _EXCEPTIONS.items():
         if word in answer:
@@ -106,7 +107,7 @@ def punch_part(lab: Lab) -> Outcome:
     guest, neighbour = lab.guest(), lab.gpa + PAGE_SIZE
     guest.poke(neighbour, FORGED)
     ended = _punched(lab)
-    if guest.peek(neighbour) != FORGED:
+    if guest.running.death is None and guest.peek(neighbour) != FORGED:
         return succeeds("pages around it are lost too")
     return ended
 

@@ -41,7 +41,6 @@ class Tried:
             "kind": self.kind,
             "outcome": None if self.outcome is None else self.outcome.plain(),
             "expected": self.row.outcome.plain(),
-            "hardware": None if self.row.hardware is None else self.row.hardware.plain(),
             "as_expected": self.as_expected,
             "why": self.row.why,
             "source": self.row.source,

@@ -101,6 +101,4 @@ def _named(names: Sequence[str]) -> list[Attack]:
 
 def _line(one: Tried) -> str:
     line = f"{one.kind:<13}{one.name:<15} {one.outcome or one.error}"
-    if not one.as_expected:
-        return f"{line} (expected: {one.row.outcome})"
-    return line if one.row.hardware is None else f"{line} (hardware: {one.row.hardware})"
+    return line if one.as_expected else f"{line} (expected: {one.row.outcome})"

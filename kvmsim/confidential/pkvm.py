@@ -6,8 +6,9 @@ on a fault, __pkvm_host_reclaim_page() takes it back, zeroed. Which page is whos
 alone says; the second stage that the engine walks shows what is the guest's. Conversion is in
 place: the guest shares a page of its own and the host learns that its index is shared.
 
-One thing is not pKVM's: a page that is punched while the guest lives is taken as if the guest had
-relinquished it, zeroed first. Hardware would keep it until teardown, and the owner would wait.
+The hypervisor takes nothing from a guest that lives. Where the owner of the memory frees a page of
+the guest's all the same, the VM dies of it (as KVM_BUG_ON() leaves one), its teardown begins, and
+the page is reclaimed, zeroed, before the owner is answered.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from hwemu.cpu import api as cpu_api
 from hwemu.cpu.api import Regs
@@ -107,6 +109,7 @@ class PkvmGuard:
         self._staged: dict[int, LaunchPage] = {}
         self._asked: dict[int, tuple[int, int] | None] = {}  #: vCPU → call and gfn, or a hypercall
         self._gone: list[tuple[int, int]] = []  #: (gpa, npages) unmapped and not yet told
+        self._freed: list[tuple[int, int]] = []  #: (gfn, npages) that their owner wants back
         self.finished = False
 
     @property
@@ -187,35 +190,57 @@ class PkvmGuard:
 
     def zapped(self, gfn: int, npages: int, *, private: bool, moving: bool) -> None:
         """The host's idea of the guest's stage 2; the hypervisor's stands."""
+        if self._running.freeing:
+            self._freed.append((gfn, npages))
 
     def drained(self) -> bool:
-        """Nothing waits."""
+        """Reclaim what is freed and the guest's still: GuardRefusal while it lives."""
+        if self._handle is None:
+            return False
+        with self._platform.lock:
+            guest = self._hyp.vms.get("reclaim", self._handle)
+            while self._freed:
+                gfn, npages = self._freed[-1]
+                for first, count in _runs(guest.valid(gfn, npages)):
+                    self._reclaim(gfn + first, count)
+                self._freed.pop()
         return False
+
+    def _reclaim(self, gfn: int, npages: int) -> None:
+        """__pkvm_host_reclaim_page(): only of a VM whose teardown has begun."""
+        handle = self._require()
+        what = f"gpa {gfn << PAGE_SHIFT:#x}+{npages << PAGE_SHIFT:#x} is freed under its guest"
+        with self._refusing(what):
+            if self._running.death is not None and not self._hyp.vms.get(what, handle).dying:
+                self._hyp.start_teardown(handle)
+            self._hyp.host_reclaim_guest(handle, gfn, npages)
 
     def leaving(self, hpa: int, size: int) -> bool:
         """Never: nothing of it moves."""
         return False
 
     def keeps(self, hpa: int, size: int) -> bool:
-        """Nothing is kept for a move."""
-        return False
+        """Whether the guest has any page there."""
+        with self._platform.lock:
+            return bool(self._mine(hpa, size).any())
+
+    def _mine(self, hpa: int, size: int) -> npt.NDArray[np.bool_]:
+        """Which gfns lead there."""
+        if self._handle is None:
+            return np.zeros(0, np.bool_)
+        guest = self._hyp.vms.get("look", self._handle)
+        pfns, first = guest.pfns(0, guest.npages), hpa >> PAGE_SHIFT
+        there = (pfns >= first) & (pfns < first + (size >> PAGE_SHIFT))
+        return guest.valid(0, guest.npages) & there
 
     def migrated(self, gfn: int, npages: int, old: int, new: int) -> None:
         """Never: nothing of it moves."""
 
     def released(self, hpa: int, size: int) -> None:
-        """The pages are the host's again, zeroed; see the head of this file."""
-        if self._handle is None:
-            return
-        pfn, npages = hpa >> PAGE_SHIFT, size >> PAGE_SHIFT
+        """They are no guest's, or a dead one's; GuardRefusal if a live one has them by no slot."""
         with self._platform.lock:
-            guest = self._hyp.vms.get("release", self._handle)
-            pfns = guest.pfns(0, guest.npages)
-            mine = guest.valid(0, guest.npages) & (pfns >= pfn) & (pfns < pfn + npages)
-            for gfn in np.flatnonzero(mine).tolist():
-                if guest.states(gfn, 1)[0] == PageState.SHARED_OWNED:
-                    self._hyp.guest_unshare_host(self._handle, gfn)
-                self._hyp.guest_relinquish(self._handle, gfn)
+            for gfn, npages in _runs(self._mine(hpa, size)):
+                self._reclaim(gfn, npages)
 
     def host_reaches(self, hpa: int, size: int) -> bool:
         """What is the guest's alone left the host's stage 2 (handle_host_mem_abort())."""
@@ -241,6 +266,8 @@ class PkvmGuard:
         """An HVC: function in RAX, arguments in RBX, RCX, RDX."""
         if left.instruction != "vmcall":
             return Inject(_UD)
+        if self._running.death is not None:
+            return Again()  # never: it has left guest code for good
         if regs.rax & 0xFFFF_FFFF == MEM_UNSHARE and self._shared(regs.rbx):
             # the host lets go first: a reference that it holds refuses the conversion
             return self._tell(vcpu, MEM_UNSHARE, regs.rbx)
@@ -276,7 +303,7 @@ class PkvmGuard:
     def complete(self, vcpu: int, data: bytes | int | None, regs: Regs) -> Verdict:
         """The VMM has noted it, or refuses: then nothing is shared, or it stays so."""
         asked, result = self._asked.pop(vcpu), data if isinstance(data, int) else 0
-        if asked is None:
+        if asked is None or self._running.death is not None:
             return self._answer(regs, result)
         call, gfn = asked
         with self._platform.lock:
@@ -346,7 +373,14 @@ class PkvmGuard:
             raise GuardRefusal(error.errno or errno.EIO, f"{what}: {error}") from error
 
 
-def _around(at: int, like: np.ndarray[Any, np.dtype[np.bool_]]) -> tuple[int, int]:
+def _runs(which: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+    """(first, count) of neighbours that are true."""
+    edges = np.flatnonzero(np.diff(which.astype(np.int8), prepend=0, append=0)).tolist()
+    for start, end in zip(edges[::2], edges[1::2], strict=True):
+        yield start, end - start
+
+
+def _around(at: int, like: npt.NDArray[np.bool_]) -> tuple[int, int]:
     """The run [start, end) of true entries around index ``at``."""
     no = np.flatnonzero(~like)
     before, after = no[no < at], no[no > at]

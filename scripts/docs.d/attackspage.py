@@ -31,11 +31,6 @@ LAYERS = {
 }
 
 
-def _cell(row: Row) -> str:
-    text = str(row.outcome)
-    return text if row.hardware is None else f"{text} (hardware: {row.hardware})"
-
-
 def _reasons() -> list[list[str]]:
     """A line for all kinds of an attack that end alike for one reason."""
     lines = []
@@ -53,12 +48,8 @@ def _reasons() -> list[list[str]]:
 def attacks(mark: str, table: Table) -> str:
     """The page of the attack lab."""
     listed = [[f"`{one.name}`", one.group, one.what] for one in ATTACKS.values()]
-    matrix = [[f"`{name}`", *(_cell(rows[kind]) for kind in KINDS)] for name, rows in TABLE.items()]
-    weaker = [
-        [f"`{name}`", kind, str(row.outcome), str(row.hardware), row.why]
-        for name, rows in TABLE.items()
-        for kind, row in rows.items()
-        if row.hardware is not None
+    matrix = [
+        [f"`{name}`", *(str(rows[kind].outcome) for kind in KINDS)] for name, rows in TABLE.items()
     ]
     verdicts = [[verdict.value, text] for verdict, text in VERDICTS.items()]
     layers = [[layer.value, text] for layer, text in LAYERS.items()]
@@ -83,8 +74,8 @@ $ kvmsim attack run all --json > outcomes.jsonl
 memory of its own, boots the guest kernel on it ([guest.md](guest.md)), has the guest keep a secret
 in a private page, attacks that page, and asks the guest what it finds; a guest that an attack has
 spoiled is replaced. With `--json` each attack is a line: `attack`, `kind`, `outcome` and `expected`
-(`verdict`, `layer`, `code`; `outcome` null and `error` where it could not be tried), `hardware`,
-`as_expected`, `why`, `source`.
+(`verdict`, `layer`, `code`; `outcome` null and `error` where it could not be tried), `as_expected`,
+`why`, `source`.
 
 | exit code | meaning |
 |---|---|
@@ -115,10 +106,7 @@ spoiled is replaced. With `--json` each attack is a line: `attack`, `kind`, `out
 ## Why
 
 {table(["attack", "kinds", "because", "source"], _reasons())}
-## Where the simulation is weaker than hardware
-
-{table(["attack", "kind", "here", "hardware", "because"], weaker)}
-Nothing else succeeds here that hardware would refuse; `tests/integration/test_attacks.py` tries
-every cell, and lists these by name. A confidential VM's file is bound to no other VM of the same
-process, which is one host; a VM of another process is another host, and its memory another's.
+Nothing succeeds here that hardware would refuse; `tests/integration/test_attacks.py` tries every
+cell. A confidential VM's file is bound to no other VM of the same process, which is one host; a VM
+of another process is another host, and its memory another's.
 """

@@ -154,6 +154,21 @@ Host and hypervisor:
 A bad argument, and a state from which there is no transition, is INVALID_PARAMETER (-3) in x0.
 Otherwise the guest leaves to the host. {tasks}.
 
+## Freed under its guest
+
+EL2 takes no page from a guest that lives: the host has it back when the guest relinquishes it, or
+when the VM is torn down. What if the owner of the memory frees it all the same, by a punch, a
+shrink, the end of its mount? The guest's leaf goes as for every user; then `kvmsim` asks EL2 for the
+page and is refused (EINVAL), and the VM dies of it: no vCPU enters guest code again, its teardown
+begins, the page is reclaimed, zeroed, and only then the owner is answered. So the caller never
+waits for more than the vCPUs to leave, and no guest finds an empty page where it had written.
+The log names the VM, its pages and the refusal; `kvmsim boot` ends with it.
+
+- A page that the guest has shared is its own still, and the VM dies of it as well. What was
+  relinquished, or never donated, is the host's to free.
+- Upstream pins such pages (`pkvm_mem_abort()`), so that nobody frees them before teardown. A file
+  of privfs is the owner's, who was promised that nobody keeps it waiting.
+
 ## Filled, then inaccessible
 
 `hwemu.pkvm.fillable` is the file that pKVM's authors asked for in 2022: a program maps it, fills

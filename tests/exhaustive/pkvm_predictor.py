@@ -104,7 +104,8 @@ class Predictor:
         return 0
 
     def teardown(self, handle: int) -> int:
-        refused = self.start_teardown(handle)
+        guest = self.guests.get(handle)
+        refused = 0 if guest is not None and guest.dying else self.start_teardown(handle)
         if refused:
             return refused
         slots = self.guests[handle].slots

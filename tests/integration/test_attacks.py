@@ -19,8 +19,6 @@ from kvmsim.cli.main import call
 
 pytest_plugins = ["guest_fixtures", "program_fixtures"]
 
-#: Cells where the simulation is weaker than hardware, and says so.
-WEAKER = {("punch-refill", "pkvm"), ("punch-part", "pkvm")}
 #: What succeeds against a confidential guest on hardware too.
 OPEN = {("tampered-image", "pkvm")}
 #: A mount without the rule that keeps a confidential VM's file its own.
@@ -58,15 +56,13 @@ def test_each_cell_says_why_and_where_that_is_written() -> None:
             assert row.source or row.outcome.verdict is Verdict.NONE, (name, kind)
 
 
-def test_nothing_succeeds_that_hardware_would_refuse_but_what_is_named() -> None:
-    weaker = {(name, kind) for kind, name in CELLS if TABLE[name][kind].hardware is not None}
-    assert weaker == WEAKER
+def test_nothing_succeeds_that_hardware_would_refuse() -> None:
     succeeding = {
         (name, kind)
         for kind, name in CELLS
         if kind in ("tdx", "snp", "pkvm") and TABLE[name][kind].outcome.verdict is Verdict.SUCCEEDS
     }
-    assert succeeding == WEAKER | OPEN
+    assert succeeding == OPEN
 
 
 def test_an_outcome_that_is_not_the_expected_one_fails(

@@ -53,6 +53,8 @@ class Shown:
     """Where in `describe` the guest's private pages are counted; () if nothing counts them."""
     taken: str
     """What a punch is to a running guest."""
+    gives: str
+    """What the guest says first where nothing is taken from it that it does not give; else ""."""
     end: str
     """What its teardown is."""
 
@@ -75,6 +77,7 @@ SHOWN: Final[Mapping[str, Shown]] = MappingProxyType({
             evidence=Evidence(1024, 0x80, 0x210, "MRTD", "mrtd"), counted=("pamt_pages", "REG"),
             taken=f"The same calls as for a conversion, before the system call returns. "
             f"{_NEXT} That it is PENDING tells the guest that its host has taken the old one.",
+            gives="",
             end="Every vCPU is flushed, the key's caches are written back and its HKID freed; "
             "then each page is reclaimed (TDH.PHYMEM.PAGE.RECLAIM), the root last.",
         ),
@@ -96,6 +99,7 @@ SHOWN: Final[Mapping[str, Shown]] = MappingProxyType({
             taken=f"Every vCPU has left and flushed, and the page is the hypervisor's in the RMP, "
             f"before the system call returns. {_NEXT} That it is not validated tells the guest "
             "that its host has taken the old one.",
+            gives="",
             end="SNP_DECOMMISSION: the AMD-SP forgets the guest and its key. Context page and "
             "save areas go back, and every frame of the guest is the hypervisor's again.",
         ),
@@ -113,9 +117,10 @@ SHOWN: Final[Mapping[str, Shown]] = MappingProxyType({
             none="pKVM measures nothing: that is left to firmware in the guest (pvmfw), which is "
             "not modelled. So there is no report.",
             evidence=None, counted=("pages", "OWNED"),
-            taken="Real hardware would refuse it until the guest's teardown. Here the hypervisor "
-            "wipes the page, as if the guest had relinquished it, and gives it back; the next use "
-            "finds another page, zeroed.",
+            taken="EL2 takes nothing from a guest that lives: a VM dies of a punch in a page that "
+            "it has. So the guest gives the page back first (MEM_RELINQUISH), and EL2 wipes it. "
+            "The next use finds another page, zeroed.",
+            gives="relinquish",
             end="The host reclaims every page of the dying VM, wiped unless it was shared.",
         ),
         Shown(
@@ -132,6 +137,7 @@ SHOWN: Final[Mapping[str, Shown]] = MappingProxyType({
             "report.",
             evidence=None, counted=(),
             taken="Zapped, every vCPU flushed, then freed. The next use finds an empty page.",
+            gives="",
             end="Slots and attributes go, and the owner learns that nobody uses the file.",
         ),
     )

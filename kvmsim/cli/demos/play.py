@@ -247,6 +247,8 @@ class Play:
         self._ask(f"fill {page:#x} 2 {_SECRET:#x}")
         calls.take()
         before = self._counted(vm)
+        if shown.gives:
+            self._ask(f"{shown.gives} {page:#x} 1")
         offset = page - self._base
         name = os.path.basename(self._memory)
         stage.typed(f"fallocate --punch-hole -o {offset:#x} -l {PAGE_SIZE} {name}")

@@ -9,6 +9,7 @@
 #define HVC_HYP_MEMINFO 0xc6000002UL
 #define HVC_MEM_SHARE 0xc6000003UL
 #define HVC_MEM_UNSHARE 0xc6000004UL
+#define HVC_MEM_RELINQUISH 0xc6000009UL
 #define SMCCC_RET_INVALID_PARAMETER (-3L)
 
 static long each_page(u64 function, u64 gpa, u64 npages)
@@ -36,6 +37,11 @@ static long pkvm_shared(u64 gpa, u64 npages)
 	return each_page(HVC_MEM_SHARE, gpa, npages);
 }
 
+static long pkvm_relinquish(u64 gpa, u64 npages)
+{
+	return each_page(HVC_MEM_RELINQUISH, gpa, npages);
+}
+
 static void pkvm_describe(void (*put)(const char *name, u64 value))
 {
 	put("granule", (u64)plain_call(HVC_HYP_MEMINFO, 0, 0, 0));
@@ -50,5 +56,6 @@ const struct platform pkvm_platform = {
 	.halt = halt_once,
 	.set_private = pkvm_private,
 	.set_shared = pkvm_shared,
+	.relinquish = pkvm_relinquish,
 	.describe = pkvm_describe,
 };

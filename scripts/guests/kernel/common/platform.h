@@ -38,6 +38,8 @@ struct platform {
 	/* Accept one page of 4 KiB or 2 MiB; and give one of 4 KiB up again, before set_shared. */
 	enum acceptance (*accept)(u64 gpa, bool_t large);
 	enum acceptance (*release)(u64 gpa);
+	/* Give pages back to the host, for good, as a balloon does: the next use finds others. */
+	long (*relinquish)(u64 gpa, u64 npages);
 	/* Evidence about this guest with 64 bytes of its choice: its length, or a negative errno.
 	 * data: aligned to 64, out: to 4096, REPORT_ROOM bytes, both private. */
 	long (*report)(const u8 *data, u8 *out);

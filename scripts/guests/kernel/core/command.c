@@ -219,6 +219,25 @@ static void do_convert(struct words *w)
 		say("ok convert gpa=%x pages=%u side=%s", gpa, npages, side_name(side));
 }
 
+static void do_relinquish(struct words *w)
+{
+	u64 gpa, npages;
+	long ret;
+
+	if (!range_arguments(w, 1, &gpa, &npages, 1))
+		return;
+	if (!platform->relinquish) {
+		say("error relinquish: %s has no call for it", platform->name);
+		return;
+	}
+	ret = platform->relinquish(gpa, npages);
+	if (ret)
+		say("error relinquish: range %x, %u pages: the hypervisor answered %d", gpa,
+		    npages, ret);
+	else
+		say("ok relinquish gpa=%x pages=%u", gpa, npages);
+}
+
 static void do_test(struct words *w)
 {
 	u64 gpa = 0, npages = 0;
@@ -264,6 +283,7 @@ static const struct command {
 	{ "fill", "GPA NPAGES VALUE", do_fill },
 	{ "sum", "GPA NPAGES", do_sum },
 	{ "convert", "GPA NPAGES private|shared", do_convert },
+	{ "relinquish", "GPA NPAGES", do_relinquish },
 	{ "batch", "GPA NPAGES STRIDE COUNT private|shared", do_batch },
 	{ "watch", "GPA [private|shared]", do_watch },
 	{ "jump", "GPA [private|shared]", do_jump },
