@@ -73,9 +73,11 @@ def _run_end(pages: Any, page: int, limit: int) -> int:
 def file_stat(owner: Owner, ino: int) -> dict[str, Any]:
     """Return the counts of one file.
 
-    ``mapped_by`` is what each user was granted and has not given up, in the order of ``users``.
+    ``mapped_by`` is what each user was granted and has not given up, in the order of ``users``;
+    ``exclusive`` the session that alone may have the file, if one may, registered or about to be.
     """
     file = owner.files[ino]
+    holder = owner.exclusive.holder(ino)
     users = [owner.sessions[sid] for sid in sorted(owner.users[ino])]
     return {
         "inode": ino,
@@ -92,6 +94,7 @@ def file_stat(owner: Owner, ino: int) -> dict[str, Any]:
             }
             for user in users
         ],
+        "exclusive": owner.sessions[holder].name if holder is not None else None,
         "seals": seals.names(file.seals),
         "purpose": seals.names(file.purpose or seals.Purpose.USER_INACCESSIBLE),
         "operations": [
@@ -116,6 +119,7 @@ def sessions(
 ) -> list[dict[str, Any]]:
     """Return one row a user: name, state, fence, files, invalidations it has not acknowledged.
 
+    ``exclusive`` are the files that no other session may have.
     ``waited`` gives the seconds since an invalidation began.
     """
     return [
@@ -126,6 +130,7 @@ def sessions(
             "state": session.state.value,
             "fence": session.fence.text,
             "files": sorted(session.files),
+            "exclusive": sorted(owner.exclusive.of(session.sid)),
             "unacknowledged": len(session.sent),
             "outstanding": [
                 {
@@ -182,7 +187,9 @@ def sessions_text(owner: Owner) -> str:
     """Return one line a user."""
     lines = [f"{'SESSION':>7} {'USER':<28} {'STATE':<9} {'FENCE':<8} {'UNACKED':>7} FILES\n"]
     for row in sessions(owner):
-        files = ",".join(map(str, row["files"])) or "-"
+        files = ",".join([
+            f"{ino}:exclusive" if ino in row["exclusive"] else str(ino) for ino in row["files"]
+        ]) or "-"  # fmt: skip
         lines.append(
             f"{row['session']:>7} {row['user']:<28} {row['state']:<9} "
             f"{row['fence']:<8} {row['unacknowledged']:>7} {files}\n"

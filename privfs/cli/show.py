@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
@@ -156,13 +156,22 @@ def stat_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
         "Allocated": size(found["allocated"]),
         "Mapped": size(found["mapped"]),
         "Held": f"{size(found['held'])} in {found['extents']} extents",
-        "Users": ", ".join(f"{m['user']} {size(m['mapped'])}" for m in found["mapped_by"]) or "-",
+        "Users": ", ".join(_users(found, size)) or "-",
         **({"Shared": "not in this file; of a kvmsim: kvmsim stat"} if found["users"] else {}),
         "Seals": ", ".join(found["seals"]) or "-",
         "Promised": ", ".join(found["purpose"]),
         "Operations": ", ".join(operations) or "-",
     }
     return [f"{name + ':':<12} {value}" for name, value in rows.items()]
+
+
+def _users(found: dict[str, Any], size: Callable[[int], str]) -> Iterator[str]:
+    """Yield each user with what it has mapped, and the one that has the file for itself."""
+    alone = found.get("exclusive")  # one that was mounted before we were installed tells nothing
+    for user in found["mapped_by"]:
+        yield f"{user['user']} {size(user['mapped'])}" + " exclusive" * (user["user"] == alone)
+    if alone is not None and alone not in found["users"]:
+        yield f"{alone} exclusive, not registered"
 
 
 @click.command()
@@ -174,8 +183,8 @@ def stat(files: tuple[str, ...], as_json: bool, in_bytes: bool, verbosity: Verbo
     """Show the counts of each FILE.
 
     Held is the memory that really backs the file; it equals Allocated, or something is wrong.
-    Users are shown with what they have mapped of it.  A guest's memory has a shared side as well,
-    which its VMM holds.
+    Users are shown with what they have mapped of it, and one that has the file exclusively as that.
+    A guest's memory has a shared side as well, which its VMM holds.
     """
     verbosity.log_to(None)
     found = [{"file": file} | asked(file, "stat") for file in files]
@@ -252,8 +261,8 @@ def _status_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
         for stray in found["strays"]
     ]
     users = [
-        [s["user"] or "-", str(s["pid"]), s["state"], s["fence"], str(len(s["files"])),
-         size(s["granted"]), str(s["unacknowledged"])]
+        [s["user"] or "-", str(s["pid"]), s["state"], s["fence"], _files(s), size(s["granted"]),
+         str(s["unacknowledged"])]
         for s in found["sessions"]
     ]  # fmt: skip
     if users:
@@ -271,6 +280,12 @@ def _status_lines(found: dict[str, Any], *, in_bytes: bool) -> list[str]:
         ]
     lines += _incident_lines(found)
     return lines
+
+
+def _files(session: dict[str, Any]) -> str:
+    """Return how many files a session has, and how many of them for itself."""
+    alone = len(session["exclusive"])
+    return f"{len(session['files'])}" + (f" ({alone} exclusive)" if alone else "")
 
 
 def _incident_lines(found: dict[str, Any]) -> list[str]:

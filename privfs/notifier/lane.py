@@ -140,12 +140,16 @@ class Lane:
 
     # --- requests -----------------------------------------------------------------------------
 
-    def register(self, fd: int, purpose: int = ALL_PURPOSES) -> Registered:
+    def register(
+        self, fd: int, purpose: int = ALL_PURPOSES, *, exclusive: bool = False
+    ) -> Registered:
         """Become a user of the private file behind ``fd``, which stays the caller's to close.
 
         ``purpose`` is what the file is to be for; EINVAL if its first user wanted another.
+        ``exclusive``: no other session has the file meanwhile; EBUSY if one has it now, or has it
+        exclusively.
         """
-        answer = self._ask(lambda: self.user.register(purpose), [fd])
+        answer = self._ask(lambda: self.user.register(purpose, exclusive=exclusive), [fd])
         assert isinstance(answer, Registered)
         if answer.status:
             raise LinkError(

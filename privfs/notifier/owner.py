@@ -22,7 +22,7 @@ from privfs.memfile import MemFile
 from privfs.notifier.effects import Answer, Arm, Effect, Note, Rung, Send, Stray
 from privfs.notifier.ownerstate import Get, OwnerState
 from privfs.notifier.session import Event, Session, State
-from privfs.notifier.wire import MAX_GRANT, VERSION, Fence, Op, Record, words_label
+from privfs.notifier.wire import MAX_GRANT, VERSION, Fence, Flag, Op, Record, words_label
 from privfs.operation import Destroy, Fallocate, OpId, Request
 from privfs.personality import FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, PAGE_SIZE, Refused
 from privfs.seals import Seal
@@ -222,6 +222,7 @@ class Owner(OwnerState):
         if code:
             out += self.broken(session.sid, f"refused: errno {code}")
         elif old is not None:
+            self.exclusive.replaced(old.sid, session.sid)
             out += self._end(old, Event.REPLACED)
         return out
 
@@ -232,6 +233,7 @@ class Owner(OwnerState):
             code = found or errno.EBADF
         else:
             ino, writable = found
+            exclusive = bool(record.flags & Flag.EXCLUSIVE)
             file = self.files.get(ino)
             if file is None or file.dead or ino in self._doomed or self._closing:
                 code = errno.ENOENT
@@ -239,6 +241,8 @@ class Owner(OwnerState):
                 code = errno.EEXIST
             elif not writable and not self.personality.read_only_users:
                 code = errno.EACCES
+            elif self.exclusive.refuses(ino, session.sid, self.users[ino], exclusive=exclusive):
+                code = errno.EBUSY
             elif (refused := _promised(file, record.start)) is not None:
                 code = refused.errno
             else:
@@ -246,6 +250,7 @@ class Owner(OwnerState):
                 session.files[ino] = writable
                 session.granted[ino] = BitMap()
                 self.users[ino].add(session.sid)
+                self.exclusive.registered(ino, session.sid, exclusive=exclusive)
                 file.users = len(self.users[ino])
                 # A seq of its own: between an UNREGISTER and this, pages may have gone without
                 # an invalidation to this session, so no grant from before may be installed.
@@ -261,7 +266,8 @@ class Owner(OwnerState):
     def _unregister(self, session: Session, record: Record, _: object) -> list[Effect]:
         ino = record.obj
         if ino not in session.files:
-            return [Send(session.sid, _reply(record, errno.ENOENT))]
+            code = 0 if self.exclusive.left(ino, session.sid) else errno.ENOENT
+            return [Send(session.sid, _reply(record, code))]
         proven = [key for key in session.sent.values() if key and key[0] == ino]
         session.sent = {
             seq: None if key and key[0] == ino else key for seq, key in session.sent.items()

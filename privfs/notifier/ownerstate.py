@@ -28,6 +28,7 @@ from privfs.notifier.effects import (
     Send,
     Work,
 )
+from privfs.notifier.exclusive import Exclusive
 from privfs.notifier.holders import Ledger
 from privfs.notifier.session import Event, Session, State
 from privfs.notifier.wire import Flag, Op, Reason, Record
@@ -109,6 +110,7 @@ class OwnerState:
         self.files: dict[int, MemFile] = {}
         self.sessions: dict[int, Session] = {}
         self.users: dict[int, set[int]] = {}
+        self.exclusive = Exclusive()
         self.holders = Ledger()  # decides nothing but whom a touch of freed memory is blamed on
         self._quota = quota_pages
         self._kills = kills
@@ -139,7 +141,7 @@ class OwnerState:
             out.append(Drop(sid, why))
         session.feed(Event.BREAK)
         self._parked = [get for get in self._parked if get.sid != sid]
-        if not session.files and session.state is State.ZOMBIE:
+        if session.state is State.ZOMBIE and not session.files and not self.exclusive.of(sid):
             out += self._end(session, Event.BYE)
         return out
 
@@ -287,6 +289,7 @@ class OwnerState:
         lost = [get for get in self._parked if get.ino == ino]
         self._parked = [get for get in self._parked if get.ino != ino]
         del self.files[ino]
+        self.exclusive.expired(ino)
         out: list[Effect] = [self._page(get, errno.ENOENT) for get in lost]
         return [*out, Expire(ino)]
 
@@ -331,6 +334,7 @@ class OwnerState:
         inos = list(session.files)
         for ino in inos:
             self._detach(session, ino)
+        self.exclusive.ended(sid)
         del self.sessions[sid]
         self._parked = [get for get in self._parked if get.sid != sid]
         for key in [key for key, wait in self._waits.items() if sid in wait.sids]:
@@ -342,6 +346,7 @@ class OwnerState:
     def _detach(self, session: Session, ino: int) -> None:
         del session.files[ino]
         del session.granted[ino]
+        self.exclusive.left(ino, session.sid)
         self.users[ino].discard(session.sid)
         self.files[ino].users = len(self.users[ino])
         known = {pair for pair in session.known if pair[0] != ino}
@@ -382,6 +387,7 @@ class OwnerState:
                    for k, w in self._waits.items()]),
             tuple(self._parked), tuple(self._faults), tuple(self._callers.items()),
             frozenset(self._doomed), self._closing, self.budget.used,
+            self.exclusive.key(),
         )  # fmt: skip
 
     def copy(self) -> Self:
@@ -392,6 +398,7 @@ class OwnerState:
         twin.files = {ino: f.copy(twin.budget) for ino, f in self.files.items()}
         twin.sessions = {sid: s.copy() for sid, s in self.sessions.items()}
         twin.users = {ino: u.copy() for ino, u in self.users.items()}
+        twin.exclusive = self.exclusive.copy()
         twin.holders = self.holders.copy()
         twin._kills, twin._patience = self._kills, self._patience
         twin._quota = self._quota

@@ -167,13 +167,15 @@ class User:
         req = self._begin(Op.HELLO, 0)
         return Record(Op.HELLO, flags, int(fence), req, low, VERSION, replaces, high)
 
-    def register(self, purpose: int = ALL_PURPOSES) -> Record:
+    def register(self, purpose: int = ALL_PURPOSES, *, exclusive: bool = False) -> Record:
         """Become a user of the file whose descriptor is sent along.
 
         ``purpose`` (:class:`privfs.seals.Purpose`) is what the file is to be for; the first user
         decides, later ones must ask for the same.  KVM asks for everything, and so do we.
+        ``exclusive``: no other session may have the file; EBUSY answers while one has it.
         """
-        return Record(Op.REGISTER, Flag.FD, req=self._begin(Op.REGISTER, 0), start=purpose)
+        flags = Flag.FD | (Flag.EXCLUSIVE if exclusive else 0)
+        return Record(Op.REGISTER, flags, req=self._begin(Op.REGISTER, 0), start=purpose)
 
     def unregister(self, ino: int) -> Record:
         """Stop using a file.  Everything must be unmapped before this record is sent."""

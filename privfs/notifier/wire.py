@@ -54,6 +54,7 @@ class Flag(enum.IntFlag):
     FD = 1  #: takes the next file descriptor of the frame
     WRITE = 2  #: GET: the access is a store
     EXTENT = 4  #: GET: send the extent's descriptor again; INVALIDATE: extents die with the range
+    EXCLUSIVE = 8  #: REGISTER: no other session may have the file
 
 
 #: Flag.FD as a plain number: the operators of an IntFlag cost more than the rest of a record.
@@ -145,8 +146,8 @@ LAYOUT: Final[dict[Op, Fields]] = {
     ),
     Op.REGISTER: Fields(
         To.OWNER, {"req": "request", "start": "purpose"},
-        "become a user of the file whose descriptor comes along",
-        flags=Flag.FD, needs_fd=True,
+        "become a user of the file whose descriptor comes along, with EXCLUSIVE its only one",
+        flags=Flag.FD | Flag.EXCLUSIVE, needs_fd=True,
     ),
     Op.REGISTERED: Fields(
         To.USER,

@@ -105,11 +105,14 @@ class Guest(Lane):
         record = self._user().unregister(ino)
         self.registered = put(self.registered, ino - 1, "leaves")
         self.stores -= {ino}
+        self.alone -= {ino}
         self._ask(record, "unregister", ino)
 
     def _on_register(self, ino: int) -> None:
         self.registered = put(self.registered, ino - 1, "asked")
-        self._ask(self._user().register(self.setup.purpose), "register", ino)
+        exclusive = "exclusive" in self.fates
+        record = self._user().register(self.setup.purpose, exclusive=exclusive)
+        self._ask(record, "register", ino)
 
     def _on_bye(self) -> None:
         self._post(self.user.bye())
@@ -166,6 +169,7 @@ class Guest(Lane):
         self.leaves, self.vcpus = frozenset(), (Vcpu(),) * self.setup.vcpus
         self.shootdown = self.cores.shootdown(self.setup.vcpus)
         self.inbox, self.owed, self.open, self.ranges, self.requests = (), (), None, (), ()
+        self.alone = frozenset()
         if "closed" not in self.flags:
             self._hang_up()
         self.flags = frozenset({"killed", "dead"} | self.flags)

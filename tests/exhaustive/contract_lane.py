@@ -6,6 +6,8 @@ As ``privfs.notifier.lane`` and ``kvmsim.private`` do it, one record at a time.
 
 from __future__ import annotations
 
+import errno
+
 from contract_process import Debt
 from contract_stage2 import RAM, SHARED, Extent
 from contract_values import SEEN, put, without
@@ -114,7 +116,11 @@ class Lane(Vcpus):
         _, ino = self._answered(registered.req)
         self.registered = put(self.registered, ino - 1, "no" if registered.status else "yes")
         if registered.status:
+            if ino in self.alone and registered.status == errno.EBUSY:
+                self.wrong(f"file {ino} was its alone, and is another's")
             return
+        if "exclusive" in self.fates:
+            self.alone |= {ino}
         if registered.writable:
             self.stores |= {ino}
         for number, (gfn, pages, file, first) in enumerate(self.setup.bound):

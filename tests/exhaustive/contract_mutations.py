@@ -6,7 +6,7 @@ Each of these must be caught: a check that no mutation trips over checks nothing
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mutant_owners as o
 import mutant_users as u
@@ -14,7 +14,7 @@ from contract_guest import Guest
 from contract_host import Host
 from contract_values import SHIPPING, Call, Cores, Release, Setup, grow
 from contract_world import Contract
-from contract_worlds import BOTH, CANCEL, MOVE, MOVE_CANCEL, ONE, P, Q, own
+from contract_worlds import BOTH, CANCEL, MOVE, MOVE_CANCEL, ONE, OTHER, P, Q, own
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,11 @@ BRACKETS = Setup(
     pages=2, calls=(BOTH,), populated=(0, 1), brackets=True, slots=((0, 1, 1, 0), (1, 1, 1, 1))
 )
 MOVES = Setup(calls=(MOVE_CANCEL,), populated=(0,))
+ALONE = Setup(users=2, populated=(0,), exclusive=ONE, prompt=True, direct=True)
 STICKS = Setup(calls=(P,), populated=(0,), hang=ONE, sticks=ONE, immortal=ONE)
 
 REACHES, STUCK, DROPPED = "is gone", "stuck", "an honest user was"
+FOR_ITSELF = "which has it for itself"
 OTHER_SIDE, WOULD_NOT = "on the side of the other attribute", "would not retry"
 
 MUTATIONS = [
@@ -127,6 +129,15 @@ MUTATIONS = [
     Mutation("active and wait set in one step",
              Setup(calls=(P,), populated=(0,), late=ONE), REACHES,
              Cores(owner=o.Samples), host=o.CountsUsersFirst),
+    Mutation("nobody comes to a file that is another's alone", replace(ALONE, late=OTHER),
+             FOR_ITSELF, Cores(owner=o.LetsOthersIn)),
+    Mutation("a file is nobody's alone that has a user", replace(ALONE, late=ONE), FOR_ITSELF,
+             Cores(owner=o.CountsNoUsers)),
+    Mutation("a file is its user's alone until that is gone",
+             replace(ALONE, late=OTHER, close=ONE), FOR_ITSELF, Cores(owner=o.SharesWhatIsBroken)),
+    Mutation("who replaces a session has its files for itself",
+             replace(ALONE, late=OTHER, close=ONE, sessions=2), "and is another's",
+             Cores(owner=o.InheritsNothing)),
     Mutation("tombstones", COMES_BACK, DROPPED, Cores(owner=o.HasNoTombstones)),
     Mutation("a registration voids older grants",
              Setup(vcpus=2, calls=(P,), populated=(0,), reregister=1, alike=True), REACHES,

@@ -75,6 +75,7 @@ class Process:
         self.comebacks = setup.reregister
         self.converts = setup.converts
         self.stores: frozenset[int] = frozenset()  #: files whose grants are for stores too
+        self.alone: frozenset[int] = frozenset()  #: files that it was given for itself
         self.requests: tuple[tuple[int, str, int], ...] = ()  #: (request, what, of which)
         self.flags: frozenset[str] = frozenset()  #: what has happened to it
         self.problem: str | None = None
@@ -121,7 +122,8 @@ class Process:
             tuple(vcpus),
             tuple([(debt.seq, epoch - debt.epoch, debt.open) for debt in self.owed]),
             self.inbox, self.outboxes, self.open, self.ranges, self.registered, self.comebacks,
-            self.converts, self.stores, self.requests, self.flags, self.fates, self.problem,
+            self.converts, self.stores, self.alone, self.requests, self.flags, self.fates,
+            self.problem,
         )  # fmt: skip
 
     def take(self, event: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:

@@ -93,6 +93,8 @@ def renamed(host: Host, order: tuple[int, ...]) -> Host:
     ordered = sorted(owner.sessions.values(), key=lambda session: session.sid)
     owner.sessions = {session.sid: session for session in ordered}
     owner.users = {ino: {sid(user) for user in users} for ino, users in owner.users.items()}
+    for ino, holder in owner.exclusive._holders.items():
+        owner.exclusive._holders[ino] = sid(holder)
     for wait in owner._waits.values():
         wait.sids = {sid(user) for user in wait.sids}
     owner._waits = {(ino, op(what)): wait for (ino, what), wait in owner._waits.items()}

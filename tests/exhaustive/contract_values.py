@@ -92,8 +92,8 @@ class Setup:
     in place of the one whose socket it closed.  ``leaves`` names who may say BYE; ``hang``,
     ``stop``, ``close``, ``kill`` name the users that may meet that fate, ``immortal`` those whose
     exit is never seen, ``sticks`` those that, once killed, may run no more and yet not exit;
-    ``fenced`` have a userfaultfd.  Of ``echoes`` the owner hears once more that their socket has
-    ended.
+    ``fenced`` have a userfaultfd; ``exclusive`` want every file for themselves.  Of ``echoes`` the
+    owner hears once more that their socket has ended.
 
     ``delivery``: one FIFO each way; or one for invalidations and acknowledgements and another
     for all else; or no order at all.  ``direct``: the lane installs what was granted at once, as
@@ -133,6 +133,7 @@ class Setup:
     sticks: frozenset[int] = frozenset()
     echoes: frozenset[int] = frozenset()
     fenced: frozenset[int] = frozenset()
+    exclusive: frozenset[int] = frozenset()
     delivery: Delivery = "fifo"
     direct: bool = False
     prompt: bool = False
@@ -169,7 +170,10 @@ class Setup:
 
     def fates(self, p: int) -> frozenset[str]:
         """What may happen to user ``p``."""
-        names = ("hang", "stop", "close", "kill", "leaves", "sticks", "fenced", "echoes", "mute")
+        names = (
+            "hang", "stop", "close", "kill", "leaves", "sticks", "fenced", "echoes", "mute",
+            "exclusive",
+        )  # fmt: skip
         return frozenset(name for name in names if p in getattr(self, name))
 
 

@@ -150,7 +150,7 @@ class Contract:
         for guest in state[1:]:
             if self._guest_problem[guest] is not None or self._reach[guest] & ~alive:
                 return self._accuse(state)
-        return None
+        return self._trespass(state) if self.setup.exclusive else None
 
     def quiet(self, state: State) -> bool:
         """Every call has ended, every healthy fault is served, every healthy socket is empty.
@@ -177,6 +177,14 @@ class Contract:
                     f"user {p} reaches page {page} of file {ino}, generation {made_for}, "
                     "which is gone"
                 )
+        return None
+
+    def _trespass(self, state: State) -> str | None:
+        """Whether two users reach a page that one of them was given for itself."""
+        for p in self.setup.exclusive:
+            for q, number in enumerate(state[1:]):
+                if q != p and self._reach[number] & self._reach[state[p + 1]]:
+                    return f"user {q} reaches a page of user {p}, which has it for itself"
         return None
 
     # --- joining ------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from privfs.personality import GUEST_MEMFD, RESIZABLE
 
 ONE = frozenset({0})
 OTHER = frozenset({1})
+EVERY = ONE | OTHER
 P = Call(punch(0, 1))
 Q = Call(punch(1, 2))
 BOTH = Call(punch(0, 2))
@@ -92,6 +93,22 @@ WORLDS = {
     ),
     "two users, one late": Setup(
         users=2, calls=(P, P), populated=(0,), late=OTHER, close=ONE, prompt=True, direct=True
+    ),
+    "two users that both want a file for themselves": Setup(
+        users=2, calls=(P,), populated=(0,), exclusive=EVERY, late=EVERY, reregister=1,
+        prompt=True, direct=True, alike=True
+    ),
+    "two users that both want a file for themselves, any may be killed": Setup(
+        users=2, calls=(P,), populated=(0,), exclusive=EVERY, late=EVERY, kill=EVERY,
+        prompt=True, direct=True, alike=True
+    ),
+    "a user that has a file for itself and opens another session": Setup(
+        users=2, calls=(P,), populated=(0,), exclusive=ONE, late=OTHER, close=ONE, kill=ONE,
+        sessions=2, prompt=True, direct=True
+    ),
+    "a user that has a file for itself and cannot exit, behind its fence": Setup(
+        users=2, calls=(P,), populated=(0,), exclusive=ONE, late=OTHER, hang=ONE, sticks=ONE,
+        fenced=ONE, prompt=True, direct=True
     ),
     "three users": Setup(
         users=3, calls=(P,), populated=(0,), alike=True
@@ -259,7 +276,6 @@ INLINE = [
 ]
 
 KVMSIM = Setup(users=2, vcpus=2, populated=(0,), direct=True, prompt=True, alike=True)
-EVERY = frozenset({0, 1})
 
 SLOW = {
     "as kvmsim ships, two users with two vCPUs each, two invalidations": replace(
@@ -292,6 +308,10 @@ SLOW = {
     ),
     "two users, each may open another session": Setup(
         users=2, calls=(P,), populated=(0,), close=EVERY, sessions=2, alike=True
+    ),
+    "two users that both want a file for themselves, come and go and may be killed": Setup(
+        users=2, calls=(P,), populated=(0,), exclusive=EVERY, late=EVERY, reregister=1, kill=EVERY,
+        prompt=True, direct=True, alike=True
     ),
     "two users that come and go": Setup(
         users=2, calls=(P, P), populated=(0,), reregister=1, alike=True

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Set
 from typing import Any, Self
 
 from contract_host import Host
@@ -12,6 +12,7 @@ from contract_world import Contract, State
 from privfs.memfile import Look, MemFile
 from privfs.notifier.effects import Effect as OwnerEffect
 from privfs.notifier.effects import Send
+from privfs.notifier.exclusive import Exclusive
 from privfs.notifier.owner import Owner
 from privfs.notifier.session import Event, Session
 from privfs.notifier.wire import Fence, Op, Record
@@ -205,6 +206,59 @@ class StampsTooLate(Owner):
     def _page(self, *args: Any) -> Send:
         send = super()._page(*args)
         return send._replace(record=send.record._replace(seq=send.record.seq + 1))
+
+
+class HeedsNoHolder(Exclusive):
+    __slots__ = ()
+
+    def refuses(self, ino: int, sid: int, users: Set[int], *, exclusive: bool) -> bool:
+        return exclusive and bool(users)
+
+
+class HeedsNoUsers(Exclusive):
+    __slots__ = ()
+
+    def refuses(self, ino: int, sid: int, users: Set[int], *, exclusive: bool) -> bool:
+        return super().refuses(ino, sid, frozenset(), exclusive=exclusive)
+
+
+class HandsNothingOver(Exclusive):
+    __slots__ = ()
+
+    def replaced(self, old: int, sid: int) -> None:
+        pass
+
+
+class LetsOthersIn(Owner):
+    """Keeps a file from those alone that want it for themselves."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.exclusive = HeedsNoHolder()
+
+
+class CountsNoUsers(Owner):
+    """Gives a file to one alone that has a user already."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.exclusive = HeedsNoUsers()
+
+
+class InheritsNothing(Owner):
+    """Forgets, when a session is replaced, what it had for itself."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.exclusive = HandsNothingOver()
+
+
+class SharesWhatIsBroken(Owner):
+    """Takes the end of a socket for that of exclusive use."""
+
+    def broken(self, sid: int, why: str) -> list[OwnerEffect]:
+        self.exclusive.ended(sid)
+        return super().broken(sid, why)
 
 
 class HasNoTombstones(Owner):

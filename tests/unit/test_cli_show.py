@@ -108,7 +108,7 @@ STAT = {
         "store": "hugetlb", "page_size": 2 << 20, "promises": {"reclaim": True, "audit": True},
     },
     "extents": 1, "users": ["vm(1)"],
-    "mapped_by": [{"user": "vm(1)", "mapped": 4096}],
+    "mapped_by": [{"user": "vm(1)", "mapped": 4096}], "exclusive": None,
     "seals": ["GROW"], "purpose": ["USER_INACCESSIBLE"],
     "operations": [{"step": "wait", "start": 0, "end": 4096}],
 }  # fmt: skip
@@ -127,7 +127,7 @@ STATUS = {
     "incidents": [{"time": number, "what": f"thing {number}"} for number in range(9)],
     "sessions": [
         {"user": "vm", "pid": 9, "state": "ready", "fence": "uffd", "files": [7],
-         "granted": 4096, "unacknowledged": 1,
+         "exclusive": [], "granted": 4096, "unacknowledged": 1,
          "outstanding": [{"seq": 4, "inode": 7, "seconds": 0.25, "start": 0, "end": 4096}]}
     ],
 }  # fmt: skip
@@ -174,6 +174,22 @@ def test_status_shows_users_and_why_there_is_no_passthrough(
         "vm             7 0x0-0xfff   4 250.0 ms",
     ]
     assert [line.split(maxsplit=2)[2] for line in lines[-5:]] == [f"thing {n}" for n in range(4, 9)]
+
+
+def test_who_has_a_file_exclusively_is_shown_beside_it(
+    mount: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    mount["stat"] = STAT | {"exclusive": "vm(1)"}
+    assert call(["stat", "f"]) == 0
+    assert "Users:       vm(1) 4K exclusive\n" in capsys.readouterr().out
+    mount["stat"] = STAT | {"exclusive": "td(2)", "users": [], "mapped_by": []}
+    assert call(["stat", "f"]) == 0
+    assert "Users:       td(2) exclusive, not registered\n" in capsys.readouterr().out
+    (session,) = STATUS["sessions"]
+    mount["status"] = STATUS | {"sessions": [session | {"files": [7, 8], "exclusive": [8]}]}
+    assert call(["status", "/m"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "vm     9 ready uffd  2 (1 exclusive)      4K       1" in lines
 
 
 def test_status_of_a_mount_that_is_older_than_we_are(
