@@ -27,7 +27,7 @@ from hwemu.snp.fwstatus import FirmwareRefused, FwStatus
 from hwemu.snp.guestcontext import IdBlock, Policy
 from hwemu.snp.guestops import Leaf as NestedLeaf
 from hwemu.snp.guestops import Vcpu
-from hwemu.snp.hostops import HYPERVISOR, NewState, psmash, rmpupdate, rmpupdate_range
+from hwemu.snp.hostops import HYPERVISOR, NewState, psmash, rmpupdate
 from hwemu.snp.launch import VMSA_GPA, PageType
 from hwemu.snp.outcome import (
     GeneralProtection,
@@ -38,12 +38,13 @@ from hwemu.snp.outcome import (
     VcException,
 )
 from hwemu.snp.rmp import Rmp
-from hwemu.snp.rmpentry import PageSize, PageState
+from hwemu.snp.rmpentry import PageSize
 from kvmsim import exits
 from kvmsim.confidential.encryption import Encryption, GuestPages
 from kvmsim.confidential.frames import FrameMap
 from kvmsim.confidential.guestview import GuestView
 from kvmsim.confidential.platform import Platform
+from kvmsim.confidential.rmppages import RmpPages
 from kvmsim.confidential.vmgexit import MSR_GHCB, MSR_SEV_STATUS, SEV_STATUS, VmgExits
 from kvmsim.device.translate import translate
 from kvmsim.guard import Again, Answer, GuardRefusal, Inject, Leaf, Leave, Resolve, Verdict
@@ -132,6 +133,7 @@ class SnpGuard:
         self._running = running
         self._host = platform.hardware(SnpHost, make_host)
         self._rmp, self._firmware = self._host.rmp, self._host.firmware
+        self._entries = RmpPages(self._rmp, self._firmware)
         self._policy = policy
         self._encrypt = encrypt
         self._pages: GuestPages | None = None  #: while its ASID has a key
@@ -148,10 +150,11 @@ class SnpGuard:
 
     @property
     def movable(self) -> bool:
-        """No: only of a Pre-Swap page does SNP_PAGE_MOVE keep the validation, and RMPUPDATE, which
-        takes it (APM vol. 2, 15.36.6), makes none.
+        """By SNP_PAGE_MOVE, unless its policy forbids that. Ciphertext in the file is bound to its
+        address, and its owner copies it as it is.
         """
-        return False
+        allowed = not self._policy & Policy.PAGE_SWAP_DISABLE
+        return allowed and self._encrypt is not Encrypt.BACKING
 
     @property
     def instructions(self) -> frozenset[str]:
@@ -328,7 +331,7 @@ class SnpGuard:
         return self._own.leaves(gfn, (Leaf(base, npages, page << PAGE_SHIFT),))
 
     def zapped(self, gfn: int, npages: int, *, private: bool, moving: bool) -> None:
-        """The second stage forgets; the RMP does not."""
+        """The second stage forgets; the RMP does not, before it is told of frames."""
         if private:
             self._frames.forget(gfn, npages)
 
@@ -337,45 +340,39 @@ class SnpGuard:
         return False
 
     def leaving(self, hpa: int, size: int) -> bool:
-        """Never: nothing of it moves."""
-        return False
+        """What of it is the guest's becomes Pre-Swap, or Pre-Guest, until it has moved."""
+        with self._platform.lock:
+            if self._pages is None:
+                return False  # it is no more, or was never made
+            self._entries.lend(self.asid, hpa >> PAGE_SHIFT, size >> PAGE_SHIFT)
+            return self.keeps(hpa, size)
 
     def keeps(self, hpa: int, size: int) -> bool:
-        """Nothing is kept for a move."""
-        return False
+        """Whether the RMP says of any frame there that it is the guest's."""
+        with self._platform.lock:
+            if self._pages is None:
+                return False
+            return self._entries.any_of(self.asid, hpa >> PAGE_SHIFT, size >> PAGE_SHIFT)
 
     def migrated(self, gfn: int, npages: int, old: int, new: int) -> None:
-        """Never: nothing of it moves."""
+        """SNP_PAGE_MOVE of what was lent; what the AMD-SP refuses the guest has to take anew."""
+        memory, context = self._platform.memory, self._context >> PAGE_SHIFT
+        with self._platform.lock, memory.copied(old, new, npages):
+            if self._pages is None:
+                return
+            for lost in self._entries.move(
+                context, self.asid, old >> PAGE_SHIFT, new >> PAGE_SHIFT, npages
+            ):
+                log.warning("gpa %#x+%#x did not move from hpa %#x to %#x, and is not validated "
+                            "any more: %s", lost.gpa, lost.npages << PAGE_SHIFT, old, new,
+                            lost.why)  # fmt: skip
 
     def released(self, hpa: int, size: int) -> None:
         """sev_gmem_invalidate(): the pages are the hypervisor's, large ones broken first."""
         with self._platform.lock:
             if self._pages is not None:
                 self._pages.release(hpa, size >> PAGE_SHIFT)
-            pfn, end = hpa >> PAGE_SHIFT, (hpa + size) >> PAGE_SHIFT
-            end = min(end, self._rmp.start + self._rmp.frames)
-            while pfn < end:
-                run = next(self._rmp.runs(pfn, end - pfn))
-                if run.state is not PageState.HYPERVISOR:
-                    self._take_back(pfn, min(run.npages, end - pfn))
-                pfn += run.npages
-
-    def _take_back(self, pfn: int, npages: int) -> None:
-        while npages:
-            page = self._rmp.page(pfn)
-            large = self._rmp.raw(page).large
-            if large and (page != pfn or npages < _LARGE):
-                psmash(self._rmp, page)
-                large = False
-            if large:
-                self._update(page, replace(HYPERVISOR, size=PageSize.SIZE_2M))
-                done = _LARGE
-            else:
-                here = min(npages, _LARGE - pfn % _LARGE)
-                done, answer = rmpupdate_range(self._rmp, pfn, here, HYPERVISOR)
-                if not answer.ok:
-                    raise RuntimeError(f"RMPUPDATE of frame {pfn + done:#x}: {answer}")
-            pfn, npages = pfn + done, npages - done
+            self._entries.take_back(hpa >> PAGE_SHIFT, size >> PAGE_SHIFT)
 
     def host_reaches(self, hpa: int, size: int) -> bool:
         """The host's mappings have all memory; what it gets of a guest's is another matter."""
@@ -418,7 +415,17 @@ class SnpGuard:
     def _page_operation(self, vcpu: int, name: str, regs: Regs) -> Verdict:
         """PVALIDATE and RMPADJUST name their page by a linear address in RAX."""
         sregs = self._running.vcpus[vcpu].cpu.get_sregs()
-        gpa = translate(sregs, regs.rax & -PAGE_SIZE, self._view.word)
+        missing: list[int] = []
+
+        def word(at: int) -> int | None:
+            found = self._view.word(at)
+            if found is None:
+                missing.append(at)
+            return found
+
+        gpa = translate(sregs, regs.rax & -PAGE_SIZE, word)
+        if missing:  # the processor's walk would fault there: a table is on its way
+            return Resolve(missing[0], cpu_api.Access.READ)
         if gpa is None or not gpa & self._c_bit:
             return Leave(exits.InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION))
         plain = gpa & ~self._c_bit

@@ -3,126 +3,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
-import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
-from mounts import Mounted, Mounter
-from torture import Console
+from booted import AT, MIB, PAGE, WORD, Boot, Guest
+from mounts import Mounted
 
 from hwemu.encryptedaccess import Actor, Encrypt, Met, Outcome
 from hwemu.encryption import KeyDestroyedError
 from kvmsim.confidential.encryption import Encryption
-from kvmsim.confidential.hostview import HostView, hpa_of
-from kvmsim.confidential.platform import Platform
-from kvmsim.emulator import Emulator, MemoryBackend, VmConfig
-from kvmsim.fallocate import punch
+from kvmsim.confidential.hostview import HostView
 from kvmsim.hostmem import HostMemory
 from kvmsim.vmm.bootparams import Technology
 from privfs import control
 
-pytest_plugins = ["guest_fixtures", "actor_fixtures"]
+pytest_plugins = ["guest_fixtures", "actor_fixtures", "booted_fixtures"]
 pytestmark = pytest.mark.fuse
 
-MIB = 1 << 20
-PAGE = 4096
-AT = 12 * MIB
-WORD = 0x1122_3344_5566_7788
 PLAIN = WORD.to_bytes(8, "little") * 512
 ENCRYPTED = [Technology.TDX, Technology.SNP]
 MODES = [Encrypt.VIEW, Encrypt.BACKING]
-
-
-class Guest:
-    """A booted guest, its file and its console."""
-
-    def __init__(
-        self,
-        emulator: Emulator,
-        console: Console,
-        ram: Path,
-        platform: Platform,
-        close: Callable[[], None],
-    ) -> None:
-        self.emulator = emulator
-        self.close = close
-        self.console = console
-        self.ram = ram
-        self.platform = platform
-        self.view = HostView(platform)
-
-    def ask(self, line: str) -> str:
-        """The answer to a command, good or bad."""
-        self.emulator.feed(line.encode() + b"\n")
-        return self.console.expect(r"(ok|error|panic).*\n").group(0).strip()
-
-    def number(self, line: str, name: str) -> int:
-        """A field of an answer that must be good."""
-        answer = self.ask(line)
-        found = re.search(rf" {name}=(\S+)", answer)
-        assert answer.startswith("ok"), answer
-        assert found, answer
-        return int(found[1], 0)
-
-    def hpa(self, gpa: int) -> int:
-        """Where its file has the page."""
-        with self.emulator.running.lock:
-            return hpa_of(self.emulator.running, gpa)
-
-    def in_file(self, gpa: int, size: int = PAGE) -> bytes:
-        """What lies in the file, whoever may see it."""
-        with self.platform.lock:
-            return self.platform.memory.read(self.hpa(gpa), size)
-
-
-Boot = Callable[..., Guest]
-
-
-@pytest.fixture
-def moving() -> Iterator[HostMemory]:
-    """A host that would let the memory of its guests be moved."""
-    made = HostMemory(movable=True)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def mounted(mount: Mounter) -> Mounted:
-    return mount()
-
-
-@pytest.fixture
-def boot(mounted: Mounted, image: bytes) -> Iterator[Boot]:
-    with contextlib.ExitStack() as stack:
-
-        def start(host: HostMemory, technology: Technology, encrypt: Encrypt | None) -> Guest:
-            ram = mounted.path / "ram"
-            ram.touch()
-            os.truncate(ram, 16 * MIB)
-            platform = Platform(host)
-            memory = MemoryBackend(str(ram), prealloc=True)  # so it is accepted by 2 MiB
-            config = VmConfig((memory,), technology=technology, encrypt=encrypt)
-            console = Console()
-            emulator = Emulator(host, config, console.output, platform=platform)
-            closing = stack.enter_context(contextlib.ExitStack())
-            closing.callback(emulator.close)
-            console.emulator = emulator
-            emulator.boot(image)
-            console.expect(r"^> ")
-            guest = Guest(emulator, console, ram, platform, closing.close)
-            assert guest.ask(f"fill {AT:#x} 4 {WORD:#x}").startswith("ok")
-            return guest
-
-        yield start
-
-
-def whole(guest: Guest) -> None:
-    """Nothing of what was tried has changed what the guest has."""
-    assert guest.number(f"sum {AT:#x} 4", "sum") == WORD * 512 * 4 % (1 << 64)
 
 
 @pytest.mark.parametrize("encrypt", MODES)
@@ -140,10 +40,11 @@ def test_the_host_reads_ciphertext_of_an_snp_guest_and_cannot_write(
         assert first.data[at : at + 16] != PLAIN[:16]
     assert read(AT + 100, 50) == Met(Outcome.CIPHERTEXT, first.data[100:150])
     assert read(AT + PAGE - 8, 16).data == first.data[-8:] + second.data[:8]
-    assert guest.view.read(guest.hpa(AT), PAGE, Actor.DEVICE) == first
+    view = HostView(guest.platform)
+    assert view.read(guest.hpa(AT), PAGE, Actor.DEVICE) == first
     assert guest.emulator.host_write(AT, b"x" * 8) == Met(Outcome.PAGE_FAULT)
-    assert guest.view.write(guest.hpa(AT), b"x", Actor.DEVICE) == Met(Outcome.IO_FAULT)
-    whole(guest)
+    assert view.write(guest.hpa(AT), b"x", Actor.DEVICE) == Met(Outcome.IO_FAULT)
+    assert guest.whole()
 
 
 @pytest.mark.parametrize("encrypt", MODES)
@@ -166,8 +67,7 @@ def test_what_lies_in_the_file(host: HostMemory, boot: Boot, encrypt: Encrypt) -
 
 def key_ends_with(guest: Guest, technology: Technology, encrypt: Encrypt) -> None:
     """No key is left after the end, and its id gets another."""
-    guard = guest.emulator.guard
-    assert guard is not None
+    guard = guest.guard
     told, hpa = guard.describe(), guest.hpa(AT)
     assert told["encrypt"] == encrypt.value
     encryption = guest.platform.hardware(Encryption, Encryption)
@@ -190,7 +90,7 @@ def test_a_write_to_a_page_of_a_td_is_its_machine_check(
 ) -> None:
     guest = boot(host, Technology.TDX, encrypt)
     assert guest.emulator.host_read(AT, PAGE) == Met(Outcome.ZEROS, bytes(PAGE))
-    whole(guest)
+    assert guest.whole()
     assert guest.emulator.host_write(AT + PAGE + 64, b"x" * 8) == Met(Outcome.POISONS)
     assert guest.number(f"sum {AT:#x} 1", "sum") == WORD * 512 % (1 << 64), "its neighbour is good"
     assert guest.number(f"peek {AT + 2 * PAGE:#x}", "value") == WORD
@@ -205,8 +105,7 @@ def test_a_poisoned_page_that_is_punched_is_good_again(
 ) -> None:
     guest = boot(host, Technology.TDX, Encrypt.VIEW)
     assert guest.emulator.host_write(AT, b"x").outcome is Outcome.POISONS
-    with guest.ram.open("r+b") as file:
-        punch(file.fileno(), AT, PAGE)
+    guest.punch(AT, 1)
     for access in (lambda: guest.emulator.host_read(AT - 8, 16),
                    lambda: guest.emulator.host_write(AT, b"x")):  # fmt: skip
         with pytest.raises(ValueError, match="no private memory"):
@@ -222,7 +121,7 @@ def test_the_host_reaches_nothing_of_a_protected_vm(host: HostMemory, boot: Boot
     guest = boot(host, Technology.PKVM, None)
     assert guest.emulator.host_read(AT, 8) == Met(Outcome.STAGE2_ABORT)
     assert guest.emulator.host_write(AT, b"x") == Met(Outcome.STAGE2_ABORT)
-    whole(guest)
+    assert guest.whole()
     assert guest.ask(f"convert {AT:#x} 1 shared").startswith("ok")
     assert guest.emulator.host_read(AT, 8) == Met(Outcome.DONE, PLAIN[:8])
     assert guest.emulator.host_write(AT, b"x" * 8).outcome is Outcome.DONE
@@ -233,7 +132,7 @@ def test_without_encryption_the_tables_still_refuse(host: HostMemory, boot: Boot
     guest = boot(host, Technology.SNP, None)
     assert guest.emulator.host_read(AT, 16) == Met(Outcome.DONE, PLAIN[:16])
     assert guest.emulator.host_write(AT, b"x").outcome is Outcome.PAGE_FAULT
-    whole(guest)
+    assert guest.whole()
     with pytest.raises(ValueError, match=r"gpa 0x4000000\+0x1: no private memory"):
         guest.emulator.host_read(64 * MIB, 1)
 
@@ -259,11 +158,9 @@ def test_shadow_pages_are_gone_when_a_punch_is_acknowledged(
 ) -> None:
     for technology in ENCRYPTED:
         guest = boot(host, technology, Encrypt.BACKING)
-        report = guest.emulator.guard
-        assert report is not None
+        report = guest.guard
         before = report.describe()["shadow_pages"]
-        with guest.ram.open("r+b") as file:
-            punch(file.fileno(), AT, 2 * PAGE)
+        guest.punch(AT, 2)
         assert report.describe()["shadow_pages"] == before - 2
         assert guest.platform.memory.read(guest.hpa(AT + 2 * PAGE), 8) != PLAIN[:8]
         assert guest.number(f"accept {AT:#x} 2", "lost") == 2
@@ -273,16 +170,14 @@ def test_shadow_pages_are_gone_when_a_punch_is_acknowledged(
         guest.close()
 
 
-@pytest.mark.parametrize("technology", [Technology.SNP, Technology.PKVM], ids=lambda t: t.kind)
-def test_their_memory_stays_where_it_is(
-    moving: HostMemory, boot: Boot, technology: Technology, mounted: Mounted
+def test_the_memory_of_a_protected_vm_stays_where_it_is(
+    moving: HostMemory, boot: Boot, mounted: Mounted
 ) -> None:
-    guest = boot(moving, technology, Encrypt.VIEW)
+    guest = boot(moving, Technology.PKVM)
     with pytest.raises(control.ControlError, match=r"UNMOVABLE.*, as vm\(\d+\) asked") as refused:
-        control.compact(guest.ram, 0, 1 << 32, lambda progress: None)
+        guest.compact()
     assert refused.value.errno == errno.EOPNOTSUPP
-    whole(guest)
+    assert guest.whole()
     guest.close()
-    moved = control.compact(guest.ram, 0, 1 << 32, lambda progress: None)
-    assert moved["bytes"] > 4 * PAGE, "nobody uses it any more"
+    assert guest.compact() > 4 * PAGE, "nobody uses it any more"
     mounted.audit()
