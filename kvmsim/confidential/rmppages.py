@@ -84,23 +84,23 @@ class RmpPages:
                 done, why = self._move(gctx, asid, part, new)
                 self._update(part.pfn, done, replace(HYPERVISOR, size=part.size))
                 if done < part.npages:
-                    left = part.npages - done
-                    self.take_back(part.pfn + done, left)
-                    self.take_back(new + done, left)
-                    yield Lost(part.gpa + done * _PAGE, left, why)
+                    self.take_back(part.pfn + done, part.npages - done)
+                    yield Lost(part.gpa + done * _PAGE, part.npages - done, why)
 
     def _move(self, gctx: int, asid: int, part: Part, new: int) -> tuple[int, str]:
-        """How many are moved, and what stopped it."""
+        """How many are moved, and what stopped it; of the others nothing is the guest's there."""
         ready, why = self._update(new, part.npages, part.lent(asid))
         if not part.size:
             done, refused = self._firmware.page_move_range(gctx, part.pfn, new, ready)
-            return done, str(refused or why)
-        try:
-            if ready:
-                self._firmware.page_move(gctx, part.pfn, new, part.size)
-        except FirmwareRefused as refused:
-            return 0, str(refused)
-        return ready, why
+        else:
+            done, refused = ready, None
+            try:
+                if ready:
+                    self._firmware.page_move(gctx, part.pfn, new, part.size)
+            except FirmwareRefused as error:
+                done, refused = 0, error
+        self.take_back(new + done, ready - done)
+        return done, str(refused or why)
 
     def take_back(self, pfn: int, npages: int) -> None:
         """Make all of it the hypervisor's, whosever it is, large pages broken where they must."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hwemu.arena import new_table_pool
-from hwemu.cpu.api import Access, InterceptExit, Regs, Sregs
+from hwemu.cpu.api import CR0_PG, CR4_PAE, EFER_LMA, Access, InterceptExit, Regs, Sregs
 from hwemu.encryptedaccess import RULES, Actor, Operation, Technology
 from hwemu.stage2 import Stage2
 from kvmsim.attributes import Attributes
@@ -410,6 +410,64 @@ def test_what_cannot_be_relocated_is_refused(td: Guest, caplog: pytest.LogCaptur
     td.take_back(0, GFNS)
     assert not td.guard.keeps(old, GFNS * PAGE)
     td.store.away = False
+
+
+@pytest.fixture
+def snp() -> Iterator[Guest]:
+    """An SNP guest with a page of 2 MiB at gfn 512, in use."""
+    host = HostMemory("none")
+    guest = Guest("snp", Platform(host), host)
+    guest.accept(LARGE, large=True, take=True)
+    guest.access(LARGE + 3)
+    yield guest
+    guest.guard.close()
+    guest.guard.released(guest.store.base, GFNS * PAGE)
+    guest.store.close()
+    assert not any(guest.guard.residue().values())
+    host.close()
+
+
+@pytest.mark.logs("did not move from hpa")
+def test_what_the_firmware_does_not_move_is_told_to_the_guest(
+    snp: Guest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It takes the page anew, as one that was punched."""
+    assert snp.accepted()[LARGE : 2 * LARGE].all()
+    snp.leave()
+    old = snp.store.base
+    snp.guard.migrated(0, GFNS, old, 1 << 51)  # no RMP covers it
+    message = caplog.records[-1].getMessage()
+    assert message.startswith(f"gpa {LARGE * PAGE:#x}+{LARGE * PAGE:#x} did not move from hpa")
+    assert not snp.guard.keeps(old, GFNS * PAGE)
+    assert not snp.accepted().any()
+    snp.arrive()  # somewhere else: what is lost stays lost
+    assert not snp.accepted().any()
+    snp.access(LARGE + 3)
+    verdict = snp.guard.fault(0, (LARGE + 3) * PAGE | snp.private_bit, Access.READ)
+    assert verdict == Inject(29, 0x404), "not validated"
+    snp.accept(LARGE + 3, large=False, take=True)
+    assert snp.accepted()[LARGE + 3]
+
+
+def test_a_page_table_that_is_on_its_way_is_waited_for(snp: Guest) -> None:
+    """PVALIDATE names a linear address, and the tables that map it are private memory."""
+    table, bit = (LARGE + 5) * PAGE, snp.private_bit
+
+    @dataclass
+    class Paging(Cpu):
+        def get_sregs(self) -> Sregs:
+            return replace(Sregs(), cr0=CR0_PG, cr4=CR4_PAE, efer=EFER_LMA, cr3=table | bit)
+
+    snp.vcpus[0].cpu = Paging()
+    regs = Regs(rip=0, rax=9 * PAGE, rcx=0, rdx=1)
+    snp.leave()
+    snp.guard.enter(0)
+    verdict = snp.guard.instruction(0, InterceptExit("pvalidate", 4), regs)
+    assert verdict == Resolve(table | bit, Access.READ)
+    assert snp.resolve(table | bit) is False
+    verdict = snp.guard.instruction(0, InterceptExit("pvalidate", 4), regs)
+    assert isinstance(verdict, Leave), "it is there, and maps nothing"
+    snp.guard.leave(0)
 
 
 @pytest.mark.parametrize(("kind", "step"), [("tdx", "drained"), ("snp", "released")])
