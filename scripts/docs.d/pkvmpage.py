@@ -285,9 +285,9 @@ EOPNOTSUPP and the guest's name. Under `kvmsim boot --movable`:
 |---|---|---|
 | `tdx` with `view` or `none` | yes | TDH.MEM.PAGE.RELOCATE ([tdx.md](tdx.md)) takes the guest's \
 acceptance along |
-| `tdx` with `backing` | no | ciphertext is bound to its address, and the owner copies it as it is |
-| `snp` | no | SNP_PAGE_MOVE ([snp.md](snp.md)) keeps the validation of Pre-Swap pages alone, \
-and RMPUPDATE, which clears it, makes none |
+| `snp` with `view` or `none` | yes | SNP_PAGE_MOVE ([snp.md](snp.md)) takes Validated and the \
+permissions of all VMPLs along; not with PAGE_SWAP_DISABLE in its policy |
+| either with `backing` | no | ciphertext is bound to its address, and the owner copies it as it is |
 | `pkvm` | no | no hypercall moves a guest's page |
 
 A move of a TD's memory: its entries are blocked and tracked before the acknowledgement, leaves of
@@ -300,6 +300,16 @@ more than 4 GiB, whose extents are larger than 64 MiB, are registered UNMOVABLE.
 Where hardware's RELOCATE copies, here the owner has copied already, past the module; a poisoned
 page is as poisoned at its new place. What the module refuses to relocate, as outside of its
 TDMRs, stays blocked: the guest's access is KVM_EXIT_MEMORY_FAULT with EIO.
+
+A move of an SNP guest's memory: leaves are zapped, and when the flush is proven its pages are lent
+to the AMD-SP before the acknowledgement (RMPUPDATE: Guest-Valid becomes Pre-Swap, Guest-Invalid
+Pre-Guest), so no access passes while the owner copies. At the next access the new frames are lent,
+too, SNP_PAGE_MOVE makes them what the old ones were, and these are the hypervisor's: no #VC, and no
+PVALIDATE. Pages of 2 MiB move whole; where the new frames or a punch do not allow it, they are
+broken first (SNP_PAGE_RECLAIM, PSMASH). A page that is punched meanwhile is reclaimed and taken
+back. It costs about 1 µs a page in the tables, most of it at the arrival. What the AMD-SP or
+RMPUPDATE refuses, as a frame that the RMP does not cover, is taken back, with a warning that names
+it: the guest's next access is #VC 0x404, as to any page that it has not validated.
 
 ## Who meets what at a private page
 
