@@ -4,18 +4,37 @@
 kvm_gmem_bind() of virt/kvm/guest_memfd.c refuses a file of another VM (EINVAL). Here a file may
 have several users, as in the v7 series, but not where hardware keeps one owner of each page: two
 sessions map the same memory at two host-physical addresses, of which its tables would know nothing.
+
+Of the VMs of other processes only the file's owner knows, so a confidential VM registers there for
+exclusive use.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import threading
 from typing import Final
 
+from kvmsim.ownerview import OwnerView
 from privfs.notifier.lane import LinkError
 
 #: The socket of the mount, and the inode.
 File = tuple[str, int]
+
+
+def taken(path: str, owner: OwnerView, ino: int) -> LinkError:
+    """What a VM is told whose file the owner refused it with EBUSY: EINVAL, as by `Bindings`."""
+    alone, users = None, ""
+    with contextlib.suppress(LinkError):  # whoever it was may have left, or the owner not answer
+        alone = owner.exclusive(ino)
+        users = alone or ", ".join(owner.users(ino))
+    if alone is None:
+        whose = users or "another process"
+        why = f"{path} is memory of {whose}, and a confidential VM shares its file with nobody"
+    else:
+        why = f"{path} is the memory of a confidential VM, {alone}, and of no other VM"
+    return LinkError(errno.EINVAL, f"{why}; use another file, or end {users or 'that'}")
 
 
 class Bindings:

@@ -72,6 +72,11 @@ class OwnerView:
         """Return the names of a file's users; LinkError if the owner does not answer."""
         return tuple(self._ask("stat", ino=ino)["users"])
 
+    def exclusive(self, ino: int) -> str | None:
+        """Return the name of the session that alone may have a file, None if any may; LinkError."""
+        holder: str | None = self._ask("stat", ino=ino).get("exclusive")
+        return holder
+
     def host_mappable(self) -> bool:
         """Return whether files of the mount can be made that the host may map; LinkError."""
         return bool(self._ask("status").get("host_mappable"))

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from hwemu.arena import ArenaError
+from kvmsim.bindings import taken
 from kvmsim.hostmem import HostMemory
 from kvmsim.migration import UNMOVABLE, Migration, Migrations
 from kvmsim.ownerview import OwnerView
@@ -343,9 +344,12 @@ class PrivateMemory:
             self._host.bindings.take(binding, self, exclusive=self.exclusive)
             try:
                 purpose = self._host.purpose if self._may_move(status) else UNMOVABLE
-                registered = session.lane.register(fd, purpose)
-            except BaseException:
+                registered = session.lane.register(fd, purpose, exclusive=self.exclusive)
+            except BaseException as error:
                 self._host.bindings.drop(self, binding)
+                if isinstance(error, LinkError) and error.errno == errno.EBUSY:
+                    path = os.readlink(f"/proc/self/fd/{fd}")
+                    raise taken(path, session.view, status.st_ino) from error
                 raise
             session.files[registered.ino] = registered.writable
         self._mounts[status.st_dev] = session

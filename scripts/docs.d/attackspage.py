@@ -107,6 +107,7 @@ spoiled is replaced. With `--json` each attack is a line: `attack`, `kind`, `out
 
 {table(["attack", "kinds", "because", "source"], _reasons())}
 Nothing succeeds here that hardware would refuse; `tests/integration/test_attacks.py` tries every
-cell. A confidential VM's file is bound to no other VM of the same process, which is one host; a VM
-of another process is another host, and its memory another's.
+cell. A process is one host, with tables of its own. So that a confidential VM's file is bound to no
+other VM, KVM looks at those of its process, and the mount at those of all processes
+([protocol.md](protocol.md#exclusive-use), `tests/integration/test_exclusive.py`).
 """

@@ -7,10 +7,41 @@ import errno
 
 import pytest
 
-from kvmsim.bindings import Bindings
+from kvmsim.bindings import Bindings, taken
 from privfs.notifier.lane import LinkError
 
 FILE, OTHER = ("/mount/.privfs/socket", 7), ("/mount/.privfs/socket", 8)
+
+
+class View:
+    """What the owner says of a file; nothing if it does not answer."""
+
+    def __init__(self, exclusive: str | None = None, *users: str, answers: bool = True) -> None:
+        self._exclusive, self._users, self._answers = exclusive, users, answers
+
+    def exclusive(self, ino: int) -> str | None:
+        if not self._answers:
+            raise LinkError(errno.ETIMEDOUT, "no answer")
+        return self._exclusive
+
+    def users(self, ino: int) -> tuple[str, ...]:
+        return self._users
+
+
+@pytest.mark.parametrize(
+    ("view", "why"),
+    [
+        (View("td(1)", "td(1)"), "the memory of a confidential VM, td(1), and of no other VM; "
+         "use another file, or end td(1)"),
+        (View(None, "a(1)", "b(2)"), "memory of a(1), b(2), and a confidential VM shares its file "
+         "with nobody; use another file, or end a(1), b(2)"),
+        (View(answers=False), "memory of another process, and a confidential VM shares its file "
+         "with nobody; use another file, or end that"),
+    ],
+)  # fmt: skip
+def test_a_refusal_by_the_owner_names_who_has_the_file(view: View, why: str) -> None:
+    error = taken("/mount/ram", view, 7)  # type: ignore[arg-type]
+    assert (error.errno, error.strerror) == (errno.EINVAL, f"/mount/ram is {why}")
 
 
 def refused(bindings: Bindings, vm: object, *, exclusive: bool) -> None:

@@ -76,6 +76,11 @@ def test_what_lies_behind_the_end_is_not_asked_for(owner: Owner) -> None:
     assert owner.view.users(7) == ("a(1)", "b(2)")
 
 
+def test_who_has_a_file_exclusively(owner: Owner) -> None:
+    owner.answer({"ok": {"exclusive": "td(1)"}}, {"ok": {"exclusive": None}}, {"ok": {}})
+    assert [owner.view.exclusive(7) for _ in range(3)] == ["td(1)", None, None]
+
+
 def test_a_refusal_is_told(owner: Owner) -> None:
     owner.answer({"errno": errno.ENOENT, "error": "inode 7 is no private file of this mount"})
     with pytest.raises(LinkError, match="inode 7 is no private file") as caught:
