@@ -287,11 +287,12 @@ class Firmware:
     ) -> tuple[int, FirmwareRefused | None]:
         """SNP_PAGE_MOVE of ``npages`` small pages in a row; how many are done, and what stopped it.
 
-        What a loop of `page_move` does, as a whole where all pages are alike.
+        What a loop of `page_move` does, as a whole where that can be.
         """
-        if self._alike(source, target, npages):
+        alike = self._alike((source, target), npages)
+        if alike and abs(source - target) >= npages:
             try:
-                for step in (npages - 1, 0):  # the same is asked of those between
+                for step in alike:
                     asked = self._ask(
                         Command.SNP_PAGE_MOVE, gctx=gctx, page=source + step, target=target + step
                     )
@@ -310,17 +311,18 @@ class Firmware:
                 return step, refused
         return npages, None
 
-    def _alike(self, source: int, target: int, npages: int) -> bool:
-        """Whether these small pages are each a guest's, of one state and owner a side."""
-        if npages < 2 or abs(source - target) < npages:
-            return False
-        for pfn in (source, target):
+    def _alike(self, pfns: tuple[int, ...], npages: int) -> list[int]:
+        """Steps that stand for all of ``npages`` small pages of guests from each of ``pfns`` on:
+        for a command that asks for states and owners alone.  Empty if they are not such.
+        """
+        kinds = np.zeros(npages, np.int64)
+        for pfn in pfns:
             found = self.rmp.columns(np.arange(pfn, pfn + npages, dtype=np.int64))
-            if found.large.any() or not found.asid[0]:
-                return False
-            if (found.state != found.state[0]).any() or (found.asid != found.asid[0]).any():
-                return False
-        return True
+            if found.large.any() or not found.asid.all():
+                return []
+            kinds = kinds << 24 | found.asid.astype(np.int64) << 8 | found.state
+        steps: list[int] = np.unique(kinds, return_index=True)[1].tolist()
+        return steps
 
     def page_reclaim(self, page: int, size: int = PageSize.SIZE_4K) -> None:
         """SNP_PAGE_RECLAIM: let the hypervisor have a page that the AMD-SP was lent.
@@ -332,6 +334,12 @@ class Firmware:
         if entry.immutable:
             assert state_of(entry) in RECLAIMS
             self.rmp.store(page, replace(entry, immutable=False))
+
+    def page_reclaim_range(self, page: int, npages: int) -> None:
+        """SNP_PAGE_RECLAIM of small pages in a row, all or none of them."""
+        for step in self._alike((page,), npages) or range(npages):
+            self._ask(Command.SNP_PAGE_RECLAIM, page=page + step)
+        self.rmp.freeze(page, npages, immutable=False)
 
     def page_unsmash(self, page: int) -> None:
         """SNP_PAGE_UNSMASH: make small pages in a row a page of 2 MiB again."""

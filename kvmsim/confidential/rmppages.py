@@ -15,16 +15,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Final, NamedTuple
+
+import numpy as np
 
 from hwemu.snp.firmware import Firmware
 from hwemu.snp.fwstatus import FirmwareRefused
 from hwemu.snp.hostops import HYPERVISOR, NewState, psmash, rmpupdate, rmpupdate_range
-from hwemu.snp.rmp import Rmp, Run
-from hwemu.snp.rmpentry import PageSize, PageState
+from hwemu.snp.rmp import Rmp
+from hwemu.snp.rmpentry import PAGE_SHIFT, STATES, PageSize, PageState
 
-_LENT: Final = frozenset((PageState.PRE_GUEST, PageState.PRE_SWAP))
-_PAGE: Final = 4096
+_LENT: Final = (PageState.PRE_GUEST, PageState.PRE_SWAP)
+_NUMBERS: Final = [number for number, row in enumerate(STATES) if row.state in _LENT]
+_HYPERVISOR: Final = next(n for n, row in enumerate(STATES) if row.state is PageState.HYPERVISOR)
 
 
 class Lost(NamedTuple):
@@ -37,16 +41,19 @@ class Lost(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Pages of one size, one behind the other, or one of 2 MiB."""
+    """Pages of one owner and size with consecutive gpas; ``lends`` if any is the AMD-SP's."""
 
     pfn: int
     npages: int
     size: int
     gpa: int
+    asid: int
+    lends: bool
 
-    def lent(self, asid: int) -> NewState:
+    @property
+    def lent(self) -> NewState:
         """As the AMD-SP is lent them."""
-        return NewState(True, self.size, True, self.gpa, asid)
+        return NewState(True, self.size, True, self.gpa, self.asid)
 
 
 class RmpPages:
@@ -63,9 +70,9 @@ class RmpPages:
     def lend(self, asid: int, pfn: int, npages: int) -> None:
         """Lend what is the guest's there. What RMPUPDATE refuses, SNP_PAGE_MOVE will, too."""
         for run in self._runs(pfn, npages):
-            if run.asid == asid and run.state not in _LENT:
+            if run.asid == asid and not run.lends:
                 for part in self._parts(run):
-                    self._update(part.pfn, part.npages, part.lent(asid))
+                    self._update(part.pfn, part.npages, part.lent)
 
     def move(self, gctx: int, asid: int, pfn: int, target: int, npages: int) -> Iterator[Lost]:
         """Give the frames from ``target`` on what the guest has from ``pfn`` on.
@@ -81,15 +88,15 @@ class RmpPages:
                 if part.size and (new % part.npages or self._rmp.assigned(new, part.npages)):
                     self._smash(part.pfn)
                     part = replace(part, size=PageSize.SIZE_4K)
-                done, why = self._move(gctx, asid, part, new)
+                done, why = self._move(gctx, part, new)
                 self._update(part.pfn, done, replace(HYPERVISOR, size=part.size))
                 if done < part.npages:
                     self.take_back(part.pfn + done, part.npages - done)
-                    yield Lost(part.gpa + done * _PAGE, part.npages - done, why)
+                    yield Lost(part.gpa + (done << PAGE_SHIFT), part.npages - done, why)
 
-    def _move(self, gctx: int, asid: int, part: Part, new: int) -> tuple[int, str]:
+    def _move(self, gctx: int, part: Part, new: int) -> tuple[int, str]:
         """How many are moved, and what stopped it; of the others nothing is the guest's there."""
-        ready, why = self._update(new, part.npages, part.lent(asid))
+        ready, why = self._update(new, part.npages, part.lent)
         if not part.size:
             done, refused = self._firmware.page_move_range(gctx, part.pfn, new, ready)
         else:
@@ -105,12 +112,11 @@ class RmpPages:
     def take_back(self, pfn: int, npages: int) -> None:
         """Make all of it the hypervisor's, whosever it is, large pages broken where they must."""
         for run in self._runs(pfn, npages):
-            if run.state is PageState.HYPERVISOR:
-                continue
             for part in self._parts(run):
-                if run.state in _LENT:
-                    for page in range(part.pfn, part.pfn + part.npages, self._rmp.pages(part.size)):
-                        self._firmware.page_reclaim(page, part.size)
+                if run.lends and part.size:
+                    self._firmware.page_reclaim(part.pfn, part.size)
+                elif run.lends:
+                    self._firmware.page_reclaim_range(part.pfn, part.npages)
                 new = replace(HYPERVISOR, size=part.size)
                 done, why = self._update(part.pfn, part.npages, new)
                 if done < part.npages:
@@ -118,14 +124,21 @@ class RmpPages:
 
     # --- inside ---------------------------------------------------------------------------------
 
-    def _runs(self, pfn: int, npages: int) -> Iterator[Run]:
-        """What the table says of a range, as far as it reaches; as it was at first."""
-        low = max(pfn, self._rmp.start)
-        high = min(pfn + npages, self._rmp.start + self._rmp.frames)
-        return self._rmp.runs(low, max(high - low, 0))
+    def _runs(self, pfn: int, npages: int) -> Iterator[Part]:
+        """What is not the hypervisor's of a range, as it was at first, validated or not."""
+        found = self._rmp.columns(np.arange(pfn, pfn + npages, dtype=np.int64))
+        lent = np.isin(found.state, _NUMBERS)
+        host = (found.state == _HYPERVISOR) | (found.state == 255)
+        cut = (np.diff(found.asid.astype(np.int64)) != 0) | (np.diff(found.large) != 0)
+        cut |= (np.diff(host) != 0) | (np.diff(lent) != 0) | (~host[1:] & (np.diff(found.gfn) != 1))
+        for start, end in pairwise([0, *(np.flatnonzero(cut) + 1).tolist(), npages]):
+            if end > start and not host[start]:
+                gpa = int(found.gfn[start]) << PAGE_SHIFT
+                yield Part(pfn + start, end - start, int(found.large[start]), gpa,
+                           int(found.asid[start]), bool(lent[start]))  # fmt: skip
 
-    def _parts(self, run: Run) -> Iterator[Part]:
-        """The pages of a run; those of 2 MiB that reach out of it are broken."""
+    def _parts(self, run: Part) -> Iterator[Part]:
+        """The pages of a run; those of 2 MiB singly, and broken where they reach out of it."""
         at, end = run.pfn, run.pfn + run.npages
         while at < end:
             page, group = self._rmp.page(at), self._rmp.group
@@ -136,7 +149,8 @@ class RmpPages:
                     size = PageSize.SIZE_2M
                 else:
                     self._smash(page)
-            yield Part(at, count, size, run.gpa + (at - run.pfn) * _PAGE)
+            gpa = run.gpa + (at - run.pfn << PAGE_SHIFT)
+            yield replace(run, pfn=at, npages=count, size=size, gpa=gpa)
             at += count
 
     def _smash(self, page: int) -> None:

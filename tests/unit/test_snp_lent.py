@@ -125,6 +125,24 @@ def test_nothing_moves_against_the_guests_policy() -> None:
     assert refused(firmware, firmware.page_move, GCTX, PAGE, OTHER) is FwStatus.POLICY_FAILURE
 
 
+def test_a_range_is_reclaimed_whole_or_not_at_all() -> None:
+    firmware, _ = launched()
+    rmp = firmware.rmp
+    for pfn, valid in ((8, True), (9, False), (10, True), (11, True)):
+        rmp.store(pfn, Entry(True, 0, pfn < 11, pfn * PAGE_SIZE, ASID, False, valid, (15, 1, 0, 0)))
+    loop = firmware.copy()
+    for pfn in range(8, 12):
+        loop.page_reclaim(pfn)
+    firmware.page_reclaim_range(8, 4)
+    assert firmware.key() == loop.key()
+    rmp.freeze(8, 4, immutable=True)
+    firmware.page_reclaim_range(7, 4)  # one of them is nobody's
+    assert [rmp.raw(pfn).immutable for pfn in range(7, 12)] == [False] * 4 + [True]
+    assert refused(firmware, firmware.page_reclaim_range, 13, 4) is FwStatus.INVALID_ADDRESS
+    assign(rmp, 12, size=1, gpa=0xC000, asid=ASID, immutable=1)
+    assert refused(firmware, firmware.page_reclaim_range, 11, 2) is FwStatus.INVALID_PAGE_SIZE
+
+
 def test_moves_of_a_range_are_a_loop_of_moves() -> None:
     """With pages of every state, owner and size in the way, and ranges that meet."""
     dice = random.Random(4)
