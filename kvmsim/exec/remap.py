@@ -11,60 +11,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import logging
 import mmap
 import os
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from struct import Struct
 from typing import Final, Self
 
 import numpy as np
 
 from hwemu import processmemory
 from kvmsim.exec.mapevents import FLAGS, SYS_USERFAULTFD, MapEvents
-from kvmsim.exec.syscalls import check, libc, pidfd_getfd
+from kvmsim.exec.syscalls import pidfd_getfd
+from kvmsim.exec.tracees import Tracees
 from kvmsim.uapi import PAGE_SHIFT, PAGE_SIZE
 
-log = logging.getLogger(__name__)
-
-_SEIZE, _INTERRUPT, _DETACH, _SINGLESTEP = 0x4206, 0x4207, 17, 9
-_GETREGS, _SETREGS = 12, 13
-_WALL: Final = 0x40000000
-_SYSCALL: Final = b"\x0f\x05"
 _SYS_MMAP, _SYS_CLOSE = 9, 3
 _MAP_SHARED, _MAP_FIXED, _MAP_NORESERVE = 1, 0x10, 0x4000
-_REGISTERS: Final = Struct("<27Q")  # struct user_regs_struct
-_NAMES: Final = [
-    "r15",
-    "r14",
-    "r13",
-    "r12",
-    "rbp",
-    "rbx",
-    "r11",
-    "r10",
-    "r9",
-    "r8",
-    "rax",
-    "rcx",
-    "rdx",
-    "rsi",
-    "rdi",
-    "orig_rax",
-    "rip",
-    "cs",
-    "eflags",
-    "rsp",
-    "ss",
-    "fs_base",
-    "gs_base",
-    "ds",
-    "es",
-    "fs",
-    "gs",
-]
 _PRESENT: Final = np.uint64(3 << 62)  # present or swapped, /proc/PID/pagemap
 _CHUNK: Final = 1 << 20
 _SPAN: Final = 1 << 34  #: bytes looked up in pagemap at once: 32 MiB of entries
@@ -95,14 +57,13 @@ class Remapper:
     def __init__(self, pid: int, caller: int) -> None:
         self.pid = pid
         self._caller = caller
-        self._seized: set[int] = set()
-        self._signals: list[tuple[int, int]] = []
+        self._tracees = Tracees(pid)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._let_go()
+        self._tracees.__exit__()
 
     def replace(self, replacement: Replacement, number: int) -> None:
         """Map descriptor ``number`` of the process over what it has there, with the contents."""
@@ -111,7 +72,7 @@ class Remapper:
 
     def open_events(self, pidfd: int) -> MapEvents:
         """A userfaultfd of the process, which keeps no descriptor of it."""
-        number = self._made(self._call(SYS_USERFAULTFD, FLAGS), "userfaultfd")
+        number = self._tracees.made("userfaultfd", self._caller, SYS_USERFAULTFD, FLAGS)
         try:
             fd = pidfd_getfd(pidfd, number)
         finally:
@@ -120,61 +81,37 @@ class Remapper:
 
     def close(self, number: int) -> None:
         """Close a descriptor of the process."""
-        self._call(_SYS_CLOSE, number)
+        self._tracees.call(self._caller, _SYS_CLOSE, number)
 
     def answer(self, code: int) -> None:
         """Let the caller's system call fail with ``code`` after all."""
-        regs = self._registers(self._caller)
+        regs = self._tracees.registers(self._caller)
         regs["rax"] = (1 << 64) - code
-        self._set_registers(self._caller, regs)
+        self._tracees.set_registers(self._caller, regs)
 
     # --- threads ------------------------------------------------------------------------------
 
     def seize(self) -> None:
         """Let the caller stop as soon as it leaves its system call."""
-        self._seize(self._caller)
+        self._tracees.seize(self._caller)
 
     def stop(self) -> None:
         """Wait until it has."""
-        self._wait(self._caller)
+        self._tracees.wait(self._caller)
 
     def stop_others(self, waiting: frozenset[int]) -> None:
         """Stop all other threads but those in ``waiting``, which stay in their system calls."""
         while True:  # threads may be made until all that make them are stopped
-            fresh = self._threads() - self._seized - waiting
+            fresh = self._threads() - self._tracees.seized - waiting
             if not fresh:
                 return
             for tid in fresh:
                 with contextlib.suppress(ProcessLookupError):
-                    self._seize(tid)
-                    self._wait(tid)
+                    self._tracees.seize(tid)
+                    self._tracees.wait(tid)
 
     def _threads(self) -> set[int]:
         return {int(name) for name in os.listdir(f"/proc/{self.pid}/task")}
-
-    def _seize(self, tid: int) -> None:
-        _ptrace(_SEIZE, tid)
-        self._seized.add(tid)
-        _ptrace(_INTERRUPT, tid)
-
-    def _wait(self, tid: int) -> int:
-        _, status = os.waitpid(tid, _WALL)
-        if not os.WIFSTOPPED(status):
-            self._seized.discard(tid)
-            raise ProcessLookupError(errno.ESRCH, f"thread {tid} is gone")
-        number = os.WSTOPSIG(status)
-        if number != signal.SIGTRAP and not status >> 16:
-            self._signals.append((tid, number))  # it was on its way; sent again afterwards
-        return status
-
-    def _let_go(self) -> None:
-        for tid in self._seized:
-            with contextlib.suppress(OSError):
-                _ptrace(_DETACH, tid)
-        for tid, number in self._signals:
-            libc.tgkill(self.pid, tid, number)
-        self._seized.clear()
-        self._signals.clear()
 
     # --- memory -------------------------------------------------------------------------------
 
@@ -209,55 +146,10 @@ class Remapper:
 
     def _map(self, replacement: Replacement, number: int) -> None:
         flags = _MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE
-        done = self._call(
-            _SYS_MMAP, replacement.start, replacement.length, replacement.protection, flags,
-            number, 0,
+        self._tracees.made(
+            f"mmap of {replacement.start:#x}", self._caller, _SYS_MMAP, replacement.start,
+            replacement.length, replacement.protection, flags, number, 0,
         )  # fmt: skip
-        self._made(done, f"mmap of {replacement.start:#x}")
-
-    def _made(self, result: int, what: str) -> int:
-        if result >= (1 << 64) - 4095:
-            code = (1 << 64) - result
-            raise OSError(code, f"{what} in thread {self._caller}: {os.strerror(code)}")
-        return result
-
-    def _call(self, nr: int, *arguments: int) -> int:
-        """Have the caller, stopped, make a system call at the instruction of its last one."""
-        tid = self._caller
-        saved = self._registers(tid)
-        regs = dict(saved)
-        code = ctypes.create_string_buffer(2)
-        processmemory.read(self.pid, regs["rip"] - 2, ctypes.addressof(code), 2)
-        if code.raw != _SYSCALL:
-            raise OSError(errno.EINVAL, f"thread {tid} did not come by a syscall instruction")
-        regs["rip"] -= 2
-        regs["rax"] = nr
-        regs["orig_rax"] = (1 << 64) - 1
-        for name, value in zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), arguments, strict=False):
-            regs[name] = value
-        self._set_registers(tid, regs)
-        try:
-            while True:
-                _ptrace(_SINGLESTEP, tid)
-                if os.WSTOPSIG(self._wait(tid)) == signal.SIGTRAP:
-                    break
-            return self._registers(tid)["rax"]
-        finally:
-            self._set_registers(tid, saved)
-
-    def _registers(self, tid: int) -> dict[str, int]:
-        buffer = ctypes.create_string_buffer(_REGISTERS.size)
-        check(libc.ptrace(_GETREGS, tid, None, ctypes.addressof(buffer)), "PTRACE_GETREGS")
-        return dict(zip(_NAMES, _REGISTERS.unpack(buffer.raw), strict=True))
-
-    def _set_registers(self, tid: int, regs: dict[str, int]) -> None:
-        data = _REGISTERS.pack(*(regs[name] for name in _NAMES))
-        buffer = ctypes.create_string_buffer(data, len(data))
-        check(libc.ptrace(_SETREGS, tid, None, ctypes.addressof(buffer)), "PTRACE_SETREGS")
-
-
-def _ptrace(request: int, tid: int) -> None:
-    check(libc.ptrace(request, tid, None, None), f"ptrace({request:#x}, {tid})")
 
 
 def new_memory(length: int) -> int:

@@ -52,6 +52,17 @@ class _Handed:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Bytes [start, end) of a process are ``fd``, ours, from ``offset``."""
+
+    start: int
+    end: int
+    fd: int
+    offset: int
+    protection: int
+
+
 class SlotMemory:
     """Memory of the process ``pid``.
 
@@ -206,6 +217,23 @@ class SlotMemory:
                     gone.append((at, one.end))
             self._handed = kept
             return gone
+
+    @property
+    def replaced(self) -> bool:
+        """Whether memory was replaced by ours."""
+        return bool(self._ours)
+
+    def inherited(self, child: int) -> list[Placed]:
+        """What a process that was just forked has of ours."""
+        with self._lock, open(f"/proc/{child}/maps") as file:
+            return [
+                Placed(
+                    mapping.start, mapping.end, self._ours[key].fd, mapping.offset,
+                    mapping.protection,
+                )
+                for mapping in maps.parse(file.read())
+                if mapping.shared and (key := (mapping.dev, mapping.ino)) in self._ours
+            ]  # fmt: skip
 
     def _find_ours(self, found: Sequence[maps.Mapping]) -> None:
         """See where the program has our memory now."""

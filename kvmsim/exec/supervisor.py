@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-from kvmsim.device.caller import PrivateFd
+from kvmsim.device.caller import Efault, PrivateFd
 from kvmsim.device.gmemfile import GmemFile
 from kvmsim.device.results import DeviceObject, Failure, NewFd, Pending, Result, Value
 from kvmsim.device.system import KvmDevice
 from kvmsim.exec.filemappings import collapses, maps_privately
-from kvmsim.exec.filter import COLLAPSE, MADVISE, MMAP
+from kvmsim.exec.filter import CLONE, CLONE3, CLONE_VM, COLLAPSE, FORK, MADVISE, MMAP
+from kvmsim.exec.forks import Fork
 from kvmsim.exec.notification import Gone, Listener, Notification
 from kvmsim.exec.objects import Objects
 from kvmsim.exec.process import Identity, Process, Repeating, Thread, pending_signals
@@ -139,6 +140,8 @@ class Supervisor:
                 self._unless(call, collapses(self._device.mapped, call.tid, start, size))
             elif call.nr == MADVISE:
                 self._discard(call)
+            elif call.nr in (FORK, CLONE, CLONE3):
+                self._fork(call)
             else:
                 self._ioctl(call)
         except Gone:
@@ -154,6 +157,36 @@ class Supervisor:
         if process is not None:
             process.slots.discard(call.first, call.second)
         self._listener.let_go(call.id)
+
+    def _fork(self, call: Notification) -> None:
+        """fork(2), or clone(2) without CLONE_VM: the child gets copies of what is ours."""
+        process = self._processes.get(thread_group(call.tid)) if self._processes else None
+        if process is None or not process.slots.replaced or self._shares(call, process):
+            self._listener.let_go(call.id)
+            return
+        with Fork(process.pid, call.tid, call.nr) as fork:
+            try:
+                fork.seize()
+            except OSError as error:  # somebody else traces it
+                log.warning(
+                    "process %d is forked, and its child shares the memory under its slots, since "
+                    "it cannot be stopped: %s", process.pid, error,
+                )  # fmt: skip
+                self._listener.let_go(call.id)
+                return
+            self._listener.answer(call.id, -errno.EAGAIN)  # what it gets if we die now
+            child = fork.again()
+            if child:
+                fork.separate(process.slots.inherited(child))
+
+    def _shares(self, call: Notification, process: Process) -> bool:
+        """Whether a clone3(2) makes something that has the memory of its maker: CLONE_VM."""
+        if call.nr != CLONE3:
+            return False
+        try:
+            return bool(int.from_bytes(process.read(call.first, 8), "little") & CLONE_VM)
+        except Efault:
+            return True  # the kernel says so
 
     def _unless(self, call: Notification, refused: bool) -> None:
         """Let the kernel do what is asked, or answer as it does for a guest_memfd: EINVAL."""

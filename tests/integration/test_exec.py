@@ -22,7 +22,7 @@ from rooms import room
 ROOT = Path(__file__).parents[2]
 MODES = [
     "add", "threads", "alarm", "fork", "fault", "many",
-    "discard", "unmap", "move", "protect", "full",
+    "discard", "unmap", "move", "protect", "snapshot", "helpers", "full",
 ]  # fmt: skip
 
 pytest_plugins = ["twin_fixtures"]

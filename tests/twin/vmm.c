@@ -13,6 +13,8 @@
  *   vmm unmap        a guest meets EFAULT where the host unmapped memory under a slot
  *   vmm move         the same for mremap; a slot at the new place has the contents
  *   vmm protect      the same for mprotect, and all is well when it is undone
+ *   vmm snapshot     a child has the RAM as it was when it was forked, and what it writes is its own
+ *   vmm helpers      children that share the RAM, or run other programs, and threads
  *   vmm full         no descriptor is left for a VM, or to share memory by: EMFILE, nothing lost
  *
  * RAM is private anonymous memory. Status 0: everything was as it should be.
@@ -22,7 +24,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/kvm.h>
+#include <linux/sched.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -31,6 +35,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -385,6 +390,124 @@ static void protect(void)
 	CHECK(peek(&vcpu) == 5);
 }
 
+/* The child's status, 0 if all it CHECKed was so. */
+static int end_of(pid_t child)
+{
+	int status;
+
+	CHECK(child > 0);
+	CHECK(waitpid(child, &status, 0) == child);
+	return status;
+}
+
+static void look_at_the_past(char *more, int told)
+{
+	pid_t child;
+	char byte;
+
+	CHECK(read(told, &byte, 1) == 1);
+	CHECK(more[0] == 5 && more[4096] == 1 && !more[8192]);
+	more[0] = 9;
+	child = fork();
+	if (!child) {
+		CHECK(more[0] == 9 && more[4096] == 1);
+		more[4096] = 10;
+		exit(0);
+	}
+	CHECK(!end_of(child));
+	CHECK(more[4096] == 1);
+	CHECK(!madvise(more, 8192, MADV_DONTNEED));
+	CHECK(!more[0] && !more[4096]);
+	CHECK(read(told, &byte, 1) == 1);
+	CHECK(!more[0]);
+}
+
+static void snapshot(void)
+{
+	char *more;
+	struct vcpu vcpu = make_peeking(&more);
+	int tell[2];
+	pid_t child;
+
+	more[4096] = 1;
+	CHECK(!pipe(tell));
+	CHECK(!mprotect(more + (512 << 10), 4096, PROT_READ));
+	for (unsigned with = 0; with < 2; with++) {
+		*more = 5, more[8192] = 0;
+		child = with ? (pid_t)syscall(SYS_clone3, &(struct clone_args){
+				.exit_signal = SIGCHLD }, sizeof(struct clone_args)) : fork();
+		CHECK(child >= 0);
+		if (!child) {
+			look_at_the_past(more, tell[0]);
+			exit(0);
+		}
+		*more = 6, more[8192] = 7;
+		CHECK(peek(&vcpu) == 6);
+		CHECK(write(tell[1], "a", 1) == 1);
+		while (peek(&vcpu) != 6)
+			CHECK(!"the guest sees what the child writes");
+		CHECK(write(tell[1], "b", 1) == 1);
+		CHECK(!end_of(child));
+		CHECK(*more == 6 && more[4096] == 1 && more[8192] == 7);
+		CHECK(peek(&vcpu) == 6);
+	}
+	CHECK(!madvise(more, 4096, MADV_DONTFORK));
+	child = fork();
+	if (!child) {
+		unsigned char there;
+
+		CHECK(mincore(more, 4096, &there) == -1 && errno == ENOMEM);
+		CHECK(more[4096] == 1);
+		exit(0);
+	}
+	CHECK(!end_of(child));
+	CHECK(peek(&vcpu) == 6);
+}
+
+static int write_seven(void *where)
+{
+	*(char *)where = 7;
+	return 0;
+}
+
+static void *write_eight(void *where)
+{
+	*(char *)where = 8;
+	return NULL;
+}
+
+static void helpers(void)
+{
+	char *more, said[8] = "", *stack = map(1 << 16);
+	struct vcpu vcpu = make_peeking(&more);
+	pthread_t thread;
+	pid_t child;
+	FILE *other;
+
+	CHECK(!system("true"));
+	other = popen("echo heard", "r");
+	CHECK(other && fgets(said, sizeof(said), other) && !strcmp(said, "heard\n"));
+	CHECK(!pclose(other));
+	child = fork();
+	if (!child) {
+		execlp("true", "true", NULL);
+		_exit(1);
+	}
+	CHECK(!end_of(child));
+	child = vfork();
+	if (!child) {
+		execlp("true", "true", NULL);
+		_exit(1);
+	}
+	CHECK(!end_of(child));
+	CHECK(peek(&vcpu) == 5);
+	CHECK(!end_of(clone(write_seven, stack + (1 << 16), CLONE_VM | SIGCHLD, more)));
+	CHECK(peek(&vcpu) == 7);
+	CHECK(!pthread_create(&thread, NULL, write_eight, more));
+	CHECK(!pthread_join(thread, NULL));
+	CHECK(peek(&vcpu) == 8);
+}
+
 static int open_files(void)
 {
 	DIR *folder = opendir("/proc/self/fd");
@@ -437,7 +560,8 @@ int main(int argc, char **argv)
 		{ "add", add }, { "threads", threads }, { "alarm", alarm_ends_it }, { "spin", spin },
 		{ "fork", forks }, { "fault", fault }, { "many", many },
 		{ "discard", discard }, { "unmap", unmap }, { "move", move },
-		{ "protect", protect }, { "full", full },
+		{ "protect", protect }, { "snapshot", snapshot }, { "helpers", helpers },
+		{ "full", full },
 	};
 	struct sigaction action = { .sa_handler = nothing };
 
@@ -450,6 +574,6 @@ int main(int argc, char **argv)
 		}
 	}
 	fprintf(stderr, "usage: vmm add|threads|alarm|spin|fork|fault|many|discard|unmap|move|"
-			"protect|full\n");
+			"protect|snapshot|helpers|full\n");
 	return 2;
 }

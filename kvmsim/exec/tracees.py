@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Threads of another process that stop for a moment and make system calls of ours: ptrace(2).
+
+All calls of one :class:`Tracees` belong to one thread. Everything raises OSError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import signal
+from struct import Struct
+from typing import Final, Self
+
+from hwemu import processmemory
+from kvmsim.exec.syscalls import check, libc
+
+_SEIZE, _INTERRUPT, _DETACH, _SINGLESTEP, _SYSCALL = 0x4206, 0x4207, 17, 9, 24
+_GETREGS, _SETREGS, _GETEVENTMSG = 12, 13, 0x4201
+_WALL: Final = 0x40000000
+_INSTRUCTION: Final = b"\x0f\x05"  # syscall
+_AT_SYSCALL: Final = signal.SIGTRAP | 0x80  # with PTRACE_O_TRACESYSGOOD
+_TRACE_CHILDREN: Final = 0x1 | 0x2 | 0x4 | 0x8  # PTRACE_O_TRACESYSGOOD, _FORK, _VFORK, _CLONE
+_CHILD_EVENTS: Final = (1, 2, 3)  # PTRACE_EVENT_FORK, _VFORK, _CLONE
+_REGISTERS: Final = Struct("<27Q")  # struct user_regs_struct
+_NAMES: Final = (
+    "r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi",
+    "rdi", "orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs",
+    "gs",
+)  # fmt: skip
+_ARGUMENTS: Final = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
+
+
+class Tracees:
+    """Threads of the process ``pid``. With the end of the context every thread runs again."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.seized: set[int] = set()
+        self._signals: list[tuple[int, int]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for tid in self.seized:
+            with contextlib.suppress(OSError):
+                _ptrace(_DETACH, tid)
+        for tid, number in self._signals:
+            libc.tgkill(self.pid, tid, number)
+        self.seized.clear()
+        self._signals.clear()
+
+    def seize(self, tid: int, *, children: bool = False) -> None:
+        """Let a thread stop as soon as it leaves its system call; then :meth:`wait`.
+
+        ``children``: what it makes by then is traced too; for :meth:`fork`.
+        """
+        _ptrace(_SEIZE, tid, _TRACE_CHILDREN if children else 0)
+        self.seized.add(tid)
+        _ptrace(_INTERRUPT, tid)
+
+    def adopt(self, tid: int) -> None:
+        """Wait for a thread that was born traced, and stops before it does anything."""
+        self.seized.add(tid)
+        self.wait(tid)
+
+    def wait(self, tid: int) -> int:
+        """Wait until a thread has stopped; ProcessLookupError if it is gone."""
+        _, status = os.waitpid(tid, _WALL)
+        if not os.WIFSTOPPED(status):
+            self.seized.discard(tid)
+            raise ProcessLookupError(errno.ESRCH, f"thread {tid} is gone")
+        number = os.WSTOPSIG(status)
+        if number not in (signal.SIGTRAP, _AT_SYSCALL) and not status >> 16:
+            self._signals.append((tid, number))  # it was on its way; sent again afterwards
+        return status
+
+    def call(self, tid: int, nr: int, *arguments: int) -> int:
+        """Have a thread, stopped behind a syscall instruction, make a call; what that returns."""
+        saved = self._begin(tid, nr, dict(zip(_ARGUMENTS, arguments, strict=False)))
+        try:
+            while True:
+                _ptrace(_SINGLESTEP, tid)
+                if os.WSTOPSIG(self.wait(tid)) == signal.SIGTRAP:
+                    break
+            return self.registers(tid)["rax"]
+        finally:
+            self.set_registers(tid, saved)
+
+    def made(self, what: str, tid: int, nr: int, *arguments: int) -> int:
+        """:meth:`call`, or OSError from what it returns; ``what`` is for people."""
+        result = self.call(tid, nr, *arguments)
+        if result >= (1 << 64) - 4095:
+            code = (1 << 64) - result
+            raise OSError(code, f"{what} in thread {tid}: {os.strerror(code)}")
+        return result
+
+    def fork(self, tid: int, nr: int, sixth: int) -> int:
+        """Have a thread make its last call ``nr`` anew; the child, which is traced, or 0.
+
+        With argument ``sixth``, which the call ignores. Afterwards the thread may only go on: it
+        sees what its call returned, and is called again if a signal came first.
+        """
+        saved = self._begin(tid, nr, {"r9": sixth})
+        stops = 0
+        while True:
+            _ptrace(_SYSCALL, tid)
+            status = self.wait(tid)
+            stops += os.WSTOPSIG(status) == _AT_SYSCALL
+            if stops == 2 or status >> 16 in _CHILD_EVENTS:
+                break
+        regs = self.registers(tid)
+        regs["r9"] = saved["r9"]
+        self.set_registers(tid, regs)
+        if stops == 2:
+            return 0
+        child = ctypes.c_ulong()
+        _ptrace(_GETEVENTMSG, tid, ctypes.addressof(child))
+        return child.value
+
+    def _begin(self, tid: int, nr: int, changes: dict[str, int]) -> dict[str, int]:
+        """Put a thread before a system call; the registers that it had."""
+        saved = self.registers(tid)
+        code = ctypes.create_string_buffer(2)
+        processmemory.read(self.pid, saved["rip"] - 2, ctypes.addressof(code), 2)
+        if code.raw != _INSTRUCTION:
+            raise OSError(errno.EINVAL, f"thread {tid} did not come by a syscall instruction")
+        before = {"rip": saved["rip"] - 2, "rax": nr, "orig_rax": (1 << 64) - 1}
+        self.set_registers(tid, {**saved, **before, **changes})
+        return saved
+
+    def registers(self, tid: int) -> dict[str, int]:
+        """The registers of a thread that is stopped, by their names."""
+        buffer = ctypes.create_string_buffer(_REGISTERS.size)
+        _ptrace(_GETREGS, tid, ctypes.addressof(buffer))
+        return dict(zip(_NAMES, _REGISTERS.unpack(buffer.raw), strict=True))
+
+    def set_registers(self, tid: int, regs: dict[str, int]) -> None:
+        """Set all of them."""
+        data = _REGISTERS.pack(*(regs[name] for name in _NAMES))
+        buffer = ctypes.create_string_buffer(data, len(data))
+        _ptrace(_SETREGS, tid, ctypes.addressof(buffer))
+
+
+def _ptrace(request: int, tid: int, data: int = 0) -> None:
+    check(libc.ptrace(request, tid, None, data), f"ptrace({request:#x}, {tid})")
