@@ -8,6 +8,7 @@ range, leaves of the guest, then states and guards of one side after the other.
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, Protocol
 
@@ -31,6 +32,10 @@ class Machine(Protocol):
         """Clear pages (hyp_poison_page())."""
         ...
 
+    def copy_pages(self, source: int, target: int, npages: int) -> None:
+        """Copy contents; both are pfns."""
+        ...
+
     def flush_host(self, pfn: int, npages: int) -> None:
         """Invalidate what is cached of the host's stage 2."""
         ...
@@ -46,6 +51,13 @@ def pfn_runs(pfns: Pages) -> Iterator[tuple[int, int]]:
     for run in np.split(pfns, cuts):
         if len(run):
             yield int(run[0]), len(run)
+
+
+def state_runs(states: npt.NDArray[np.uint8]) -> Iterator[tuple[int, int, PageState]]:
+    """(start, end, state) of neighbours with one state."""
+    cuts = [0, *(np.flatnonzero(np.diff(states)) + 1).tolist(), len(states)]
+    for start, end in itertools.pairwise(cuts):
+        yield start, end, PageState(int(states[start]))
 
 
 def refuse(number: int, why: str, first: int, bad: npt.NDArray[np.bool_]) -> None:
@@ -180,6 +192,42 @@ class Engine:
         self._check(deed, rows, guest, gfn)
         self._perform(deed, rows, guest, gfn, block=False)
 
+    def replace(
+        self, deeds: Mapping[PageState, Deed], guest: Guest, gfn: int, rows: Pages, *, block: bool
+    ) -> None:
+        """Transitions that put ``rows`` in the place of what the guest has, each by its state."""
+        operation = next(iter(deeds.values())).value
+        self.leaves(operation, guest, gfn, len(rows), block)
+        states = guest.states(gfn, len(rows))
+        require(operation, "guest's page", gfn, states, deeds)
+        parts = list(state_runs(states))
+        self._check_side(deeds[parts[0][2]], TRANSITIONS[deeds[parts[0][2]]].initiator, rows)
+        for start, end, state in parts:
+            self._replace(deeds[state], guest, gfn + start, rows[start:end], block)
+
+    def _replace(self, deed: Deed, guest: Guest, gfn: int, rows: Pages, block: bool) -> None:
+        """Nobody reaches the old pages or the new ones while contents are copied."""
+        row, columns, machine = TRANSITIONS[deed], self.vmemmap, self.machine
+        assert row.replaced is not None
+        gfns = np.arange(gfn, gfn + len(rows), dtype=np.int64)
+        old = columns.rows(guest.pfns(gfn, len(rows)))
+        guest.unmap(gfn, len(rows))
+        machine.flush_guest(guest.handle, gfn, len(rows))
+        for those in (old, rows):
+            columns.set_host(those, PageState.NOPAGE, Component.GUEST, guest.handle, gfns)
+            for pfn, npages in pfn_runs(those + columns.first):
+                machine.flush_host(pfn, npages)
+        new = int(rows[0]) + columns.first
+        for pfn, npages in pfn_runs(old + columns.first):
+            machine.copy_pages(pfn, new, npages)
+            new += npages
+            if row.zeroed:
+                machine.zero(pfn, npages)
+        columns.set_host(old, row.replaced.after)
+        if row.initiator.after is not PageState.NOPAGE:
+            columns.set_host(rows, row.initiator.after)
+        guest.map(gfn, rows + columns.first, row.completer.after, block=block)
+
     def host_pages(self, deed: Deed, pfn: int, npages: int) -> None:
         """Transitions between host and hypervisor."""
         rows = self.memory_rows(deed.value, pfn, npages)
@@ -196,18 +244,22 @@ class Engine:
         return (columns.host_state if who is Component.HOST else columns.hyp_state)[rows]
 
     def _check(self, deed: Deed, rows: Pages, guest: Guest | None, gfn: int) -> None:
-        first = int(rows[0]) + self.vmemmap.first
         for side in TRANSITIONS[deed].checked:
-            of_guest = side.who is Component.GUEST
-            require(
-                deed.value,
-                f"{side.who.name.lower()}'s page",
-                gfn if of_guest else first,
-                self._states(side.who, rows, guest, gfn),
-                side.before,
-            )
-            for guard in side.guards:
-                self._check_guard(guard, deed.value, first, rows)
+            self._check_side(deed, side, rows, guest, gfn)
+
+    def _check_side(
+        self, deed: Deed, side: Side, rows: Pages, guest: Guest | None = None, gfn: int = 0
+    ) -> None:
+        first = int(rows[0]) + self.vmemmap.first
+        require(
+            deed.value,
+            f"{side.who.name.lower()}'s page",
+            gfn if side.who is Component.GUEST else first,
+            self._states(side.who, rows, guest, gfn),
+            side.before,
+        )
+        for guard in side.guards:
+            self._check_guard(guard, deed.value, first, rows)
 
     def _perform(
         self, deed: Deed, rows: Pages, guest: Guest | None, gfn: int, *, block: bool

@@ -9,13 +9,12 @@ whose row says *zeroed*.
 from __future__ import annotations
 
 import errno
-import itertools
 from collections.abc import Hashable, Sequence
 from typing import Final, Self
 
 import numpy as np
 
-from hwemu.pkvm.engine import Engine, Machine, refuse, require
+from hwemu.pkvm.engine import Engine, Machine, refuse, require, state_runs
 from hwemu.pkvm.guest import VmTable
 from hwemu.pkvm.state import MAX_REFERENCES, MAX_SHARES, MAX_VMS, Component, PageState, PkvmError
 from hwemu.pkvm.transition import Deed
@@ -138,10 +137,23 @@ class Hypervisor:
         self._engine.leaves("host reclaims", guest, gfn, npages, block)
         states = guest.states(gfn, npages)
         require("host reclaims", "guest", gfn, states, _RECLAIMABLE)
-        cuts = [0, *(np.flatnonzero(np.diff(states)) + 1).tolist(), npages]
-        for start, end in itertools.pairwise(cuts):
-            deed = _RECLAIMABLE[PageState(int(states[start]))]
+        for start, end, state in state_runs(states):
+            deed = _RECLAIMABLE[state]
             self._engine.guest_pages(deed, guest, gfn + start, end - start, block=block)
+
+    def host_move_guest(
+        self, handle: int, pfn: int, gfn: int, npages: int = 1, *, block: bool = False
+    ) -> None:
+        """Put pages of the host in the place of a guest's, which stay its own with all that is in
+        them; the old ones are the host's, zeroed. The guest may run.
+
+        No kernel has such a call: it is made of what `host_donate_guest` and `host_reclaim_guest`
+        do, and of a copy of EL2's.
+        """
+        guest = self._engine.guest(Deed.HOST_MOVE_OWNED, handle)
+        self._engine.check_block("host moves", pfn, gfn, npages, block)
+        rows = self._engine.memory_rows("host moves", pfn, npages)
+        self._engine.replace(_MOVABLE, guest, gfn, rows, block=block)
 
     def host_split_guest(self, handle: int, gfn: int) -> None:
         """Map the block around ``gfn`` by pages, each with the block's state (Android).
@@ -250,5 +262,9 @@ class Hypervisor:
 _RECLAIMABLE: Final = {
     PageState.OWNED: Deed.RECLAIM_OWNED,
     PageState.SHARED_OWNED: Deed.RECLAIM_SHARED,
+}
+_MOVABLE: Final = {
+    PageState.OWNED: Deed.HOST_MOVE_OWNED,
+    PageState.SHARED_OWNED: Deed.HOST_MOVE_SHARED,
 }
 _LAST: Final = (*_RECLAIMABLE.items(), (PageState.SHARED_BORROWED, Deed.HOST_UNSHARE_GUEST))

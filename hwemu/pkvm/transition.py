@@ -31,6 +31,8 @@ class Deed(enum.Enum):
     GUEST_SHARE_HOST = "guest shares with host"
     GUEST_UNSHARE_HOST = "guest unshares with host"
     GUEST_RELINQUISH = "guest relinquishes to host"
+    HOST_MOVE_OWNED = "host moves a page that the guest owns"
+    HOST_MOVE_SHARED = "host moves a page that the guest shares"
     RECLAIM_OWNED = "host reclaims a page that the dead guest owned"
     RECLAIM_SHARED = "host reclaims a page that the dead guest shared"
     HOST_SHARE_HYP = "host shares with hyp"
@@ -77,6 +79,10 @@ class Transition:
     vm: Vm = Vm.NONE
     completer_first: bool = False  #: whose state is checked first
     zeroed: bool = False  #: before the completer reaches it (hyp_poison_page())
+    replaced: Side | None = None
+    """Of a page that comes in the place of another, with its contents: what the host is to the
+    other one, which alone is zeroed then.
+    """
 
     def side(self, who: Component) -> Side | None:
         """The part that ``who`` has in it."""
@@ -90,10 +96,17 @@ class Transition:
         return both[::-1] if self.completer_first else both
 
 
+_HOST_GIVES: Final = Side(_HOST, (_OWNED,), _NOPAGE, (Guard.UNPINNED,))
+_HOST_GETS: Final = Side(_HOST, (_NOPAGE,), _OWNED)
+_HOST_GETS_LENT: Final = Side(_HOST, (_BORROWED,), _OWNED)
+_GUEST_GIVES: Final = Side(_GUEST, (_OWNED,), _NOPAGE)
+#: Upstream moves nothing: a donation and a reclaim in one, while the guest lives.
+_MOVE: Final = "none; as __pkvm_host_donate_guest() with __pkvm_host_reclaim_page_guest()"
+
 TRANSITIONS: Final[Mapping[Deed, Transition]] = MappingProxyType(
     {
         Deed.HOST_DONATE_GUEST: Transition(
-            Side(_HOST, (_OWNED,), _NOPAGE, (Guard.UNPINNED,)),
+            _HOST_GIVES,
             Side(_GUEST, (_NOPAGE,), _OWNED),
             "__pkvm_host_donate_guest(); the reference: Android",
             Vm.PROTECTED,
@@ -126,15 +139,31 @@ TRANSITIONS: Final[Mapping[Deed, Transition]] = MappingProxyType(
             Vm.PROTECTED,
         ),
         Deed.GUEST_RELINQUISH: Transition(
-            Side(_GUEST, (_OWNED,), _NOPAGE),
-            Side(_HOST, (_NOPAGE,), _OWNED),
+            _GUEST_GIVES,
+            _HOST_GETS,
             "__pkvm_guest_relinquish_to_host(), Android",
             Vm.PROTECTED,
             zeroed=True,
         ),
+        Deed.HOST_MOVE_OWNED: Transition(
+            _HOST_GIVES,
+            Side(_GUEST, (_OWNED,), _OWNED),
+            _MOVE,
+            Vm.PROTECTED,
+            zeroed=True,
+            replaced=_HOST_GETS,
+        ),
+        Deed.HOST_MOVE_SHARED: Transition(
+            Side(_HOST, (_OWNED,), _BORROWED, (Guard.UNPINNED,)),
+            Side(_GUEST, (_SHARED,), _SHARED),
+            _MOVE,
+            Vm.PROTECTED,
+            zeroed=True,
+            replaced=_HOST_GETS_LENT,
+        ),
         Deed.RECLAIM_OWNED: Transition(
-            Side(_GUEST, (_OWNED,), _NOPAGE),
-            Side(_HOST, (_NOPAGE,), _OWNED),
+            _GUEST_GIVES,
+            _HOST_GETS,
             "__pkvm_host_reclaim_page_guest()",
             Vm.DYING,
             zeroed=True,
@@ -142,7 +171,7 @@ TRANSITIONS: Final[Mapping[Deed, Transition]] = MappingProxyType(
         # the host has seen it already
         Deed.RECLAIM_SHARED: Transition(
             Side(_GUEST, (_SHARED,), _NOPAGE),
-            Side(_HOST, (_BORROWED,), _OWNED),
+            _HOST_GETS_LENT,
             "__pkvm_host_reclaim_page_guest()",
             Vm.DYING,
         ),
@@ -157,14 +186,14 @@ TRANSITIONS: Final[Mapping[Deed, Transition]] = MappingProxyType(
             "__pkvm_host_unshare_hyp()",
         ),
         Deed.HOST_DONATE_HYP: Transition(
-            Side(_HOST, (_OWNED,), _NOPAGE, (Guard.UNPINNED,)),
+            _HOST_GIVES,
             Side(_HYP, (_NOPAGE,), _OWNED),
             "__pkvm_host_donate_hyp(); the reference: Android",
         ),
         # the hypervisor clears what it gives back (teardown_donated_memory() of pkvm.c)
         Deed.HYP_DONATE_HOST: Transition(
             Side(_HYP, (_OWNED,), _NOPAGE),
-            Side(_HOST, (_NOPAGE,), _OWNED),
+            _HOST_GETS,
             "__pkvm_hyp_donate_host()",
             zeroed=True,
         ),

@@ -4,7 +4,9 @@
 What arch/arm64/kvm/pkvm.c and mmu.c do on the host's side (v6.18): pkvm_mem_abort() donates a page
 on a fault, __pkvm_host_reclaim_page() takes it back, zeroed. Which page is whose the hypervisor
 alone says; the second stage that the engine walks shows what is the guest's. Conversion is in
-place: the guest shares a page of its own and the host learns that its index is shared.
+place: the guest shares a page of its own and the host learns that its index is shared. A page that
+its owner moves is the guest's at its old place until it comes to the new one
+(`Hypervisor.host_move_guest`, which no kernel has: there nothing moves).
 
 The hypervisor takes nothing from a guest that lives. Where the owner of the memory frees a page of
 the guest's all the same, the VM dies of it (as KVM_BUG_ON() leaves one), its teardown begins, and
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -52,6 +55,8 @@ from kvmsim.views.pkvm import PkvmTables
 from kvmsim.vmm.launch import LaunchPage
 from kvmsim.vmm.vmsa import EntryState
 
+log = logging.getLogger(__name__)
+
 _MASK64: Final = (1 << 64) - 1
 _UD: Final = 6
 _OTHERS: Final = frozenset(
@@ -65,6 +70,8 @@ class PkvmHost:
 
     platform: Platform
     guards: dict[int, PkvmGuard] = field(default_factory=dict)
+    vacated: set[tuple[int, int]] = field(default_factory=set)
+    """[start, end) of pfns whose bytes their owner has moved, and that guests still have."""
     hypervisor: Hypervisor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,8 +88,23 @@ class PkvmHost:
         return Technology.PKVM, 0
 
     def zero(self, pfn: int, npages: int) -> None:
-        """hyp_poison_page()."""
-        self.platform.memory.zero(pfn << PAGE_SHIFT, npages)
+        """hyp_poison_page(); where nothing is any more nothing is cleared."""
+        for first, count in self._there(pfn, npages):
+            self.platform.memory.zero(first << PAGE_SHIFT, count)
+
+    def copy_pages(self, source: int, target: int, npages: int) -> None:
+        """EL2's copy, of what its owner has not copied."""
+        for first, count in self._there(source, npages):
+            for pfn in range(first, first + count):
+                self.platform.memory.copy(pfn << PAGE_SHIFT, pfn - source + target << PAGE_SHIFT)
+
+    def _there(self, pfn: int, npages: int) -> Iterator[tuple[int, int]]:
+        """Runs (pfn, npages) of what was not vacated."""
+        there = np.ones(npages, np.bool_)
+        for start, end in self.vacated:
+            there[max(start - pfn, 0) : max(end - pfn, 0)] = False
+        for first, count in _runs(there):
+            yield pfn + first, count
 
     def flush_host(self, pfn: int, npages: int) -> None:
         """Nothing of the host's is cached: it reaches pages through references alone."""
@@ -114,8 +136,8 @@ class PkvmGuard:
 
     @property
     def movable(self) -> bool:
-        """No hypercall moves a guest's page."""
-        return False
+        """Nothing of a page depends on its address."""
+        return True
 
     @property
     def instructions(self) -> frozenset[str]:
@@ -190,7 +212,7 @@ class PkvmGuard:
 
     def zapped(self, gfn: int, npages: int, *, private: bool, moving: bool) -> None:
         """The host's idea of the guest's stage 2; the hypervisor's stands."""
-        if self._running.freeing:
+        if self._running.freeing and self._handle is not None:
             self._freed.append((gfn, npages))
 
     def drained(self) -> bool:
@@ -216,8 +238,12 @@ class PkvmGuard:
             self._hyp.host_reclaim_guest(handle, gfn, npages)
 
     def leaving(self, hpa: int, size: int) -> bool:
-        """Never: nothing of it moves."""
-        return False
+        """It stays the guest's where it is."""
+        with self._platform.lock:
+            kept = self.keeps(hpa, size)
+            if kept:
+                self._host.vacated.add(_pfns(hpa, size))
+            return kept
 
     def keeps(self, hpa: int, size: int) -> bool:
         """Whether the guest has any page there."""
@@ -229,18 +255,31 @@ class PkvmGuard:
         if self._handle is None:
             return np.zeros(0, np.bool_)
         guest = self._hyp.vms.get("look", self._handle)
-        pfns, first = guest.pfns(0, guest.npages), hpa >> PAGE_SHIFT
-        there = (pfns >= first) & (pfns < first + (size >> PAGE_SHIFT))
-        return guest.valid(0, guest.npages) & there
+        pfns, (start, end) = guest.pfns(0, guest.npages), _pfns(hpa, size)
+        return guest.valid(0, guest.npages) & (pfns >= start) & (pfns < end)
 
     def migrated(self, gfn: int, npages: int, old: int, new: int) -> None:
-        """Never: nothing of it moves."""
+        """Donate the new place of every page that waits at the old one, in its stead."""
+        with self._platform.lock:
+            if self._handle is None:
+                return
+            guest = self._hyp.vms.get("move", self._handle)
+            pfn, waits = old >> PAGE_SHIFT, guest.valid(gfn, npages)
+            waits &= guest.pfns(gfn, npages) == np.arange(pfn, pfn + len(waits))
+            for first, count in _runs(waits):
+                target = (new >> PAGE_SHIFT) + first
+                try:
+                    self._hyp.host_move_guest(self._handle, target, gfn + first, count)
+                except PkvmError as error:
+                    log.warning("gpa %#x stays at hpa %#x: %s", gfn + first << PAGE_SHIFT,
+                                pfn + first << PAGE_SHIFT, error)  # fmt: skip
 
     def released(self, hpa: int, size: int) -> None:
         """They are no guest's, or a dead one's; GuardRefusal if a live one has them by no slot."""
         with self._platform.lock:
             for gfn, npages in _runs(self._mine(hpa, size)):
                 self._reclaim(gfn, npages)
+            self._host.vacated.discard(_pfns(hpa, size))
 
     def host_reaches(self, hpa: int, size: int) -> bool:
         """What is the guest's alone left the host's stage 2 (handle_host_mem_abort())."""
@@ -371,6 +410,11 @@ class PkvmGuard:
             yield
         except PkvmError as error:
             raise GuardRefusal(error.errno or errno.EIO, f"{what}: {error}") from error
+
+
+def _pfns(hpa: int, size: int) -> tuple[int, int]:
+    """The pages [start, end) of a range that begins and ends at pages."""
+    return hpa >> PAGE_SHIFT, hpa + size >> PAGE_SHIFT
 
 
 def _runs(which: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:

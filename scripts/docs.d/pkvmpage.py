@@ -18,7 +18,7 @@ from hwemu.pkvm.hypercall import (
     HostTask,
 )
 from hwemu.pkvm.state import Component, PageState
-from hwemu.pkvm.transition import TRANSITIONS, Deed, Side
+from hwemu.pkvm.transition import TRANSITIONS, Deed, Side, Transition
 
 Table = Callable[[list[str], list[list[str]]], str]
 
@@ -55,6 +55,12 @@ def _errors(deed: Deed) -> str:
     return "; ".join(found)
 
 
+def _contents(row: Transition) -> str:
+    if row.replaced is not None:
+        return f"those of the page before, which is zeroed; of that: {_states(row.replaced)}"
+    return "zeroed" if row.zeroed else "kept"
+
+
 def _diagram(one: Component, other: Component) -> str:
     """Both components' states of a page as one state."""
     lines = ["```mermaid", "stateDiagram-v2"]
@@ -62,7 +68,7 @@ def _diagram(one: Component, other: Component) -> str:
     edges = []
     for deed, row in TRANSITIONS.items():
         first, second = row.side(one), row.side(other)
-        if first is None or second is None:
+        if first is None or second is None or row.replaced is not None:
             continue
         for mine, theirs in itertools.product(first.before, second.before):
             ends = []
@@ -83,7 +89,7 @@ def pkvm(mark: str, table: Table) -> str:
             deed.value,
             _states(row.initiator),
             _states(row.completer),
-            "zeroed" if row.zeroed else "kept",
+            _contents(row),
             row.vm.value,
             _errors(deed),
             f"`{row.source}`" if "," not in row.source and ";" not in row.source else row.source,
@@ -137,6 +143,13 @@ Each check is made of the whole range before the next; the first page that fails
 another kind than the column says. A page may be lent to several guests; it is the host's alone
 again with the last.
 
+Upstream moves nothing. `host_move_guest(vm, pfn, gfn, pages)` is a call of this model alone: what
+donation and reclaim do, as one, of a guest that lives. The guest's leaf goes, then every
+translation of both pages; EL2 copies; the old page is zeroed and the host's; the guest's leaf comes
+back with the state that it had. The host gains nothing by it: it neither reaches the contents nor
+chooses them. Of a range in which the guest owns some pages and shares others each moves by its own
+row; the diagrams leave both out, since no pair of states changes.
+
 Host and guest:
 
 {_diagram(Component.HOST, Component.GUEST)}
@@ -158,10 +171,10 @@ Otherwise the guest leaves to the host. {tasks}.
 
 EL2 takes no page from a guest that lives: the host has it back when the guest relinquishes it, or
 when the VM is torn down. What if the owner of the memory frees it all the same, by a punch, a
-shrink, the end of its mount? The guest's leaf goes as for every user; then `kvmsim` asks EL2 for the
-page and is refused (EINVAL), and the VM dies of it: no vCPU enters guest code again, its teardown
-begins, the page is reclaimed, zeroed, and only then the owner is answered. So the caller never
-waits for more than the vCPUs to leave, and no guest finds an empty page where it had written.
+shrink, the end of its mount? The guest's leaf goes as for every user; then `kvmsim` asks EL2 for
+the page and is refused (EINVAL), and the VM dies of it: no vCPU enters guest code again, its
+teardown begins, the page is reclaimed, zeroed, and only then the owner is answered. So the caller
+never waits for more than the vCPUs to leave, and no guest finds an empty page where it had written.
 The log names the VM, its pages and the refusal; `kvmsim boot` ends with it.
 
 - A page that the guest has shared is its own still, and the VM dies of it as well. What was
@@ -287,8 +300,10 @@ EOPNOTSUPP and the guest's name. Under `kvmsim boot --movable`:
 acceptance along |
 | `snp` with `view` or `none` | yes | SNP_PAGE_MOVE ([snp.md](snp.md)) takes Validated and the \
 permissions of all VMPLs along; not with PAGE_SWAP_DISABLE in its policy |
-| either with `backing` | no | ciphertext is bound to its address, and the owner copies it as it is |
-| `pkvm` | no | no hypercall moves a guest's page |
+| either with `backing` | no | ciphertext is bound to its address, and the owner copies it as it \
+is |
+| `pkvm` | yes | a call that no kernel has ([pkvm.md](pkvm.md#transitions)) gives each page \
+another place, its state kept |
 
 A move of a TD's memory: its entries are blocked and tracked before the acknowledgement, leaves of
 2 MiB split (TDH.MEM.PAGE.DEMOTE), for RELOCATE takes 4 KiB; they stay so small. They stay BLOCKED,
@@ -310,6 +325,13 @@ broken first (SNP_PAGE_RECLAIM, PSMASH). A page that is punched meanwhile is rec
 back. It costs about 1 µs a page in the tables, most of it at the arrival. What the AMD-SP or
 RMPUPDATE refuses, as a frame that the RMP does not cover, is taken back, with a warning that names
 it: the guest's next access is #VC 0x404, as to any page that it has not validated.
+
+A move of a protected VM's memory: leaves are zapped and the flush is proven before the
+acknowledgement; for EL2 the guest has its old pages still, so nobody else reaches them or gets
+their addresses. At the next access the new pages are donated in their stead, whole extents at once,
+about 0.1 µs a page, and leaves of 2 MiB come back. What EL2 refuses stays the guest's at the old
+place, with a warning: its access is KVM_EXIT_MEMORY_FAULT with EPERM. The VM dies of a page that is
+punched meanwhile, as of any ([pkvm.md](pkvm.md#freed-under-its-guest)).
 
 ## Who meets what at a private page
 

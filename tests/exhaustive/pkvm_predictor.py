@@ -227,6 +227,25 @@ class Predictor:
             self._back_to_host(slot)
         return 0
 
+    def host_move_guest(self, handle: int, pfn: int, gfn: int, npages: int, block: bool) -> int:
+        refused = self._place(handle, pfn, gfn, npages, block, True)
+        if refused:
+            return refused
+        slots = self._slots(handle, gfn, npages, block)
+        if isinstance(slots, int):
+            return slots
+        fresh = [self.pages[p] for p in range(pfn, pfn + npages)]
+        if any(page.host != OWNED for page in fresh):
+            return EPERM
+        if any(page.references for page in fresh):
+            return EBUSY
+        for n, slot in enumerate(slots):
+            left = self.pages[slot.pfn]
+            fresh[n].owner, fresh[n].host, fresh[n].content = handle, left.host, left.content
+            left.owner, left.host, left.content = "host", OWNED, 0
+            slot.pfn = pfn + n
+        return 0
+
     def host_split_guest(self, handle: int, gfn: int) -> int:
         guest = self.guests.get(handle)
         if guest is None:

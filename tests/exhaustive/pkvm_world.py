@@ -28,6 +28,12 @@ class Board:
         assert not stale, f"cleared while {stale} can be reached"
         self.contents.update(dict.fromkeys(pages, 0))
 
+    def copy_pages(self, source: int, target: int, npages: int) -> None:
+        for n in range(npages):
+            assert not {source + n, target + n} & self.host, "the host may store meanwhile"
+            assert all(pfn != source + n for _, _, pfn in self.guests), "a guest may"
+            self.contents[target + n] = self.contents.get(source + n, "host's")
+
     def flush_host(self, pfn: int, npages: int) -> None:
         self.host -= set(range(pfn, pfn + npages))
 
@@ -68,7 +74,10 @@ def ask(hyp: Hypervisor, name: str, arguments: tuple[Any, ...]) -> int:
     return 0
 
 
-BLOCKS = {"host_donate_guest", "host_share_guest", "host_unshare_guest", "host_reclaim_guest"}
+BLOCKS = {
+    "host_donate_guest", "host_share_guest", "host_unshare_guest", "host_reclaim_guest",
+    "host_move_guest",
+}  # fmt: skip
 
 
 def picture(hyp: Hypervisor, board: Board | None = None) -> object:

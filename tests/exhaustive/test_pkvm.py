@@ -94,7 +94,9 @@ def calls() -> Iterator[Call]:
         for (pfn, gfn), npages in itertools.product(places, (0, 1, 2)):
             yield "host_donate_guest", (handle, pfn, gfn, npages, False)
             yield "host_share_guest", (handle, pfn, gfn, npages, False)
+            yield "host_move_guest", (handle, pfn, gfn, npages, False)
             if npages:
+                yield "host_move_guest", (handle, pfn, gfn, npages, True)
                 yield "host_donate_guest", (handle, pfn, gfn, npages, True)
                 yield "host_share_guest", (handle, pfn, gfn, npages, True)
         for gfn, npages in [*spans, (5, 1), (5, 2), (6, 1), (-1, 1)]:
@@ -110,7 +112,7 @@ def calls() -> Iterator[Call]:
         yield name, (handle,)
     for name in GUEST_CALLS:
         yield name, (NOBODY, 0, 1)
-    for name in ("host_donate_guest", "host_share_guest"):
+    for name in ("host_donate_guest", "host_share_guest", "host_move_guest"):
         yield name, (NOBODY, 0, 0, 1, False)
     for name in ("host_unshare_guest", "host_reclaim_guest"):
         yield name, (NOBODY, 0, 1, False)
@@ -173,6 +175,7 @@ def test_every_operation_in_every_situation(life: str) -> None:
 NAMES = [
     *["host_donate_guest", "host_share_guest", "guest_share_host", "guest_unshare_host"] * 3,
     *["host_unshare_guest", "guest_relinquish", "host_reclaim_guest", "host_split_guest"] * 2,
+    *["host_move_guest"] * 2,
     *["host_share_hyp", "host_unshare_hyp", "host_donate_hyp", "hyp_donate_host", "pin", "unpin"],
     "create_vm", "vcpu_load", "vcpu_put", "start_teardown", "finalize_teardown", "write", "touch",
 ]  # fmt: skip
@@ -184,7 +187,7 @@ def dice(rng: random.Random, name: str) -> tuple[Any, ...]:
     pfn, gfn = rng.randrange(-1, 9), rng.randrange(-1, 7)
     npages, block = rng.choice((1, 1, 1, 2, 2, 3, 0)), rng.random() < 0.25
     match name:
-        case "host_donate_guest" | "host_share_guest":
+        case "host_donate_guest" | "host_share_guest" | "host_move_guest":
             return handle, pfn, gfn, npages, block
         case "host_unshare_guest" | "host_reclaim_guest":
             return handle, gfn, npages, block

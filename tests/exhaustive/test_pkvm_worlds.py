@@ -52,6 +52,8 @@ class World:
                 for pfn in range(self.pages):
                     name = "host_donate_guest" if guest.protected else "host_share_guest"
                     yield name, handle, pfn, gfn, 1, False
+                    if guest.protected:
+                        yield "host_move_guest", handle, pfn, gfn, 1, False
                 for name in ("guest_share_host", "guest_unshare_host", "guest_relinquish"):
                     if guest.protected:
                         yield name, handle, gfn, 1
@@ -198,6 +200,10 @@ RULES = {
     ),
     "relinquished pages are zeroed": unzeroed(Deed.GUEST_RELINQUISH),
     "reclaimed pages are zeroed": unzeroed(Deed.RECLAIM_OWNED),
+    "only what the host owns comes in another's place": other_states(
+        Deed.HOST_MOVE_OWNED, "initiator", OWN, NONE
+    ),
+    "pages are zeroed that a guest has moved from": unzeroed(Deed.HOST_MOVE_OWNED),
     "what a guest shares is not the host's": other_states(
         Deed.HOST_SHARE_HYP, "initiator", OWN, LOAN
     ),
@@ -208,7 +214,7 @@ RULES = {
 def test_a_rule_is_needed(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = MappingProxyType(dict(TRANSITIONS) | RULES[rule]())
     monkeypatch.setattr(hwemu.pkvm.engine, "TRANSITIONS", changed)
-    kinds, pages = ([True, True], 2) if "place" in rule else ([True, False], 1)
+    kinds, pages = ([True, True], 2) if "place" in rule or "moved" in rule else ([True, False], 1)
     report = go(World(kinds, pages, hyp=pages == 1))
     assert report.problem is not None
 

@@ -26,8 +26,14 @@ pytestmark = pytest.mark.fuse
 PAGES_OF: dict[Technology, Callable[[dict[str, Any]], int]] = {
     Technology.TDX: lambda told: told["pamt_pages"]["REG"],
     Technology.SNP: lambda told: told["frames"],
+    Technology.PKVM: lambda told: told["pages"]["OWNED"],
 }
 each = pytest.mark.parametrize("technology", PAGES_OF, ids=lambda technology: technology.kind)
+accepting = pytest.mark.parametrize(
+    "technology",
+    [technology for technology in PAGES_OF if technology.accepts],
+    ids=lambda technology: technology.kind,
+)
 
 
 @each
@@ -78,7 +84,7 @@ def test_a_guest_at_work_loses_no_store(
     mounted.audit()
 
 
-@each
+@accepting
 def test_a_punch_before_it_arrives(
     moving: HostMemory, boot: Boot, mounted: Mounted, technology: Technology
 ) -> None:
@@ -97,7 +103,7 @@ def test_a_punch_before_it_arrives(
     mounted.audit()
 
 
-@each
+@accepting
 def test_a_guest_converts_what_has_moved(
     moving: HostMemory, boot: Boot, mounted: Mounted, technology: Technology
 ) -> None:
@@ -157,7 +163,7 @@ def test_pages_of_2m_move_as_such_with_what_each_vmpl_may_do(
     assert found.data != cipher.data, "encrypted anew, for its new address"
 
 
-@each
+@accepting
 def test_ciphertext_in_the_file_stays_where_it_is(
     moving: HostMemory, boot: Boot, technology: Technology
 ) -> None:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import errno
-
 import pytest
 from booted import AT, MIB, PAGE, WORD, Boot, Guest
 from mounts import Mounted
@@ -15,7 +13,6 @@ from kvmsim.confidential.encryption import Encryption
 from kvmsim.confidential.hostview import HostView
 from kvmsim.hostmem import HostMemory
 from kvmsim.vmm.bootparams import Technology
-from privfs import control
 
 pytest_plugins = ["guest_fixtures", "actor_fixtures", "booted_fixtures"]
 pytestmark = pytest.mark.fuse
@@ -168,16 +165,3 @@ def test_shadow_pages_are_gone_when_a_punch_is_acknowledged(
         assert guest.number(f"peek {AT + 2 * PAGE:#x}", "value") == WORD
         mounted.audit()
         guest.close()
-
-
-def test_the_memory_of_a_protected_vm_stays_where_it_is(
-    moving: HostMemory, boot: Boot, mounted: Mounted
-) -> None:
-    guest = boot(moving, Technology.PKVM)
-    with pytest.raises(control.ControlError, match=r"UNMOVABLE.*, as vm\(\d+\) asked") as refused:
-        guest.compact()
-    assert refused.value.errno == errno.EOPNOTSUPP
-    assert guest.whole()
-    guest.close()
-    assert guest.compact() > 4 * PAGE, "nobody uses it any more"
-    mounted.audit()

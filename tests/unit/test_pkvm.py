@@ -52,6 +52,11 @@ class Log:
         self.calls.append(("zero", pfn, npages))
         self.contents.update(dict.fromkeys(range(pfn, pfn + npages), 0))
 
+    def copy_pages(self, source: int, target: int, npages: int) -> None:
+        self.calls.append(("copy_pages", source, target, npages))
+        for n in range(npages):
+            self.contents[target + n] = self.contents[source + n]
+
     def flush_host(self, pfn: int, npages: int) -> None:
         self.calls.append(("flush_host", pfn, npages))
 
@@ -76,6 +81,38 @@ def refused(number: int, call: object, *arguments: object, **named: object) -> s
         call(*arguments, **named)  # type: ignore[operator]
     assert caught.value.errno == number
     return str(caught.value)
+
+
+def test_a_page_moves_with_its_contents_and_state(hyp: Hypervisor, log: Log) -> None:
+    vm = hyp.create_vm(16)
+    hyp.host_donate_guest(vm, 100, 4, 3)
+    hyp.guest_share_host(vm, 5)
+    log.calls.clear()
+    hyp.host_move_guest(vm, 200, 4, 3)
+    guest = hyp.vms.get("test", vm)
+    assert guest.pfns(4, 3).tolist() == [200, 201, 202]
+    assert guest.states(4, 3).tolist() == [0, 1, 0]
+    assert host_reaches(hyp, 200, 3).tolist() == [False, True, False]
+    assert host_reaches(hyp, 100, 3).all()
+    assert (int(hyp.vmemmap.handle[202]), int(hyp.vmemmap.gfn[202])) == (vm, 6)
+    assert [log.contents[pfn] for pfn in (100, 101, 102, 200, 201, 202)] == [0, 0, 0, 200, 201, 202]
+    assert log.calls[:5] == [
+        ("flush_guest", vm, 4, 1), ("flush_host", 100, 1), ("flush_host", 200, 1),
+        ("copy_pages", 100, 200, 1), ("zero", 100, 1),
+    ]  # fmt: skip
+    hyp.vcpu_load(vm)
+    hyp.host_move_guest(vm, 100, 6)
+    assert hyp.guest_unshare_host(vm, 5) is None
+    hyp.vcpu_put(vm)
+    key = hyp.key()
+    text = refused(errno.EPERM, hyp.host_move_guest, vm, 199, 4, 2)
+    assert text.endswith("host's page 0xc8 is NOPAGE, not OWNED")
+    assert "no leaf at page 0x7" in refused(errno.ENOENT, hyp.host_move_guest, vm, 300, 6, 2)
+    hyp.start_teardown(vm)
+    assert "it must be protected, alive" in refused(errno.EINVAL, hyp.host_move_guest, vm, 300, 4)
+    hyp.vms.get("test", vm).dying = False
+    assert hyp.key() == key
+    assert hyp.teardown(vm) == 3
 
 
 # --- what is written down -------------------------------------------------------------------------
