@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping
 
 import click
@@ -27,6 +28,8 @@ from kvmsim.tracedvm import traced
 from kvmsim.tracefile import TraceFile
 from kvmsim.uapi import ABIS, Abi
 from privfs.notifier.lane import find_socket
+
+log = logging.getLogger(__name__)
 
 
 def _types(
@@ -65,8 +68,8 @@ def _types(
     help="guest_memfds convert in place and keep the types (KVM_SET_MEMORY_ATTRIBUTES2).",
 )  # fmt: skip
 @click.option(
-    "--no-gmem-flags", is_flag=True,
-    help="Offer no flags of guest_memfds, as kernels before 6.18: the host maps none.",
+    "--gmem-flags", is_flag=True,
+    help="Offer the flags of guest_memfds that Linux 6.18 has, for files that the host maps.",
 )  # fmt: skip
 @click.option(
     "--trace", "trace_path", metavar="FILE", type=click.Path(dir_okay=False),
@@ -80,7 +83,7 @@ def execute(
     abi: Abi,
     vm_types: Mapping[int, VmKind] | None,
     in_place: bool,
-    no_gmem_flags: bool,
+    gmem_flags: bool,
     trace_path: str | None,
     trace_format: str | None,
     verbosity: Verbosity,
@@ -95,6 +98,8 @@ def execute(
         raise click.UsageError("--in-place: the interface of 2022 has no conversion in place")
     if vm_types is not None and abi == "v7":
         raise click.UsageError("--vm-types: the interface of 2022 has no VM types")
+    if gmem_flags and abi == "v7":
+        raise click.UsageError("--gmem-flags: the interface of 2022 has no guest_memfds")
     with contextlib.ExitStack() as stack:
         running: type[RunningVm] = RunningVm
         if trace_path is not None:
@@ -117,9 +122,14 @@ def execute(
                 in_place=in_place,
                 types=vm_types,
                 control=control,
-                gmem_flags=0 if no_gmem_flags else FLAGS,
+                gmem_flags=FLAGS if gmem_flags else 0,
             )
         )
+        if gmem_flags and not in_place and not device.asked(None).gmem_flags:
+            log.warning(
+                "--gmem-flags: none are offered, since the host can map no file of the mount; it "
+                "needs personality=guest_memfd and passthrough, see: privfs doctor"
+            )
         try:
             status = run(program, device)
         except LaunchFailed as failed:

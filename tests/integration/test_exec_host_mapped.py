@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from mounts import Mounter
 
 pytestmark = pytest.mark.fuse
+Run = Callable[..., subprocess.CompletedProcess[str]]
 
 PROGRAM = """
 import ctypes, errno, fcntl, mmap, os, struct
@@ -64,17 +66,34 @@ with open(os.__file__, "rb") as file:  # of others the kernel decides
 """
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    def inside(flags: int, *options: str) -> subprocess.CompletedProcess[str]:
+        program = tmp_path / "program.py"
+        program.write_text(PROGRAM.replace("FLAGS", str(flags)))
+        command = [sys.executable, "-m", "kvmsim", "exec", *options, "--", sys.executable, program]
+        return subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+
+    return inside
+
+
 @pytest.mark.parametrize("offered", [True, False])
-def test_a_program_maps_its_guest_memfds(mount: Mounter, offered: bool, tmp_path: Path) -> None:
+def test_a_program_maps_its_guest_memfds(mount: Mounter, offered: bool, run: Run) -> None:
     made = mount("personality=guest_memfd")
     if not made.ask("status")["host_mappable"]:
         pytest.skip("no FUSE passthrough: needs root and Linux 6.9")
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM.replace("FLAGS", "3" if offered else "0"))
-    options = [] if offered else ["--no-gmem-flags"]
-    done = subprocess.run(
-        [sys.executable, "-m", "kvmsim", "exec", "--memory", made.path, *options, "--",
-         sys.executable, program],
-        capture_output=True, text=True, timeout=90, check=False,
-    )  # fmt: skip
+    done = run(3 * offered, f"--memory={made.path}", *["--gmem-flags"] * offered)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_mount_that_cannot_offers_no_flags(mount: Mounter, run: Run) -> None:
+    done = run(0, f"--memory={mount('personality=resizable').path}", "--gmem-flags")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("kvmsim: --gmem-flags: none are offered")
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_interface_of_2022_has_no_flags(run: Run) -> None:
+    done = run(0, "--gmem-flags", "--abi=v7")
+    assert done.returncode == 2
+    assert "2022 has no guest_memfds" in done.stderr
