@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import struct
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,10 +30,6 @@ from hwemu.snp.memory import Memory
 from hwemu.snp.report import Report, pack
 from hwemu.snp.rmp import Rmp
 from hwemu.snp.rmpentry import FULL, PAGE_SIZE, VMPLS, PageSize, PageState, state_of
-
-#: VERSION, IMI_EN, FMS, reserved, GOSVW, VMPCK0..3 of a secrets page (``struct snp_secrets_page``).
-_SECRETS = struct.Struct("<IIII16s32s32s32s32s")
-SECRETS_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +184,7 @@ class Firmware:
             for frame in frames:
                 self._memory.zero(frame)
         elif kind is PageType.SECRETS:
-            self._memory.write(page, self._secrets(guest))
+            self._memory.write(page, guest.secrets().ljust(PAGE_SIZE, b"\0"))
         permissions = (FULL, masks.vmpl1 & FULL, masks.vmpl2 & FULL, masks.vmpl3 & FULL)
         self.rmp.store(
             page,
@@ -217,11 +212,6 @@ class Firmware:
             raise FirmwareRefused(
                 FwStatus.INVALID_PARAM, self._what(asked, "the CPUID page claims what there is")
             )
-
-    @staticmethod
-    def _secrets(guest: GuestContext) -> bytes:
-        head = _SECRETS.pack(SECRETS_VERSION, guest.imi, 0, 0, guest.gosvw, *guest.keys)
-        return head.ljust(PAGE_SIZE, b"\0")
 
     def launch_finish(
         self, gctx: int, *, host_data: bytes = bytes(32), id_block: IdBlock | None = None
@@ -369,26 +359,13 @@ class Firmware:
         report = guestmessage.report_request(message)
         if report is not None:
             data, vmpl = report
-            raw = pack(self._report(guest, data, vmpl), self.report_key())
+            raw = pack(Report.of(guest, data, vmpl, self.chip_id()), self.report_key())
             payload = guestmessage.REPORT_RESPONSE.pack(FwStatus.SUCCESS, len(raw)) + raw
         answer = Message(MessageType.REPORT_RSP, payload, message.vmpck, message.sequence + 1)
         sequence = list(guest.sequence)
         sequence[message.vmpck] = answer.sequence
         self._advance(asked, sequence=tuple(sequence))
         return answer.seal(guest.keys[message.vmpck])
-
-    def _report(self, guest: GuestContext, data: bytes, vmpl: int) -> Report:
-        block = guest.id_block
-        report = Report(
-            guest.policy, vmpl, data, guest.digest, guest.host_data, guest.report_id,
-            self.chip_id(),
-        )  # fmt: skip
-        if block is None:
-            return report
-        return replace(
-            report, guest_svn=block.guest_svn, family_id=block.family_id,
-            image_id=block.image_id, id_key_digest=block.id_key_digest,
-        )  # fmt: skip
 
     # -- small worlds -----------------------------------------------------------------------------
 

@@ -112,6 +112,11 @@ class IdBlock:
 _ID_BLOCK: Final = struct.Struct("<48s16s16sIIQ")
 
 
+#: VERSION, IMI_EN, FMS, reserved, GOSVW, VMPCK0..3 of a secrets page (``struct snp_secrets_page``).
+_SECRETS: Final = struct.Struct("<IIII16s32s32s32s32s")
+SECRETS_VERSION: Final = 3
+
+
 @dataclass(frozen=True, slots=True)
 class GuestContext:
     """A guest as its context page describes it; ``asid`` 0 means inactive.
@@ -134,6 +139,10 @@ class GuestContext:
     def __repr__(self) -> str:
         # keys stay out of logs
         return f"GuestContext({self.state}, asid={self.asid}, policy={self.policy:#x})"
+
+    def secrets(self) -> bytes:
+        """Return what a secrets page begins with; the rest of it is zero."""
+        return _SECRETS.pack(SECRETS_VERSION, self.imi, 0, 0, self.gosvw, *self.keys)
 
     def key(self) -> tuple[object, ...]:
         """Return what its future depends on, without the keys that were made up for it."""

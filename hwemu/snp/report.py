@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import hmac
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
+
+from hwemu.snp.guestcontext import GuestContext
 
 REPORT_SIZE: Final = 0x4A0
 SIGNED_SIZE: Final = 0x2A0
@@ -72,6 +74,20 @@ class Report:
     flags: int = 0
     version: int = VERSION
     signature_algo: int = SIGNATURE_ALGO
+
+    @classmethod
+    def of(cls, guest: GuestContext, data: bytes, vmpl: int, chip_id: bytes) -> Report:
+        """Return what a machine reports of a guest, to one of its VMPLs that sends ``data``."""
+        report = cls(
+            guest.policy, vmpl, data, guest.digest, guest.host_data, guest.report_id, chip_id
+        )
+        block = guest.id_block
+        if block is None:
+            return report
+        return replace(
+            report, guest_svn=block.guest_svn, family_id=block.family_id,
+            image_id=block.image_id, id_key_digest=block.id_key_digest,
+        )  # fmt: skip
 
 
 def pack(report: Report, key: bytes) -> bytes:
