@@ -267,6 +267,14 @@ class VmMemory:
             self._running.flush_zapped(zapped)
             self.side.retire(dropped)
 
+    def host_ranges(self) -> list[tuple[int, int]]:
+        """Bytes [start, end) of the caller that are under slots."""
+        with self._running.lock:
+            slots = [slot for slot in self._running.vm.mmu.slots if not slot.whole]
+        return [
+            (one.userspace_addr, one.userspace_addr + (one.npages << PAGE_SHIFT)) for one in slots
+        ]
+
     def read_word(self, gpa: int, *, caller: Caller) -> int | None:
         """The 64-bit word at a guest-physical address, through the userspace side."""
         with self._running.lock:

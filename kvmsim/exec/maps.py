@@ -55,6 +55,20 @@ def parse(text: str) -> Iterator[Mapping]:
         )
 
 
+def kept_from_children(smaps: str) -> frozenset[int]:
+    """Where the mappings begin that fork(2) leaves out (MADV_DONTFORK), from /proc/PID/smaps."""
+    found = set()
+    start = 0
+    for line in smaps.splitlines():
+        word, _, rest = line.partition(" ")
+        if word == "VmFlags:":
+            if "dc" in rest.split():
+                found.add(start)
+        elif not word.endswith(":"):
+            start = int(word.partition("-")[0], 16)
+    return frozenset(found)
+
+
 def overlapping(text: str, start: int, end: int) -> Iterator[tuple[int, int, Mapping]]:
     """Yield (first, last, mapping) for what there is of [start, end), clipped, ascending."""
     for mapping in parse(text):

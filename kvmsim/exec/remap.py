@@ -25,7 +25,8 @@ from kvmsim.exec.syscalls import pidfd_getfd
 from kvmsim.exec.tracees import Tracees
 from kvmsim.uapi import PAGE_SHIFT, PAGE_SIZE
 
-_SYS_MMAP, _SYS_CLOSE = 9, 3
+_SYS_MMAP, _SYS_CLOSE, _SYS_MADVISE = 9, 3, 28
+_MADV_DONTFORK: Final = 10
 _MAP_SHARED, _MAP_FIXED, _MAP_NORESERVE = 1, 0x10, 0x4000
 _PRESENT: Final = np.uint64(3 << 62)  # present or swapped, /proc/PID/pagemap
 _CHUNK: Final = 1 << 20
@@ -36,7 +37,8 @@ _SPAN: Final = 1 << 34  #: bytes looked up in pagemap at once: 32 MiB of entries
 class Replacement:
     """Bytes [start, start + length) are to be ``fd`` from its beginning, which is empty yet.
 
-    ``anonymous``: pages that are not there are zeros; else everything is copied.
+    ``anonymous``: pages that are not there are zeros; else everything is copied. ``inherited`` by
+    children; else MADV_DONTFORK.
     """
 
     start: int
@@ -44,6 +46,7 @@ class Replacement:
     fd: int
     protection: int
     anonymous: bool
+    inherited: bool
 
 
 class Remapper:
@@ -88,6 +91,10 @@ class Remapper:
         regs = self._tracees.registers(self._caller)
         regs["rax"] = (1 << 64) - code
         self._tracees.set_registers(self._caller, regs)
+
+    def call_again(self, nr: int) -> None:
+        """Let the caller make its system call ``nr`` again; nothing else can be done with it."""
+        self._tracees.rewind(self._caller, nr)
 
     # --- threads ------------------------------------------------------------------------------
 
@@ -150,6 +157,11 @@ class Remapper:
             f"mmap of {replacement.start:#x}", self._caller, _SYS_MMAP, replacement.start,
             replacement.length, replacement.protection, flags, number, 0,
         )  # fmt: skip
+        if not replacement.inherited:
+            self._tracees.made(
+                f"madvise of {replacement.start:#x}", self._caller, _SYS_MADVISE, replacement.start,
+                replacement.length, _MADV_DONTFORK,
+            )  # fmt: skip
 
 
 def new_memory(length: int) -> int:

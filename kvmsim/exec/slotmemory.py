@@ -13,7 +13,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from threading import get_ident
 
@@ -83,12 +83,15 @@ class SlotMemory:
         self._handed: list[_Handed] = []
         self._fresh: list[_Handed] = []
         self._text = ""
+        self._kept: frozenset[int] | None = None  #: mappings with MADV_DONTFORK, of one plan
+        self._wanted: list[int] = []  #: addresses of private memory that a guest has met
 
     # --- what a slot gets ---------------------------------------------------------------------
 
     def begin(self) -> None:
         """An ioctl begins that may make a slot."""
         self._planner, self._plan = get_ident(), []
+        self._kept = None
         self._fresh.clear()
 
     def end(self) -> list[Replacement]:
@@ -129,6 +132,28 @@ class SlotMemory:
                     handed.append(_Handed(first, last, key, offset, mapping.writable))
         return pieces
 
+    @property
+    def wanting(self) -> bool:
+        """Whether a guest has met private memory that is not shared; then :meth:`wanted`."""
+        return bool(self._wanted)
+
+    def wanted(self, slots: Iterable[tuple[int, int]]) -> list[Replacement]:
+        """What must be replaced of bytes [start, end) of slots in which it did; OSError."""
+        with self._lock:
+            addresses, self._wanted = self._wanted, []
+            self._kept = None
+            text = self._read()
+            plan: list[Replacement] = []
+            covered = 0
+            for start, end in sorted(slots):
+                if not any(start <= one < end for one in addresses):
+                    continue
+                for first, last, mapping in maps.overlapping(text, max(start, covered), end):
+                    if not mapping.shared and _usable(mapping):
+                        plan.append(self._replacement(first, last, mapping))
+                covered = max(covered, end)
+            return plan
+
     def returned(self) -> None:
         """What this thread of ours was lent is closed."""
         for fd in self._lent.pop(get_ident(), ()):
@@ -141,7 +166,7 @@ class SlotMemory:
     def _share(
         self, first: int, last: int, mapping: maps.Mapping, plan: list[Replacement] | None
     ) -> tuple[int, int] | None:
-        if mapping.special or not mapping.protection:
+        if not _usable(mapping):
             return None
         if mapping.shared:
             old = self._ours.get((mapping.dev, mapping.ino))
@@ -153,16 +178,21 @@ class SlotMemory:
                 self.lend(fd)
             return fd, mapping.offset + first - mapping.start
         if plan is None:
-            log.warning(
-                "process %d: [%#x, %#x) under a slot is private memory that came after the slot: "
-                "the guest finds nothing there; make the slot anew", self.pid, first, last,
-            )  # fmt: skip
+            self._wanted.append(first)
             return None
         start, end = (mapping.start, mapping.end) if self._continues(mapping) else (first, last)
+        plan.append(self._replacement(start, end, mapping))
+        return plan[-1].fd, first - start
+
+    def _replacement(self, start: int, end: int, mapping: maps.Mapping) -> Replacement:
+        if self._kept is None:
+            with open(f"/proc/{self.pid}/smaps") as file:
+                self._kept = maps.kept_from_children(file.read())
         fd = new_memory(end - start)
-        anonymous = mapping.ino == 0
-        plan.append(Replacement(start, end - start, fd, mapping.protection, anonymous))
-        return fd, first - start
+        inherited = mapping.start not in self._kept
+        return Replacement(
+            start, end - start, fd, mapping.protection, mapping.ino == 0, inherited
+        )  # fmt: skip
 
     def _continues(self, mapping: maps.Mapping) -> bool:
         """Whether it is what was left of a mapping when a slot took part of it.
@@ -294,6 +324,10 @@ def _still(one: _Handed, found: Sequence[maps.Mapping]) -> Iterator[tuple[int, i
         if first < last and one.there(found[at]):
             yield first, last
         at += 1
+
+
+def _usable(mapping: maps.Mapping) -> bool:
+    return not mapping.special and bool(mapping.protection)
 
 
 def _key(fd: int) -> Key:

@@ -2,8 +2,7 @@
 """Answers the ioctls of a program's processes from a simulated device, until the last one ends.
 
 One thread receives calls and makes them; what takes long (KVM_RUN) is answered by whoever ends
-it.  A second thread looks for signals of those that wait, since their callers can be interrupted
-by nobody but us (SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV).
+it (:mod:`kvmsim.exec.waiting`).
 """
 
 from __future__ import annotations
@@ -14,37 +13,26 @@ import logging
 import os
 import select
 import threading
-from dataclasses import dataclass
-from functools import partial
-from typing import Final
 
 from kvmsim.device.caller import Efault, PrivateFd
 from kvmsim.device.gmemfile import GmemFile
-from kvmsim.device.results import DeviceObject, Failure, NewFd, Pending, Result, Value
+from kvmsim.device.results import DeviceObject, Failure, NewFd, Result, Value
 from kvmsim.device.system import KvmDevice
 from kvmsim.exec.filemappings import collapses, maps_privately
 from kvmsim.exec.filter import CLONE, CLONE3, CLONE_VM, COLLAPSE, FORK, MADVISE, MMAP
 from kvmsim.exec.forks import Fork
 from kvmsim.exec.notification import Gone, Listener, Notification
 from kvmsim.exec.objects import Objects
-from kvmsim.exec.process import Identity, Process, Repeating, Thread, pending_signals
-from kvmsim.exec.remap import Remapper, Replacement
+from kvmsim.exec.process import Identity, Process, Thread
 from kvmsim.exec.requests import Requests
+from kvmsim.exec.sharing import Sharing
+from kvmsim.exec.waiting import Waiting, WaitingCalls
 from kvmsim.exec.watcher import Watcher
-from kvmsim.uapi import KVM_SET_USER_MEMORY_REGION, PAGE_SHIFT, USERSPACE_MEMORY_REGION
 from privfs.notifier.fds import thread_group
 
 log = logging.getLogger(__name__)
 
-_SIGNAL_SECONDS: Final = 0.002
 _Device = DeviceObject | GmemFile
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    notification: Notification
-    pending: Pending
-    mask: int | None
 
 
 class Supervisor:
@@ -69,29 +57,17 @@ class Supervisor:
         self._processes: dict[int, Process] = {}
         self._gone: dict[int, int] = {}  #: pids by their pidfd
         self._threads: dict[int, Thread] = {}  #: by tid, as they were when they last called
-        self._lock = threading.Lock()
-        self._waiting: dict[int, _Waiting] = {}
-        self._remapping = False
-        self._held: list[tuple[int, int]] = []
-        self._some = threading.Event()
-        self._ended = threading.Event()
+        self._waiting = WaitingCalls(listener)
+        self._epoll.register(self._waiting.fd, select.EPOLLIN)
+        self._sharing = Sharing(listener, self._watcher, self._waiting)
 
     def serve(self) -> None:
         """Serve until nobody is left who could call, or we are asked to end."""
-        poller = threading.Thread(target=self._watch_signals, name="signals")
-        poller.start()
         try:
             while self._turn():
                 pass
         finally:
-            self._ended.set()
-            self._some.set()
-            poller.join()
-            with self._lock:
-                waiting = list(self._waiting.values())
-            for one in waiting:
-                one.pending.cancel()
-                one.pending.wait()
+            self._waiting.close()
             with self._objects_lock:
                 self._objects.close()
             for pidfd in list(self._gone):
@@ -108,6 +84,9 @@ class Supervisor:
             elif fd == self._requests.fd:
                 if self._requests.hear():
                     return False
+            elif fd == self._waiting.fd:
+                for one in self._waiting.lacking():
+                    self._serve_guest(one)
             elif fd in self._gone:
                 self._forget(fd)
             else:
@@ -220,13 +199,13 @@ class Supervisor:
         finally:
             plan = slots.end()
         if plan and isinstance(result, Value):
-            self._remap(call, thread, device, plan)
+            self._sharing.for_slot(call, thread, device, plan)
         else:
             for one in plan:  # the ioctl failed
                 os.close(one.fd)
             if slots.done(failed=isinstance(result, Failure)):
                 self._watcher.add(thread.process)
-            self._deliver(call, result)
+            self._deliver(call, thread, result)
 
     def _thread(self, tid: int) -> Thread:
         """Find out whose thread it is; OSError."""
@@ -239,7 +218,7 @@ class Supervisor:
         thread = self._threads[tid] = Thread(process, tid)
         return thread
 
-    def _deliver(self, call: Notification, result: Result) -> None:
+    def _deliver(self, call: Notification, thread: Thread, result: Result) -> None:
         if isinstance(result, Value):
             self._listener.answer(call.id, result.value)
         elif isinstance(result, Failure):
@@ -249,25 +228,7 @@ class Supervisor:
         elif isinstance(result, NewFd):
             self._give(call, result)
         else:
-            with self._lock:
-                self._waiting[call.id] = _Waiting(call, result.pending, result.signal_mask)
-            self._some.set()
-            result.pending.on_done(partial(self._done, call.id))
-
-    def _done(self, id: int, outcome: Value | Failure) -> None:
-        value = outcome.value if isinstance(outcome, Value) else -outcome.errno
-        with self._lock:
-            del self._waiting[id]
-            if self._remapping:
-                self._held.append((id, value))
-                return
-        self._answer(id, value)
-
-    def _answer(self, id: int, value: int) -> None:
-        try:
-            self._listener.answer(id, value)
-        except Gone:
-            log.debug("a caller of KVM_RUN left before its answer")
+            self._waiting.add(Waiting(call, thread, result.pending, result.signal_mask))
 
     def _give(self, call: Notification, new: NewFd) -> None:
         try:
@@ -282,121 +243,22 @@ class Supervisor:
 
     # --- memory -------------------------------------------------------------------------------
 
-    def _remap(
-        self, call: Notification, thread: Thread, device: _Device, plan: list[Replacement]
-    ) -> None:
-        """Put memfds in the place of private memory, then let the ioctl return; or let it fail."""
-        with self._lock:
-            waiting = frozenset(one.notification.tid for one in self._waiting.values())
-            self._remapping = True
-        replaced: list[Replacement] = []
+    def _serve_guest(self, one: Waiting) -> None:
+        """A guest met private memory of its program."""
+        vms = self._objects.vms(one.thread.process)
         try:
-            with Remapper(thread.process.pid, call.tid) as remapper:
-                code = self._give_memory(remapper, call, plan, waiting, replaced)
-                if code:
-                    self._take_slot_back(device, thread, plan, code)
-                thread.process.slots.done(replaced, failed=bool(code))
+            self._sharing.for_guest(one, [range for vm in vms for range in vm.memory.host_ranges()])
+        except Gone:
+            log.debug("a caller of KVM_RUN left before its answer")
+        except OSError as error:
+            log.warning("memory under a slot of thread %d: %s", one.call.tid, error)
+            with contextlib.suppress(Gone):
+                self._listener.answer(one.call.id, -errno.EFAULT)
         finally:
-            for one in plan:
-                if one not in replaced:
-                    os.close(one.fd)
-            with self._lock:
-                self._remapping = False
-                held, self._held = self._held, []
-            for id, outcome in held:
-                self._answer(id, outcome)
-
-    def _give_memory(
-        self,
-        remapper: Remapper,
-        call: Notification,
-        plan: list[Replacement],
-        waiting: frozenset[int],
-        replaced: list[Replacement],
-    ) -> int:
-        """Replace what is planned and answer the call; return the errno that it fails with, or 0.
-
-        Every thread is stopped then.
-        """
-        try:
-            remapper.seize()
-        except OSError as error:  # somebody else traces it
-            log.warning("process %d cannot be stopped: %s", remapper.pid, error)
-            code = error.errno or errno.EPERM
-            self._listener.answer(call.id, -code)
-            return code
-        numbers: list[int] = []
-        code = 0
-        try:
-            for one in plan:
-                numbers.append(self._listener.give(call.id, one.fd, cloexec=True, answer=False))
-        except OSError as error:  # no number is left, say
-            log.warning("process %d takes no descriptors: %s", remapper.pid, error)
-            code = error.errno or errno.EMFILE
-        self._listener.answer(call.id, -code)
-        remapper.stop()
-        try:
-            if not code:
-                remapper.stop_others(waiting)
-                for one, number in zip(plan, numbers, strict=True):
-                    remapper.replace(one, number)
-                    replaced.append(one)
-        except OSError as error:
-            log.warning("memory of process %d: %s", remapper.pid, error)
-            code = error.errno or errno.EIO
-        for number in numbers:
-            remapper.close(number)
-        if code:
-            remapper.answer(code)
-        else:
-            self._tell_of_changes(remapper, replaced)
-        return code
-
-    def _take_slot_back(
-        self, device: _Device, thread: Thread, plan: list[Replacement], code: int
-    ) -> None:
-        """Memory of a new slot cannot be shared: there is no slot."""
-        log.warning(
-            "process %d gets %s for a slot, since %d pages of it would stay private",
-            thread.process.pid, errno.errorcode.get(code, str(code)),
-            sum(one.length for one in plan) >> PAGE_SHIFT,
-        )  # fmt: skip
-        number = thread.said[:4]  # of the slot, in the region that was read
-        nothing = number + bytes(USERSPACE_MEMORY_REGION.size - len(number))
-        device.ioctl(KVM_SET_USER_MEMORY_REGION, 0, Repeating(thread, nothing))
-
-    def _tell_of_changes(self, remapper: Remapper, replaced: list[Replacement]) -> None:
-        """Hear of what the process does to its new mappings."""
-        process = self._processes[remapper.pid]
-        slots = process.slots
-        try:
-            if slots.events is None:
-                slots.events = remapper.open_events(process.pidfd)
-            for one in replaced:
-                slots.events.register(one.start, one.length)
-        except OSError as error:
-            log.info("process %d: changes of its memory are seen late: %s", process.pid, error)
-        self._watcher.add(process)
+            self._waiting.settled(one)
 
     def _changed(self, process: Process, start: int, end: int) -> None:
         """In the watcher's thread: the process has other memory at [start, end), or none."""
         with self._objects_lock:
             for vm in self._objects.vms(process):
                 vm.memory.host_range_changed(start, end - start)
-
-    # --- signals ------------------------------------------------------------------------------
-
-    def _watch_signals(self) -> None:
-        while not self._ended.is_set():
-            with self._lock:
-                waiting = list(self._waiting.values())
-            if not waiting:
-                self._some.wait()
-                self._some.clear()
-                continue
-            for one in waiting:
-                if pending_signals(one.notification.tid, one.mask) or not self._listener.valid(
-                    one.notification.id
-                ):
-                    one.pending.cancel()
-            self._ended.wait(_SIGNAL_SECONDS)

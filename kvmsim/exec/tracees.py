@@ -80,7 +80,7 @@ class Tracees:
 
     def call(self, tid: int, nr: int, *arguments: int) -> int:
         """Have a thread, stopped behind a syscall instruction, make a call; what that returns."""
-        saved = self._begin(tid, nr, dict(zip(_ARGUMENTS, arguments, strict=False)))
+        saved = self.rewind(tid, nr, **dict(zip(_ARGUMENTS, arguments, strict=False)))
         try:
             while True:
                 _ptrace(_SINGLESTEP, tid)
@@ -104,7 +104,7 @@ class Tracees:
         With argument ``sixth``, which the call ignores. Afterwards the thread may only go on: it
         sees what its call returned, and is called again if a signal came first.
         """
-        saved = self._begin(tid, nr, {"r9": sixth})
+        saved = self.rewind(tid, nr, r9=sixth)
         stops = 0
         while True:
             _ptrace(_SYSCALL, tid)
@@ -121,8 +121,11 @@ class Tracees:
         _ptrace(_GETEVENTMSG, tid, ctypes.addressof(child))
         return child.value
 
-    def _begin(self, tid: int, nr: int, changes: dict[str, int]) -> dict[str, int]:
-        """Put a thread before a system call; the registers that it had."""
+    def rewind(self, tid: int, nr: int, **changes: int) -> dict[str, int]:
+        """Put a thread before its last syscall instruction; the registers that it had.
+
+        It will make call ``nr`` with the arguments in its registers, some of them changed.
+        """
         saved = self.registers(tid)
         code = ctypes.create_string_buffer(2)
         processmemory.read(self.pid, saved["rip"] - 2, ctypes.addressof(code), 2)

@@ -21,8 +21,8 @@ from rooms import room
 
 ROOT = Path(__file__).parents[2]
 MODES = [
-    "add", "threads", "alarm", "fork", "fault", "many",
-    "discard", "unmap", "move", "protect", "snapshot", "helpers", "full",
+    "add fault many", "threads", "alarm", "fork snapshot helpers", "discard unmap move anew",
+    "late protect", "full",
 ]  # fmt: skip
 
 pytest_plugins = ["twin_fixtures"]
@@ -55,10 +55,19 @@ def run(argv: list[str], seconds: float = 90) -> subprocess.CompletedProcess[str
     return subprocess.run(argv, capture_output=True, text=True, timeout=seconds, check=False)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_vmm_in_c_finds_what_it_expects(vmm: Path, mode: str, mount: Mounter, left: None) -> None:
-    done = run(command(vmm, mode, memory=mount().path))
+@pytest.mark.parametrize("modes", MODES)
+def test_a_vmm_in_c_finds_what_it_expects(
+    vmm: Path, modes: str, mount: Mounter, left: None
+) -> None:
+    done = run(command(vmm, *modes.split(), memory=mount().path))
     assert done.returncode == 0, done.stderr
+    assert modes == "full" or "process" not in done.stderr
+
+
+def test_a_child_that_there_is_no_memory_for(vmm: Path, mount: Mounter, left: None) -> None:
+    done = run(command(vmm, "poor", memory=mount().path))
+    assert done.returncode == 0, done.stderr
+    assert "finds nothing where there was memory under slots: mmap of" in done.stderr
 
 
 def test_a_vmm_for_the_kernel_runs_with_a_mount_of_its_own(left: None) -> None:
@@ -266,8 +275,19 @@ def test_a_program_that_another_traces_gets_no_slot(vmm: Path, mount: Mounter, l
     assert "gets EPERM for a slot, since 1024 pages of it would stay private" in done.stderr
 
 
+def test_nor_does_a_slot_that_it_has_take_its_private_memory(
+    vmm: Path, mount: Mounter, left: None
+) -> None:
+    done = run(command(sys.executable, "-c", _TRACER, vmm, "late", memory=mount().path))
+    assert done.returncode == 1
+    assert "found == 6 (errno Bad address)" in done.stderr
+    assert "1 pages under a slot are private memory that came after the slot, and EPERM" in (
+        done.stderr
+    )
+
+
 @pytest.mark.root
-@pytest.mark.parametrize("mode", ["add", "threads", "many"])
+@pytest.mark.parametrize("mode", ["add", "threads", "many", "snapshot"])
 def test_an_ordinary_user_can(vmm: Path, mode: str) -> None:
     with room() as made:
         program = made.place / "vmm"

@@ -12,12 +12,15 @@
  *   vmm discard      a guest reads zeros where the host said MADV_DONTNEED
  *   vmm unmap        a guest meets EFAULT where the host unmapped memory under a slot
  *   vmm move         the same for mremap; a slot at the new place has the contents
+ *   vmm anew         a guest sees private memory that the host mapped under a slot that was there
+ *   vmm late         the same where the memory was the host's own shared memory before
  *   vmm protect      the same for mprotect, and all is well when it is undone
  *   vmm snapshot     a child has the RAM as it was when it was forked, and what it writes is its own
+ *   vmm poor         a child that there is no memory for has no RAM
  *   vmm helpers      children that share the RAM, or run other programs, and threads
  *   vmm full         no descriptor is left for a VM, or to share memory by: EMFILE, nothing lost
  *
- * RAM is private anonymous memory. Status 0: everything was as it should be.
+ * RAM is private anonymous memory. Several can follow each other. Status 0: all was as it should be.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -57,7 +60,7 @@
 		}                                                                 \
 	} while (0)
 
-static int kvm, vm, run_size;
+static int kvm, vm, run_size, shared;
 static char *ram;
 
 struct vcpu {
@@ -76,6 +79,18 @@ static void add_ram(unsigned slot, uint64_t gpa, uint64_t size, void *where)
 	CHECK(!ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region));
 }
 
+static void *map(size_t size)
+{
+	int file = shared ? memfd_create("ram", 0) : -1;
+	int flags = shared ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+	void *where;
+
+	CHECK(!shared || !ftruncate(file, size));
+	where = mmap(NULL, size, PROT_READ | PROT_WRITE, flags, file, 0);
+	CHECK(where != MAP_FAILED);
+	return where;
+}
+
 static void make_vm(void)
 {
 	kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
@@ -85,8 +100,7 @@ static void make_vm(void)
 	CHECK(run_size >= (int)sizeof(struct kvm_run));
 	vm = ioctl(kvm, KVM_CREATE_VM, 0);
 	CHECK(vm >= 0);
-	ram = mmap(NULL, RAM_SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	CHECK(ram != MAP_FAILED);
+	ram = map(RAM_SIZE);
 	/* Long mode: one page of each level, the first GiB in pages of 2 MiB. */
 	*(uint64_t *)(ram + 0x1000) = 0x2003;
 	*(uint64_t *)(ram + 0x2000) = 0x3003;
@@ -305,14 +319,6 @@ static int peek(struct vcpu *vcpu)
 	return *((uint8_t *)vcpu->run + vcpu->run->io.data_offset);
 }
 
-static void *map(size_t size)
-{
-	void *where = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-	CHECK(where != MAP_FAILED);
-	return where;
-}
-
 /* A guest that peeks at the first byte of 1 MiB of its own slot, which is 5. */
 static struct vcpu make_peeking(char **more)
 {
@@ -374,6 +380,68 @@ static void move(void)
 	CHECK(peek(&vcpu) == 8);
 }
 
+/* Private memory, zeros but for the first byte, at a place that is under a slot. */
+static void map_at(char *where, size_t size, char first)
+{
+	CHECK(mmap(where, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED,
+		   -1, 0) == where);
+	*where = first;
+}
+
+static void *peek_in_thread(void *vcpu)
+{
+	return (void *)(intptr_t)peek(vcpu);
+}
+
+static void anew(void)
+{
+	char *more;
+	struct vcpu vcpu = make_peeking(&more);
+	struct vcpu other = make_vcpu(1);
+	struct kvm_regs regs;
+	pthread_t thread;
+	void *found;
+
+	map_at(more, 4096, 6);
+	CHECK(peek(&vcpu) == 6);
+	*more = 7;
+	CHECK(peek(&vcpu) == 7);
+	CHECK(!madvise(more, 4096, MADV_DONTNEED));
+	CHECK(peek(&vcpu) == 0);
+	/* Elsewhere in the slot, a page of its own, for another vCPU and a thread. */
+	map_at(more + 8192, 1 << 19, 8);
+	more[12288] = 9;
+	CHECK(!ioctl(other.fd, KVM_GET_REGS, &regs));
+	regs.rsi = FAR + 8192;
+	CHECK(!ioctl(other.fd, KVM_SET_REGS, &regs));
+	CHECK(!pthread_create(&thread, NULL, peek_in_thread, &other));
+	CHECK(peek(&vcpu) == 0);
+	CHECK(!pthread_join(thread, &found) && (intptr_t)found == 8);
+	CHECK(more[8192] == 8 && more[12288] == 9);
+	/* Nothing, and something again. */
+	CHECK(!munmap(more, 1 << 20));
+	CHECK(peek(&vcpu) == -EFAULT);
+	map_at(more, 1 << 20, 10);
+	CHECK(peek(&vcpu) == 10);
+}
+
+static void late(void)
+{
+	struct vcpu vcpu;
+	char *more;
+	int found = 5;
+
+	shared = 1;
+	vcpu = make_peeking(&more);
+	shared = 0;
+	map_at(more, 4096, 6);
+	for (int i = 0; i < 2000 && found == 5; i++) {
+		usleep(10000);
+		found = peek(&vcpu);
+	}
+	CHECK(found == 6);
+}
+
 static void protect(void)
 {
 	char *more;
@@ -400,6 +468,13 @@ static int end_of(pid_t child)
 	return status;
 }
 
+static int is_there(void *page)
+{
+	unsigned char there;
+
+	return !mincore(page, 4096, &there);
+}
+
 static void look_at_the_past(char *more, int told)
 {
 	pid_t child;
@@ -424,7 +499,7 @@ static void look_at_the_past(char *more, int told)
 
 static void snapshot(void)
 {
-	char *more;
+	char *more, *kept;
 	struct vcpu vcpu = make_peeking(&more);
 	int tell[2];
 	pid_t child;
@@ -444,24 +519,45 @@ static void snapshot(void)
 		*more = 6, more[8192] = 7;
 		CHECK(peek(&vcpu) == 6);
 		CHECK(write(tell[1], "a", 1) == 1);
-		while (peek(&vcpu) != 6)
-			CHECK(!"the guest sees what the child writes");
+		CHECK(peek(&vcpu) == 6);
 		CHECK(write(tell[1], "b", 1) == 1);
 		CHECK(!end_of(child));
 		CHECK(*more == 6 && more[4096] == 1 && more[8192] == 7);
 		CHECK(peek(&vcpu) == 6);
 	}
+	kept = map(4096);
+	CHECK(!madvise(kept, 4096, MADV_DONTFORK));
+	add_ram(2, 2 * FAR, 4096, kept);
 	CHECK(!madvise(more, 4096, MADV_DONTFORK));
 	child = fork();
 	if (!child) {
-		unsigned char there;
-
-		CHECK(mincore(more, 4096, &there) == -1 && errno == ENOMEM);
+		CHECK(!is_there(more) && !is_there(kept));
 		CHECK(more[4096] == 1);
 		exit(0);
 	}
 	CHECK(!end_of(child));
 	CHECK(peek(&vcpu) == 6);
+}
+
+static void poor(void)
+{
+	char *more;
+	struct vcpu vcpu = make_peeking(&more);
+	struct rlimit before, none;
+	pid_t child;
+
+	CHECK(!getrlimit(RLIMIT_DATA, &before));
+	none = before;
+	none.rlim_cur = 1 << 16;
+	CHECK(!setrlimit(RLIMIT_DATA, &none));
+	child = fork();
+	if (!child) {
+		CHECK(!is_there(more));
+		_exit(0);
+	}
+	CHECK(!setrlimit(RLIMIT_DATA, &before));
+	CHECK(!end_of(child));
+	CHECK(peek(&vcpu) == 5);
 }
 
 static int write_seven(void *where)
@@ -560,20 +656,23 @@ int main(int argc, char **argv)
 		{ "add", add }, { "threads", threads }, { "alarm", alarm_ends_it }, { "spin", spin },
 		{ "fork", forks }, { "fault", fault }, { "many", many },
 		{ "discard", discard }, { "unmap", unmap }, { "move", move },
-		{ "protect", protect }, { "snapshot", snapshot }, { "helpers", helpers },
+		{ "anew", anew }, { "late", late }, { "protect", protect },
+		{ "snapshot", snapshot }, { "poor", poor }, { "helpers", helpers },
 		{ "full", full },
 	};
+	const size_t count = sizeof(modes) / sizeof(modes[0]);
 	struct sigaction action = { .sa_handler = nothing };
 
 	sigaction(SIGUSR1, &action, NULL);
 	sigaction(SIGALRM, &action, NULL);
-	for (size_t i = 0; argc == 2 && i < sizeof(modes) / sizeof(modes[0]); i++) {
-		if (!strcmp(argv[1], modes[i].name)) {
-			modes[i].run();
-			return 0;
-		}
+	for (int i = 1; i < argc; i++) {
+		size_t mode = 0;
+
+		while (mode < count && strcmp(argv[i], modes[mode].name))
+			mode++;
+		if (mode == count)
+			return 2;
+		modes[mode].run();
 	}
-	fprintf(stderr, "usage: vmm add|threads|alarm|spin|fork|fault|many|discard|unmap|move|"
-			"protect|snapshot|helpers|full\n");
-	return 2;
+	return argc < 2 ? 2 : 0;
 }
