@@ -16,6 +16,8 @@ from hwemu.snp.guestops import Leaf, Vcpu, rmpadjust
 from hwemu.snp.outcome import GuestStatus, Returned
 from kvmsim.confidential.snp import SnpHost, make_host
 from kvmsim.hostmem import HostMemory
+from kvmsim.region import Region
+from kvmsim.uapi import KVM_MEM_GUEST_MEMFD
 from kvmsim.vmm.bootparams import Technology
 from privfs import control
 
@@ -125,6 +127,33 @@ def test_it_ends_before_they_arrive(
     guest.compact()
     guest.close()
     assert not any(guest.guard.residue().values())
+    mounted.audit()
+
+
+@accepting
+def test_its_slots_end_before_they_arrive(
+    moving: HostMemory, boot: Boot, mounted: Mounted, technology: Technology
+) -> None:
+    """The file is used no more: nothing may wait for its memory."""
+    guest = boot(moving, technology)
+    guest.compact()
+    running = guest.emulator.running
+    running.stop("its vCPUs have ended")
+    assert running.wait(30)
+    slots, placed = list(running.vm.mmu.slots), moving.arena.statistics().placed_bytes
+    for slot in slots:
+        region = Region(slot.id, KVM_MEM_GUEST_MEMFD, slot.base_gfn * PAGE, 0, 0)
+        with running.lock:
+            zapped = running.vm.set_user_memory_region2(region)
+        running.flush_zapped(zapped)
+    for file in {slot.file for slot in slots if slot.file is not None}:
+        running.private.forget(file)
+    assert moving.arena.statistics().placed_bytes <= placed - RAM // 2
+    told = guest.guard.describe()
+    if technology is Technology.TDX:
+        assert "REG" not in told["pamt_pages"]
+    else:
+        assert told["frames"] == len(running.vcpus), "their VMSAs"
     mounted.audit()
 
 
