@@ -311,7 +311,7 @@ their frames the TD's in the PAMT, while the owner copies; no other memory gets 
 The next access brings the new extent, and every entry of it is relocated before a leaf is stored:
 MAPPED again, or PENDING. A page that is punched meanwhile is removed (TDH.MEM.PAGE.REMOVE).
 That is work by the page, about 25 µs before the acknowledgement and 30 at the arrival, so files of
-more than 4 GiB, whose extents are larger than 64 MiB, are registered UNMOVABLE.
+more than 4 GiB, whose extents are larger than 64 MiB, are registered UNMOVABLE, whatever guest's.
 Where hardware's RELOCATE copies, here the owner has copied already, past the module; a poisoned
 page is as poisoned at its new place. What the module refuses to relocate, as outside of its
 TDMRs, stays blocked: the guest's access is KVM_EXIT_MEMORY_FAULT with EIO.
@@ -322,7 +322,7 @@ Pre-Guest), so no access passes while the owner copies. At the next access the n
 too, SNP_PAGE_MOVE makes them what the old ones were, and these are the hypervisor's: no #VC, and no
 PVALIDATE. Pages of 2 MiB move whole; where the new frames or a punch do not allow it, they are
 broken first (SNP_PAGE_RECLAIM, PSMASH). A page that is punched meanwhile is reclaimed and taken
-back. It costs about 1 µs a page in the tables, most of it at the arrival. What the AMD-SP or
+back. It costs 1 to 2 µs a page, most of it at the arrival. What the AMD-SP or
 RMPUPDATE refuses, as a frame that the RMP does not cover, is taken back, with a warning that names
 it: the guest's next access is #VC 0x404, as to any page that it has not validated.
 
