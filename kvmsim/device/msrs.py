@@ -38,6 +38,11 @@ class Msr:
     accepts: Callable[[int], bool] = lambda value: True
     host: Callable[[int], bool] | None = None
 
+    @property
+    def saved(self) -> bool:
+        """Whether who saves and restores a guest gives it back: what nobody writes is not."""
+        return (self.host or self.accepts) is not _never
+
 
 def _bits(mask: int) -> Callable[[int], bool]:
     return lambda value: not value & ~mask
@@ -126,8 +131,8 @@ ENGINE: Final = (
 )
 """Those that the engine keeps."""
 
-SAVED: Final = (*TABLE, *ENGINE)
-"""KVM_GET_MSR_INDEX_LIST."""
+SAVED: Final = (*(index for index, msr in TABLE.items() if msr.saved), *ENGINE)
+"""KVM_GET_MSR_INDEX_LIST: each takes its own value back by KVM_SET_MSRS."""
 
 FEATURES: Final[Mapping[int, int]] = MappingProxyType(
     {MSR_IA32_UCODE_REV: TABLE[MSR_IA32_UCODE_REV].reset,

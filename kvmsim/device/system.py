@@ -240,7 +240,7 @@ TABLE: Final = table(
         Row(requests.KVM_GET_EMULATED_CPUID, KvmDevice.get_emulated_cpuid, "nothing",
             "E2BIG: no room"),
         Row(requests.KVM_GET_MSR_INDEX_LIST, KvmDevice.get_msr_index_list,
-            "all that a vCPU keeps", "E2BIG: no room; the count is told"),
+            "all that KVM_SET_MSRS takes back", "E2BIG: no room; the count is told"),
         Row(requests.KVM_GET_MSR_FEATURE_INDEX_LIST, KvmDevice.get_msr_feature_index_list,
             "two", "E2BIG: no room; the count is told"),
         Row(requests.KVM_GET_MSRS, KvmDevice.get_msrs, "feature registers",

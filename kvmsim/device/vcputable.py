@@ -63,9 +63,11 @@ TABLE: Final = table(
         Row(requests.KVM_GET_DEBUGREGS, _seen(registers.get_debugregs), "what was set last"),
         Row(requests.KVM_SET_DEBUGREGS, _seen(registers.set_debugregs), "kept; no breakpoint fires",
             "EINVAL: flags, upper halves of DR6 and DR7"),
-        Row(requests.KVM_GET_MSRS, state.get_msrs, "the registers of KVM_GET_MSR_INDEX_LIST",
+        Row(requests.KVM_GET_MSRS, state.get_msrs,
+            "the registers of KVM_GET_MSR_INDEX_LIST, MSR_MTRRcap, MSR_IA32_MCG_CAP",
             "E2BIG: 256 or more"),
-        Row(requests.KVM_SET_MSRS, state.set_msrs, "the same; the first refused one ends it",
+        Row(requests.KVM_SET_MSRS, state.set_msrs,
+            "those of KVM_GET_MSR_INDEX_LIST; the first refused one ends it",
             "E2BIG: 256 or more"),
         Row(requests.KVM_SET_CPUID2, state.set_cpuid2, "all", "E2BIG: more than 256 entries; "
             "EINVAL: another one after KVM_RUN"),
