@@ -261,7 +261,7 @@ class PkvmGuard:
     def migrated(self, gfn: int, npages: int, old: int, new: int) -> None:
         """Donate the new place of every page that waits at the old one, in its stead."""
         with self._platform.lock:
-            if self._handle is None:
+            if self._handle is None or self._running.death is not None:
                 return
             guest = self._hyp.vms.get("move", self._handle)
             pfn, waits = old >> PAGE_SHIFT, guest.valid(gfn, npages)
