@@ -55,3 +55,54 @@ def listed(ask: Ask) -> set[int]:
         assert value is not None, hex(index)
         assert write(ask, index, value), (hex(index), value)
     return indices
+
+
+U64 = (1 << 64) - 1
+BANKS = 10
+CTL_P, SER_P, CMCI_P = 1 << 8, 1 << 24, 1 << 10
+
+#: After KVM_X86_SETUP_MCE of 10 banks with MCG_CTL: register, value to set, what is read then;
+#: None: there is no such register.
+MACHINE_CHECK = [
+    (0x179, 0, CTL_P | SER_P | BANKS),
+    (0x17A, 0xFF, 0xFF),
+    (0x17A, 1 << 60, 1 << 60),
+    (0x17B, U64, U64),
+    (0x17B, 5, U64),
+    (0x17B, 0, 0),
+    (0x400, U64, U64),
+    (0x400, 5, U64),
+    (0x400, U64 - 1, U64 - 1),
+    (0x410, U64 - (1 << 10), U64 - (1 << 10)),
+    (0x414, U64 - (1 << 11), U64),
+    (0x424, 0, 0),
+    (0x401, 1 << 63, 1 << 63),
+    (0x402, 77, 77),
+    (0x427, 99, 99),
+    (0x428, 0, None),
+    (0x47F, 0, None),
+    (0x280, 0, 0),
+    (0x289, 1 << 30, 0),
+    (0x28A, 0, None),
+    (0x0, 1, 0),
+    (0x1, 1, 0),
+]
+
+
+def set_up(ask: Ask, capability: int) -> int:
+    """KVM_X86_SETUP_MCE."""
+    return ask("vcpu", requests.KVM_X86_SETUP_MCE, structs.U64_VALUE.pack(capability))[0]
+
+
+def check_machine_check(ask: Ask) -> None:
+    """Before KVM_X86_SETUP_MCE there is room for all banks; afterwards as the table says."""
+    assert (read(ask, 0x179), read(ask, 0x17B), read(ask, 0x47F)) == (32, 0, 0)
+    assert not write(ask, 0x17B, U64), "without MCG_CTL_P"
+    assert write(ask, 0x17B, 0)
+    assert set_up(ask, SER_P | CTL_P | 33) < 0
+    assert set_up(ask, BANKS) == 0
+    assert (read(ask, 0x17B), read(ask, 0x400)) == (0, U64)
+    assert set_up(ask, SER_P | CTL_P | BANKS) == 0
+    for index, value, then in MACHINE_CHECK:
+        write(ask, index, value)
+        assert read(ask, index) == then, (hex(index), hex(value))

@@ -15,6 +15,8 @@ from typing import Final
 
 from hwemu.cpu import msr as engine_msr
 from kvmsim import pvclock
+from kvmsim.device import machinecheck
+from kvmsim.device.machinecheck import MachineCheck
 from kvmsim.device.registers import APIC_BASE_BSP, APIC_BASE_RESET, Invalid, check_apic_base
 
 MSR_IA32_TSC: Final = 0x10
@@ -101,8 +103,6 @@ TABLE: Final[Mapping[int, Msr]] = MappingProxyType(
         0x174: Msr("MSR_IA32_SYSENTER_CS"),
         0x175: Msr("MSR_IA32_SYSENTER_ESP", 0, _canonical),
         0x176: Msr("MSR_IA32_SYSENTER_EIP", 0, _canonical),
-        0x179: Msr("MSR_IA32_MCG_CAP", 0, _never),
-        0x17A: Msr("MSR_IA32_MCG_STATUS", 0, _bits(7), _always),
         MSR_IA32_MISC_ENABLE: Msr("MSR_IA32_MISC_ENABLE", 1, _bits(0xFFFF_FFFF), _always),
         **{
             0x200 + at: Msr(
@@ -131,7 +131,11 @@ ENGINE: Final = (
 )
 """Those that the engine keeps."""
 
-SAVED: Final = (*(index for index, msr in TABLE.items() if msr.saved), *ENGINE)
+SAVED: Final = (
+    *(index for index, msr in TABLE.items() if msr.saved),
+    *machinecheck.SAVED,
+    *ENGINE,
+)
 """KVM_GET_MSR_INDEX_LIST: each takes its own value back by KVM_SET_MSRS."""
 
 FEATURES: Final[Mapping[int, int]] = MappingProxyType(
@@ -150,15 +154,20 @@ class MsrStore:
         self._watched: dict[int, Callable[[int], None]] = {}
         self._values = {index: msr.reset for index, msr in TABLE.items()}
         self._values[MSR_IA32_APICBASE] |= APIC_BASE_BSP if bsp else 0
+        self.machine_check = MachineCheck()
 
-    def read(self, index: int) -> int | None:
+    def read(self, index: int, *, host: bool) -> int | None:
         """The value; None: there is no such register here."""
+        if index in self.machine_check:
+            return self.machine_check.read(index, host=host)
         if index == MSR_IA32_TSC:
             return self._tsc() + self._tsc_offset & _U64
         return self._values.get(index)
 
     def write(self, index: int, value: int, *, host: bool) -> bool:
         """Store; False if there is no such register or it does not accept the value."""
+        if index in self.machine_check:
+            return self.machine_check.write(index, value, host=host)
         msr = TABLE.get(index)
         if msr is None:
             return False
@@ -176,10 +185,6 @@ class MsrStore:
     def watch(self, index: int, written: Callable[[int], None]) -> None:
         """Have ``written`` called with each value that is stored, by whoever stores it."""
         self._watched[index] = written
-
-    def set_mcg_cap(self, value: int) -> None:
-        """KVM_X86_SETUP_MCE."""
-        self._values[0x179] = value
 
     @property
     def apic_base(self) -> int:

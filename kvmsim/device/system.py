@@ -15,7 +15,7 @@ from typing import Final, Self
 
 from kvmsim.confidential.platform import Platform
 from kvmsim.control import Control
-from kvmsim.device import cpuid, msrs
+from kvmsim.device import cpuid, machinecheck, msrs
 from kvmsim.device.caller import Caller
 from kvmsim.device.capabilities import VM_TYPES, Asked, check_extension
 from kvmsim.device.gmem import FLAGS, GuestMemfds
@@ -23,7 +23,6 @@ from kvmsim.device.gmemfile import IN_PLACE_FLAGS, GmemFile
 from kvmsim.device.report import vm_report
 from kvmsim.device.results import FdKind, NewFd, Result
 from kvmsim.device.table import Call, Level, Row, dispatch, table
-from kvmsim.device.vcpustate import MCE_CAP_SUPPORTED
 from kvmsim.device.vm import VmDevice
 from kvmsim.hostmem import HostMemory
 from kvmsim.kind import VmKind
@@ -199,7 +198,7 @@ class KvmDevice:
 
     def get_mce_cap_supported(self, call: Call) -> None:
         """KVM_X86_GET_MCE_CAP_SUPPORTED."""
-        call.write(structs.U64_VALUE.pack(MCE_CAP_SUPPORTED))
+        call.write(structs.U64_VALUE.pack(machinecheck.SUPPORTED))
 
 
 def _no_argument(call: Call) -> None:

@@ -254,7 +254,7 @@ class VcpuDevice:
         """RDMSR or WRMSR of what the engine does not keep; None: #GP."""
         if access.is_write:
             return 0 if self.msrs.write(access.index, access.value, host=False) else None
-        return self.msrs.read(access.index)
+        return self.msrs.read(access.index, host=False)
 
     def exited(self, left: exits.Exit) -> None:
         """The guest left: go on if the kernel would, else end KVM_RUN."""

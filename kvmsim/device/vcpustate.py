@@ -11,7 +11,7 @@ import errno
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from kvmsim.device import cpuid
+from kvmsim.device import cpuid, machinecheck
 from kvmsim.device.registers import Invalid
 from kvmsim.device.table import Answer, Call
 from kvmsim.device.translate import translate
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from kvmsim.device.vcpu import VcpuDevice
 
 _SIGSET_SIZE: Final = 8
-MCE_CAP_SUPPORTED: Final = 1 << 8 | 1 << 24  # MCG_CTL_P, MCG_SER_P
 
 # --- model-specific registers ----------------------------------------------------------------
 
@@ -53,7 +52,7 @@ def get_msrs(vcpu: VcpuDevice, call: Call) -> int:
         if value is not None and vcpu.protected:  # sev_es_prevent_msr_access(), tdx_get_msr()
             break
         if value is None:
-            value = vcpu.msrs.read(index)
+            value = vcpu.msrs.read(index, host=True)
         if value is None:
             break
         done.append(structs.MSR_ENTRY.pack(index, value))
@@ -241,9 +240,9 @@ def setup_mce(vcpu: VcpuDevice, call: Call) -> None:
     banks = capability & 0xFF
     if not 0 < banks <= KVM_MAX_MCE_BANKS:
         raise call.refused(errno.EINVAL, f"{banks} banks, from 1 to {KVM_MAX_MCE_BANKS} there are")
-    if capability & ~(MCE_CAP_SUPPORTED | 0xFF | 0xFF0000):
+    if capability & ~(machinecheck.SUPPORTED | 0xFF | 0xFF0000):
         raise call.refused(errno.EINVAL, f"capability {capability:#x} is not supported")
-    vcpu.msrs.set_mcg_cap(capability)
+    vcpu.msrs.machine_check.set_up(capability)
 
 
 def set_guest_debug(vcpu: VcpuDevice, call: Call) -> None:

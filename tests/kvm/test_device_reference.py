@@ -200,3 +200,8 @@ def test_registers_that_are_listed_take_their_own_value() -> None:
     with closing(Real(chips=True)) as real:  # MSR_KVM_ASYNC_PF_INT needs a local APIC
         listed = device_msrs.listed(real.ask)
     assert {0xFE, 0x179}.isdisjoint(listed)
+
+
+def test_machine_check_registers_are_as_they_were_set_up() -> None:
+    with closing(Real()) as real:
+        device_msrs.check_machine_check(real.ask)

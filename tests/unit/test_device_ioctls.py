@@ -121,6 +121,11 @@ def test_registers_that_are_listed_take_their_own_value(program: Program) -> Non
         assert device_msrs.read(partial(device_msrs.ours, program), index) is not None
 
 
+def test_machine_check_registers_are_as_they_were_set_up(program: Program) -> None:
+    program.add_vcpu(0)
+    device_msrs.check_machine_check(partial(device_msrs.ours, program))
+
+
 def test_feature_registers_are_read_up_to_the_first_unknown(shared: Program) -> None:
     data = structs.MSRS.pack(3) + b"".join(
         structs.MSR_ENTRY.pack(index, 0) for index in (0x8B, 0x12345, 0xCE)

@@ -20,6 +20,7 @@ from kvmsim.device.capabilities import Asked, check_extension
 from kvmsim.device.events import Events, Injection
 from kvmsim.device.hostside import HostSide
 from kvmsim.device.hypercall import Answer, ReadList, hypercall, listed
+from kvmsim.device.machinecheck import MachineCheck
 from kvmsim.device.msrs import SAVED, TABLE, MsrStore
 from kvmsim.device.pending import Call
 from kvmsim.device.registers import ControlState, Invalid
@@ -178,18 +179,18 @@ def test_supported_cpuid_names_the_processor_and_kvm() -> None:
 
 def test_msrs_refuse_what_the_processor_refuses() -> None:
     store = MsrStore(lambda: 1000, bsp=True)
-    assert store.read(0x1B) == 0xFEE0_0900
-    assert store.read(0x12345) is None
+    assert store.read(0x1B, host=True) == 0xFEE0_0900
+    assert store.read(0x12345, host=True) is None
     assert not store.write(0x12345, 0, host=True)
     for index, bad in ((0x277, 2), (0x2FF, 2), (0x250, 7), (0x175, 1 << 50), (0x1B, 1 << 10)):
-        before = store.read(index)
+        before = store.read(index, host=False)
         assert not store.write(index, bad, host=False)
-        assert store.read(index) == before
+        assert store.read(index, host=False) == before
     assert not store.write(0xCE, 5, host=False)
     assert store.write(0xCE, 5, host=True), "user space may choose MSR_PLATFORM_INFO"
     assert store.write(0x10, 5000, host=False)
-    assert store.read(0x10) == 5000, "the counter goes on from there"
-    assert set(TABLE) - set(SAVED) == {0xFE, 0x179}, "what nobody can write"
+    assert store.read(0x10, host=False) == 5000, "the counter goes on from there"
+    assert set(TABLE) - set(SAVED) == {0xFE}, "what nobody can write"
 
 
 def test_events_come_one_by_one() -> None:
@@ -214,6 +215,28 @@ def test_events_that_cannot_be(offset: int, value: int) -> None:
     with pytest.raises(Invalid):
         events.unpack(bytes(data))
     assert events.interrupt == 7
+
+
+def test_a_guest_may_do_less_with_machine_check_registers_than_user_space() -> None:
+    writable = [False]
+    checks = MachineCheck(lambda: writable[0])
+    assert checks.read(0x17B, host=True) == 0
+    assert checks.read(0x17B, host=False) is None, "no MCG_CTL_P"
+    assert not checks.write(0x17B, 0, host=False)
+    checks.set_up(1 << 8 | 2)
+    assert checks.read(0x17B, host=False) == U64
+    assert checks.write(0x17B, 0, host=False)
+    assert checks.read(0x280, host=False) is None, "no MCG_CMCI_P"
+    assert not checks.write(0x280, 0, host=False)
+    assert checks.write(0x401, 7, host=True)
+    assert not checks.write(0x401, 8, host=False), "the guest only clears a status"
+    assert checks.read(0x401, host=False) == 7
+    assert checks.write(0x401, 0, host=False)
+    writable[0] = True
+    assert checks.write(0x405, 8, host=False)
+    assert checks.read(0x405, host=False) == 8
+    assert 0x3FF not in checks
+    assert 0x480 not in checks
 
 
 # --- translation --------------------------------------------------------------------------------
