@@ -34,21 +34,38 @@ def firmware(text: bytes) -> bytes:
     return code.ljust(0xFFF0, b"\0") + b"\xea\x00\x00\x00\xf0".ljust(16, b"\0")  # jmp f000:0
 
 
-def test_a_machine_of_qemu_s_runs_its_firmware(mount: Mounter, tmp_path: Path) -> None:
+def qemu(mount: Mounter, console: Path, *options: object) -> subprocess.CompletedProcess[str]:
+    """Run QEMU with a debug console in ``console`` until it ends."""
     if shutil.which(QEMU) is None:
         pytest.skip(f"{QEMU} is missing: apt install qemu-system-x86")
-    image, console = tmp_path / "tiny.bin", tmp_path / "console"
-    image.write_bytes(firmware(b"here\n"))
-    done = subprocess.run(
+    return subprocess.run(
         [
             sys.executable, "-m", "kvmsim", "exec", "--memory", mount().path, "--",
-            QEMU, "-accel", "kvm", "-machine", MACHINE, "-cpu", "qemu64,-mce", "-m", "16",
-            "-nodefaults", "-display", "none", "-no-reboot", "-bios", image,
+            QEMU, "-accel", "kvm", "-nodefaults", "-display", "none", "-no-reboot",
             "-chardev", f"file,id=console,path={console}",
             "-device", f"isa-debugcon,iobase={CONSOLE:#x},chardev=console",
-            "-device", f"isa-debug-exit,iobase={EXIT:#x}",
+            *map(str, options),
         ],
         capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
+
+
+def test_a_machine_of_qemu_s_runs_its_firmware(mount: Mounter, tmp_path: Path) -> None:
+    image, console = tmp_path / "tiny.bin", tmp_path / "console"
+    image.write_bytes(firmware(b"here\n"))
+    done = qemu(
+        mount, console, "-machine", MACHINE, "-cpu", "qemu64", "-m", "16", "-bios", image,
+        "-device", f"isa-debug-exit,iobase={EXIT:#x}",
+    )  # fmt: skip
     assert done.returncode == STATUS << 1 | 1, done.stderr
     assert console.read_bytes() == b"here\n"
+
+
+def test_a_pc_looks_for_a_disk(mount: Mounter, tmp_path: Path) -> None:
+    """QEMU's own machine and SeaBIOS, which resets at once what it cannot boot."""
+    console = tmp_path / "console"
+    done = qemu(mount, console, "-m", "32M", "-boot", "reboot-timeout=1")
+    assert done.returncode == 0, done.stderr
+    said = console.read_text()
+    assert "Running on KVM" in said
+    assert "No bootable device." in said
