@@ -133,7 +133,7 @@ def execute(
         try:
             status = run(program, device)
         except LaunchFailed as failed:
-            return failed.status
+            status = failed.status
         except Refused as refused:
             raise Failure(Exit.INTERNAL, str(refused)) from refused
     return Exit.SIGNAL - status if status < 0 else status

@@ -6,7 +6,6 @@ from __future__ import annotations
 import array
 import ctypes
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -40,19 +39,20 @@ def run(program: Sequence[str], device: KvmDevice) -> int:
         node = Path(folder, "kvm")
         node.touch(0o666)
         status = os.stat(node)
-        child, listener = _start(program, os.fspath(node))
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is the program's
-        try:
-            with Requests() as requests:
+        with Requests() as requests:
+            child, listener = _start(program, os.fspath(node))
+            requests.pass_to(child)
+            try:
                 known = status.st_dev, status.st_ino
                 Supervisor(device, listener, known, requests).serve()
-            return child.wait()
-        finally:
-            signal.signal(signal.SIGINT, previous)
-            os.close(listener.fd)
-            if child.poll() is None:
-                child.kill()
-                child.wait()
+                if requests.over:
+                    child.kill()
+                return child.wait()
+            finally:
+                os.close(listener.fd)
+                if child.poll() is None:
+                    child.kill()
+                    child.wait()
 
 
 def _start(program: Sequence[str], node: str) -> tuple[subprocess.Popen[bytes], Listener]:
