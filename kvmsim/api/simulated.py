@@ -91,6 +91,9 @@ class _Runner:
 class Simulation:
     """A transport over :mod:`kvmsim.device`; ``directory`` lies on a privfs mount.
 
+    Elsewhere there are no guest_memfds: KVM_CAP_GUEST_MEMFD is 0, and what refuses one says how to
+    mount. All else is there.
+
     What its private files answer is the mount's business: mount with
     ``-o personality=guest_memfd`` for a VMM of today.  ``trace`` is a file for what happens in the
     VMs (docs/traces.md).  ``in_place``: guest_memfds convert in place (docs/inplace.md).

@@ -40,9 +40,20 @@ class GuestMemfds:
         self.made: dict[tuple[int, int], int] = {}
         self._offered = offered
 
+    @property
+    def missing(self) -> str:
+        """Why there can be no private files, and what to do; empty if the folder is on a mount."""
+        try:
+            find_socket(self.folder)
+        except LinkError as error:
+            return f"{error.strerror}; make one with: privfs mount DIR"
+        except OSError as error:  # a mount that is dead: it says so when a file is made
+            log.info("%s: %s", self.folder, error)
+        return ""
+
     @cached_property
     def flags(self) -> int:
-        """What the mount has of the flags offered: all or none.
+        """What the mount has of the flags offered: all or none. Only where none is missing.
 
         To be mapped by the host a file needs FUSE passthrough, and us to be the mount's user.
         """

@@ -324,6 +324,8 @@ class VmMemory:
         gmem = self._vm.system.gmem
         if gmem is None or self._vm.abi == "v7":
             raise call.refused(errno.ENOTTY, "no private files: no mount was given, or v7")
+        if gmem.missing:
+            raise call.refused(errno.ENOTTY, gmem.missing)
         size, flags = call.read(CREATE_GUEST_MEMFD)
         known = gmem_flags(self._vm.system.asked(self._vm.kind))
         if flags & ~known:

@@ -46,7 +46,8 @@ from kvmsim.views.gather import vm_tables
 class KvmDevice:
     """A simulated host with KVM: what a descriptor of /dev/kvm stands for.
 
-    ``memory``: a directory on a privfs mount, for KVM_CREATE_GUEST_MEMFD. ``abi``: today's
+    ``memory``: a directory on a privfs mount, for KVM_CREATE_GUEST_MEMFD; where there is no mount,
+    nor that. ``abi``: today's
     interface, or that of the 2022 series. ``host``: the arena to use; of the process, if it has
     one. ``running``: the class that runs the VMs. ``in_place``: guest_memfds convert in place and
     keep the types (kvm.gmem_in_place_conversion of the series that is not merged), for all VMs.
@@ -157,7 +158,7 @@ class KvmDevice:
     def asked(self, kind: VmKind | None) -> Asked:
         """What KVM_CHECK_EXTENSION's answers depend on; ``kind`` of a VM."""
         flags = None
-        if self.gmem is not None:
+        if self.gmem is not None and not self.gmem.missing:
             flags = IN_PLACE_FLAGS if self.in_place else self.gmem.flags
         return Asked(self.abi, kind, flags, self.in_place, self.types)
 

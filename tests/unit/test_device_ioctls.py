@@ -9,6 +9,7 @@ import os
 import struct
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import device_msrs
 import pytest
@@ -17,6 +18,7 @@ from device_program import PAGE, STACK, TEXT, Program, buffer
 
 from hwemu.arena import ArenaFullError
 from kvmsim import uapi
+from kvmsim.api import IoctlError, Kvm, Simulation
 from kvmsim.device import irqchip
 from kvmsim.device.local import LocalCaller, LocalProcess
 from kvmsim.device.results import Failure
@@ -284,6 +286,27 @@ def test_a_slot_that_cannot_be_mapped_is_not_made(
     with pytest.raises(OSError, match="no such slot"):
         program.slot(1, 0, 0, 0)
     program.slot(1, 1 << 32, PAGE, memory.address)
+
+
+def test_without_a_mount_there_are_no_private_files(tmp_path: Path) -> None:
+    """None is made of what anybody could read."""
+    for folder, in_place in ((tmp_path, False), (tmp_path / "missing", False), (tmp_path, True)):
+        with Program(folder, type=uapi.KVM_X86_SW_PROTECTED_VM, in_place=in_place) as program:
+            for fd in (program.kvm, program.vm):
+                for one in (uapi.KVM_CAP_GUEST_MEMFD, uapi.KVM_CAP_GUEST_MEMFD_FLAGS):
+                    assert program.ioctl(fd, uapi.KVM_CHECK_EXTENSION, None, one) == 0
+            with pytest.raises(OSError, match="make one with: privfs mount DIR") as caught:
+                program.guest_memfd(PAGE)
+            assert caught.value.errno == errno.ENOTTY
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_api_says_how_to_mount(tmp_path: Path) -> None:
+    with Kvm(Simulation(tmp_path)) as kvm, kvm.create_vm() as vm:
+        with pytest.raises(IoctlError, match="make one with: privfs mount DIR") as caught:
+            vm.create_guest_memfd(PAGE)
+        assert caught.value.errno == errno.ENOTTY
+        assert str(tmp_path) in str(caught.value)
 
 
 # --- address spaces and descriptors -------------------------------------------------------------
