@@ -57,7 +57,11 @@ class Fork:
     def again(self) -> int:
         """Have the caller, which has left its call, make it again; the child's pid, or 0."""
         self._parent.wait(self._caller)
-        pid = self._parent.fork(self._caller, self._nr, OURS)
+        try:
+            pid = self._parent.fork(self._caller, self._nr, OURS)
+        except OSError:  # it was killed
+            self._parent.let_strays_go()
+            raise
         if pid:
             self._child = Tracees(pid)
             self._child.adopt(pid)

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 import signal
+import time
 from struct import Struct
 from typing import Final, Self
 
@@ -18,11 +19,12 @@ from hwemu import processmemory
 from kvmsim.exec.syscalls import check, libc
 
 _SEIZE, _INTERRUPT, _DETACH, _SINGLESTEP, _SYSCALL = 0x4206, 0x4207, 17, 9, 24
-_GETREGS, _SETREGS, _GETEVENTMSG = 12, 13, 0x4201
+_GETREGS, _SETREGS, _SETOPTIONS, _GETEVENTMSG = 12, 13, 0x4200, 0x4201
 _WALL: Final = 0x40000000
 _INSTRUCTION: Final = b"\x0f\x05"  # syscall
 _AT_SYSCALL: Final = signal.SIGTRAP | 0x80  # with PTRACE_O_TRACESYSGOOD
 _TRACE_CHILDREN: Final = 0x1 | 0x2 | 0x4 | 0x8  # PTRACE_O_TRACESYSGOOD, _FORK, _VFORK, _CLONE
+_EXITKILL: Final = 1 << 20  # PTRACE_O_EXITKILL
 _CHILD_EVENTS: Final = (1, 2, 3)  # PTRACE_EVENT_FORK, _VFORK, _CLONE
 _REGISTERS: Final = Struct("<27Q")  # struct user_regs_struct
 _NAMES: Final = (
@@ -30,6 +32,7 @@ _NAMES: Final = (
     "rdi", "orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs",
     "gs",
 )  # fmt: skip
+_STRAY_LOOKS, _STRAY_SECONDS = 20, 0.001
 _ARGUMENTS: Final = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
 
 
@@ -63,9 +66,13 @@ class Tracees:
         _ptrace(_INTERRUPT, tid)
 
     def adopt(self, tid: int) -> None:
-        """Wait for a thread that was born traced, and stops before it does anything."""
+        """Wait for a thread that was born traced, and stops before it does anything.
+
+        It is killed if we die.
+        """
         self.seized.add(tid)
         self.wait(tid)
+        _ptrace(_SETOPTIONS, tid, _EXITKILL)
 
     def wait(self, tid: int) -> int:
         """Wait until a thread has stopped; ProcessLookupError if it is gone."""
@@ -89,6 +96,15 @@ class Tracees:
             return self.registers(tid)["rax"]
         finally:
             self.set_registers(tid, saved)
+
+    def let_strays_go(self) -> None:
+        """Let go of a child whose maker died before it could be asked for it."""
+        for _ in range(_STRAY_LOOKS):
+            stopped = os.waitid(os.P_ALL, 0, os.WSTOPPED | os.WNOHANG | _WALL)
+            if stopped is not None:
+                with contextlib.suppress(OSError):
+                    _ptrace(_DETACH, stopped.si_pid)
+            time.sleep(_STRAY_SECONDS)
 
     def made(self, what: str, tid: int, nr: int, *arguments: int) -> int:
         """:meth:`call`, or OSError from what it returns; ``what`` is for people."""
