@@ -203,6 +203,11 @@ class Engine:
         parts = list(state_runs(states))
         self._check_side(deeds[parts[0][2]], TRANSITIONS[deeds[parts[0][2]]].initiator, rows)
         for start, end, state in parts:
+            side = TRANSITIONS[deeds[state]].replaced
+            assert side is not None
+            old = self.vmemmap.rows(guest.pfns(gfn + start, end - start))
+            self._check_side(deeds[state], side, old)
+        for start, end, state in parts:
             self._replace(deeds[state], guest, gfn + start, rows[start:end], block)
 
     def _replace(self, deed: Deed, guest: Guest, gfn: int, rows: Pages, block: bool) -> None:

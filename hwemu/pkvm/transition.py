@@ -96,106 +96,96 @@ class Transition:
         return both[::-1] if self.completer_first else both
 
 
-_HOST_GIVES: Final = Side(_HOST, (_OWNED,), _NOPAGE, (Guard.UNPINNED,))
-_HOST_GETS: Final = Side(_HOST, (_NOPAGE,), _OWNED)
-_HOST_GETS_LENT: Final = Side(_HOST, (_BORROWED,), _OWNED)
-_GUEST_GIVES: Final = Side(_GUEST, (_OWNED,), _NOPAGE)
-#: Upstream moves nothing: a donation and a reclaim in one, while the guest lives.
-_MOVE: Final = "none; as __pkvm_host_donate_guest() with __pkvm_host_reclaim_page_guest()"
+Change = tuple[tuple[PageState, PageState], tuple[PageState, PageState]]
+"""(before, after) of the initiator, and of the completer."""
+
+# what mem_protect.c calls so, whoever does it with whom
+_DONATE: Final = (_OWNED, _NOPAGE), (_NOPAGE, _OWNED)
+_SHARE: Final = (_OWNED, _SHARED), (_NOPAGE, _BORROWED)
+_UNSHARE: Final = (_SHARED, _OWNED), (_BORROWED, _NOPAGE)
+#: A page that was shared goes to whom it was shared with.
+_DONATE_SHARED: Final = (_SHARED, _NOPAGE), (_BORROWED, _OWNED)
+
+
+def _row(
+    change: Change,
+    initiator: Component,
+    completer: Component,
+    source: str,
+    vm: Vm = Vm.NONE,
+    *,
+    guards: tuple[Guard, ...] = (),
+    also: tuple[PageState, ...] = (),
+    completer_guards: tuple[Guard, ...] = (),
+    completer_first: bool = False,
+    zeroed: bool = False,
+    replaced: Side | None = None,
+) -> Transition:
+    """``also``: in what other states the initiator may be before; ``guards`` are its, too."""
+    (mine, mine_after), (theirs, theirs_after) = change
+    return Transition(
+        Side(initiator, (mine, *also), mine_after, guards),
+        Side(completer, (theirs,), theirs_after, completer_guards),
+        source,
+        vm,
+        completer_first,
+        zeroed,
+        replaced,
+    )
+
+
+_UNPINNED: Final = (Guard.UNPINNED,)
+_RECLAIM: Final = "__pkvm_host_reclaim_page_guest()"
+#: No kernel moves pages: this is a donation and a reclaim in one, while the guest lives.
+_MOVE: Final = f"none; as __pkvm_host_donate_guest() with {_RECLAIM}"
 
 TRANSITIONS: Final[Mapping[Deed, Transition]] = MappingProxyType(
     {
-        Deed.HOST_DONATE_GUEST: Transition(
-            _HOST_GIVES,
-            Side(_GUEST, (_NOPAGE,), _OWNED),
-            "__pkvm_host_donate_guest(); the reference: Android",
-            Vm.PROTECTED,
+        Deed.HOST_DONATE_GUEST: _row(
+            _DONATE, _HOST, _GUEST, "__pkvm_host_donate_guest(); the reference: Android",
+            Vm.PROTECTED, guards=_UNPINNED,
         ),
-        Deed.HOST_SHARE_GUEST: Transition(
-            Side(_HOST, (_OWNED, _SHARED), _SHARED, (Guard.SHARED_WITH_GUESTS, Guard.COUNT_LEFT)),
-            Side(_GUEST, (_NOPAGE,), _BORROWED),
-            "__pkvm_host_share_guest()",
-            Vm.ORDINARY,
-            completer_first=True,
+        Deed.HOST_SHARE_GUEST: _row(
+            _SHARE, _HOST, _GUEST, "__pkvm_host_share_guest()", Vm.ORDINARY, also=(_SHARED,),
+            guards=(Guard.SHARED_WITH_GUESTS, Guard.COUNT_LEFT), completer_first=True,
         ),
         # the host's state goes back to OWNED when the last guest has gone
-        Deed.HOST_UNSHARE_GUEST: Transition(
-            Side(_HOST, (_SHARED,), _OWNED, (Guard.SHARED_WITH_GUESTS,)),
-            Side(_GUEST, (_BORROWED,), _NOPAGE),
-            "__pkvm_host_unshare_guest()",
-            Vm.ORDINARY_ANY,
-            completer_first=True,
+        Deed.HOST_UNSHARE_GUEST: _row(
+            _UNSHARE, _HOST, _GUEST, "__pkvm_host_unshare_guest()", Vm.ORDINARY_ANY,
+            guards=(Guard.SHARED_WITH_GUESTS,), completer_first=True,
         ),
-        Deed.GUEST_SHARE_HOST: Transition(
-            Side(_GUEST, (_OWNED,), _SHARED),
-            Side(_HOST, (_NOPAGE,), _BORROWED),
-            "__pkvm_guest_share_host()",
-            Vm.PROTECTED,
+        Deed.GUEST_SHARE_HOST: _row(
+            _SHARE, _GUEST, _HOST, "__pkvm_guest_share_host()", Vm.PROTECTED
         ),
-        Deed.GUEST_UNSHARE_HOST: Transition(
-            Side(_GUEST, (_SHARED,), _OWNED),
-            Side(_HOST, (_BORROWED,), _NOPAGE),
-            "__pkvm_guest_unshare_host()",
-            Vm.PROTECTED,
+        Deed.GUEST_UNSHARE_HOST: _row(
+            _UNSHARE, _GUEST, _HOST, "__pkvm_guest_unshare_host()", Vm.PROTECTED
         ),
-        Deed.GUEST_RELINQUISH: Transition(
-            _GUEST_GIVES,
-            _HOST_GETS,
-            "__pkvm_guest_relinquish_to_host(), Android",
-            Vm.PROTECTED,
+        Deed.GUEST_RELINQUISH: _row(
+            _DONATE, _GUEST, _HOST, "__pkvm_guest_relinquish_to_host(), Android", Vm.PROTECTED,
             zeroed=True,
         ),
-        Deed.HOST_MOVE_OWNED: Transition(
-            _HOST_GIVES,
-            Side(_GUEST, (_OWNED,), _OWNED),
-            _MOVE,
-            Vm.PROTECTED,
-            zeroed=True,
-            replaced=_HOST_GETS,
+        Deed.HOST_MOVE_OWNED: _row(
+            ((_OWNED, _NOPAGE), (_OWNED, _OWNED)), _HOST, _GUEST, _MOVE, Vm.PROTECTED,
+            guards=_UNPINNED, zeroed=True, replaced=Side(_HOST, (_NOPAGE,), _OWNED),
         ),
-        Deed.HOST_MOVE_SHARED: Transition(
-            Side(_HOST, (_OWNED,), _BORROWED, (Guard.UNPINNED,)),
-            Side(_GUEST, (_SHARED,), _SHARED),
-            _MOVE,
-            Vm.PROTECTED,
-            zeroed=True,
-            replaced=_HOST_GETS_LENT,
+        Deed.HOST_MOVE_SHARED: _row(
+            ((_OWNED, _BORROWED), (_SHARED, _SHARED)), _HOST, _GUEST, _MOVE, Vm.PROTECTED,
+            guards=_UNPINNED, zeroed=True, replaced=Side(_HOST, (_BORROWED,), _OWNED),
         ),
-        Deed.RECLAIM_OWNED: Transition(
-            _GUEST_GIVES,
-            _HOST_GETS,
-            "__pkvm_host_reclaim_page_guest()",
-            Vm.DYING,
-            zeroed=True,
-        ),
+        Deed.RECLAIM_OWNED: _row(_DONATE, _GUEST, _HOST, _RECLAIM, Vm.DYING, zeroed=True),
         # the host has seen it already
-        Deed.RECLAIM_SHARED: Transition(
-            Side(_GUEST, (_SHARED,), _NOPAGE),
-            _HOST_GETS_LENT,
-            "__pkvm_host_reclaim_page_guest()",
-            Vm.DYING,
+        Deed.RECLAIM_SHARED: _row(_DONATE_SHARED, _GUEST, _HOST, _RECLAIM, Vm.DYING),
+        Deed.HOST_SHARE_HYP: _row(_SHARE, _HOST, _HYP, "__pkvm_host_share_hyp()"),
+        Deed.HOST_UNSHARE_HYP: _row(
+            _UNSHARE, _HOST, _HYP, "__pkvm_host_unshare_hyp()", completer_guards=_UNPINNED
         ),
-        Deed.HOST_SHARE_HYP: Transition(
-            Side(_HOST, (_OWNED,), _SHARED),
-            Side(_HYP, (_NOPAGE,), _BORROWED),
-            "__pkvm_host_share_hyp()",
-        ),
-        Deed.HOST_UNSHARE_HYP: Transition(
-            Side(_HOST, (_SHARED,), _OWNED),
-            Side(_HYP, (_BORROWED,), _NOPAGE, (Guard.UNPINNED,)),
-            "__pkvm_host_unshare_hyp()",
-        ),
-        Deed.HOST_DONATE_HYP: Transition(
-            _HOST_GIVES,
-            Side(_HYP, (_NOPAGE,), _OWNED),
-            "__pkvm_host_donate_hyp(); the reference: Android",
+        Deed.HOST_DONATE_HYP: _row(
+            _DONATE, _HOST, _HYP, "__pkvm_host_donate_hyp(); the reference: Android",
+            guards=_UNPINNED,
         ),
         # the hypervisor clears what it gives back (teardown_donated_memory() of pkvm.c)
-        Deed.HYP_DONATE_HOST: Transition(
-            Side(_HYP, (_OWNED,), _NOPAGE),
-            _HOST_GETS,
-            "__pkvm_hyp_donate_host()",
-            zeroed=True,
+        Deed.HYP_DONATE_HOST: _row(
+            _DONATE, _HYP, _HOST, "__pkvm_hyp_donate_host()", zeroed=True
         ),
     }
-)
+)  # fmt: skip
