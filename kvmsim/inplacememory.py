@@ -66,17 +66,29 @@ class InPlaceMemory(VmMemory):
         """Read as a device does; KvmError (EFAULT) where the guest has not shared it."""
         data = b""
         for file, offset, size in self._bytes(gpa, length):
-            with self._pages.pin(file, offset, size, write=False) as pin:
-                data += pin.read(offset, size)
+            data += self._copy(file, offset, size)
         return data
 
     def write_shared(self, gpa: int, data: bytes) -> None:
         """Write as a device does; KvmError (EFAULT) where the guest has not shared it."""
         at = 0
         for file, offset, size in self._bytes(gpa, len(data)):
-            with self._pages.pin(file, offset, size) as pin:
-                pin.write(offset, data[at : at + size])
+            self._copy(file, offset, size, data[at : at + size])
             at += size
+
+    def _copy(self, file: PrivateFile, offset: int, size: int, data: bytes | None = None) -> bytes:
+        """Read bytes of a file, or store ``data``; again if their owner moves them meanwhile."""
+        while True:
+            with self._pages.pin(file, offset, size, write=data is not None) as pin:
+                try:
+                    if data is None:
+                        return pin.read(offset, size)
+                    pin.write(offset, data)
+                except KvmError:
+                    if pin.held:
+                        raise
+                    continue
+                return data
 
     def _parts(self, gpa: int, size: int) -> list[tuple[PrivateFile, int, int]]:
         """The pages [first, last) of files that are bound to a range."""

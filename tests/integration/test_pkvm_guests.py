@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 from booted import AT, MIB, PAGE, WORD, Boot, Guest
@@ -12,6 +13,7 @@ from mounts import Mounted
 from hwemu.encryptedaccess import Met, Outcome
 from kvmsim.confidential.pkvm import PkvmHost
 from kvmsim.hostmem import HostMemory
+from kvmsim.hostpages import HostPages, HostPin
 from kvmsim.vmm.bootparams import Technology
 
 pytest_plugins = ["guest_fixtures", "actor_fixtures", "booted_fixtures"]
@@ -81,7 +83,7 @@ def test_what_it_has_relinquished_may_be_freed(
 
 
 def test_what_it_shares_moves_with_what_it_does_not(
-    moving: HostMemory, boot: Boot, mounted: Mounted
+    moving: HostMemory, boot: Boot, mounted: Mounted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guest = boot(moving, Technology.PKVM)
     hyp = guest.platform.hardware(PkvmHost, PkvmHost).hypervisor
@@ -92,7 +94,18 @@ def test_what_it_shares_moves_with_what_it_does_not(
     _, new = guest.entry(AT + PAGE)
     assert new != old
     assert guest.emulator.host_read(AT, 8) == Met(Outcome.STAGE2_ABORT)
-    guest.emulator.machine.write_shared(AT + PAGE, bytes(8))
+    pin, moves = HostPages.pin, iter([guest.compact])
+
+    def pinned(*where: Any, **how: Any) -> HostPin:
+        made = pin(*where, **how)
+        for move in moves:
+            move()
+            assert not made.held
+        return made
+
+    monkeypatch.setattr(HostPages, "pin", pinned)
+    guest.emulator.machine.write_shared(AT + PAGE, bytes(8))  # moved as the device has it in hand
+    assert next(moves, None) is None
     assert guest.number(f"peek {AT + PAGE:#x} shared", "value") == 0
     assert guest.ask(f"convert {AT + PAGE:#x} 1 private").startswith("ok")
     assert guest.whole(AT + 2 * PAGE, 2)
