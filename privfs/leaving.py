@@ -29,9 +29,11 @@ class Leave(SystemExit):
 def unwind_on(*numbers: signal.Signals) -> Callable[[], None]:
     """Raise :class:`Leave` in the main thread, which calls this, when one of these signals comes.
 
-    SIGALRM is taken for it. What is returned puts everything back as it was.
+    One that is ignored already stays so: nohup(1). SIGALRM is taken for it. What is returned puts
+    everything back as it was.
     """
-    before = {number: signal.signal(number, _leave) for number in numbers}
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _leave) for number in heard}
     before[signal.SIGALRM] = signal.signal(signal.SIGALRM, _send_again)
     hook = sys.unraisablehook
 

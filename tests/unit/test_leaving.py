@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from privfs.leaving import unwind_on
+
 DEMO = Path(__file__).parents[2] / "scripts" / "demo.d"
 
 _UNWIND = """
@@ -76,3 +78,14 @@ def test_a_signal_in_a_finalizer_ends_the_demonstration(name: str) -> None:
     done = end(_DEMO.format(path=str(DEMO)), name)
     assert done.stdout == "lost\nunwound\n"
     assert done.stderr.endswith(f"interrupts.Interrupted: {int(signal.Signals[name])}\n")
+
+
+def test_what_was_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        put_back = unwind_on(signal.SIGTERM, signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
+        put_back()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
