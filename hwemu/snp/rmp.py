@@ -173,9 +173,17 @@ class Rmp:
 
     def frames_of(self, asid: int) -> int:
         """Return how many frames are assigned to an ASID; the AMD-SP's counter (firmware ABI)."""
-        mine = self._assigned & (self._asid == asid)
-        large = int(np.count_nonzero(mine & self._large))
-        return int(np.count_nonzero(mine)) + large * (self.group - 1)
+        mine = self._mine(asid, 0, self.frames)
+        return len(mine) + int(np.count_nonzero(self._large[mine])) * (self.group - 1)
+
+    def _mine(self, asid: int, low: int, high: int) -> npt.NDArray[np.int64]:
+        """Indices in [low, high) whose own entry is assigned to an ASID, in order.
+
+        Few entries of many are assigned; these are found first, in one byte a frame.
+        """
+        found = np.flatnonzero(self._assigned[low:high]) + low
+        mine: npt.NDArray[np.int64] = found[self._asid[found] == asid]
+        return mine
 
     def _counting(self, low: int, high: int) -> npt.NDArray[np.int64]:
         """Indices of the entries that count for the frames at indices [low, high)."""
@@ -243,8 +251,7 @@ class Rmp:
         if low >= high:
             return np.zeros(0, np.int64)
         low -= low % self.group  # where the entry of a large page lies
-        found = np.flatnonzero(self._asid[low:high] == asid) + low
-        found = found[self._assigned[found]]
+        found = self._mine(asid, low, high)
         large = found[self._large[found]]
         behind = (large[:, None] + np.arange(1, self.group)).ravel()
         found = np.concatenate((found, behind)) + self.start
