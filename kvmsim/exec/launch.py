@@ -12,6 +12,7 @@ import ctypes
 import errno
 import os
 import shutil
+import signal
 import socket
 import sys
 
@@ -32,6 +33,7 @@ _SET_MODE_FILTER = 1
 _NEW_LISTENER = 1 << 3  # SECCOMP_FILTER_FLAG_*
 _WAIT_KILLABLE_RECV = 1 << 5  # Linux 5.19
 _MS_BIND, _MS_REC, _MS_PRIVATE, _MS_NOSUID = 4096, 16384, 1 << 18, 2
+_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 DEVICE = "/dev/kvm"
 #: Exit codes of a shell for a program that is not there, or cannot be executed; env(1)'s for us.
 _NOT_FOUND, _NOT_EXECUTABLE, _REFUSED = 127, 126, 125
@@ -49,6 +51,8 @@ def main(number: int, node: str, program: list[str]) -> int:
             if not channel.recv(1):  # the other end has it, or gave up
                 return _REFUSED
         os.close(listener)
+        for one in _IGNORED_BY_PYTHON:
+            signal.signal(one, signal.SIG_DFL)
         os.execv(path, program)
     except Refused as refused:
         print(f"kvmsim: {refused}", file=sys.stderr)

@@ -112,3 +112,14 @@ def test_one_that_does_not_end_is_killed_when_asked_again(mount: Mounter) -> Non
         assert complained == "kvmsim: asked to end again: the program has not, it is killed\n"
         assert supervisor.returncode == 128 + signal.SIGKILL
         assert not program.is_running()
+
+
+def test_a_program_begins_with_the_signals_of_any_other(mount: Mounter) -> None:
+    asked = ["grep", "^Sig[BI]", "/proc/self/status"]
+    place = os.fspath(mount("personality=guest_memfd").path)
+    command = [sys.executable, "-m", "kvmsim", "exec", "--memory", place, "--"]
+    beside, inside = (
+        subprocess.run([*before, *asked], capture_output=True, text=True, timeout=60, check=True)
+        for before in ([], command)
+    )
+    assert inside.stdout == beside.stdout
