@@ -52,7 +52,7 @@ class Fork:
 
     def seize(self) -> None:
         """Let the caller stop as soon as it leaves its call."""
-        self._parent.seize(self._caller, children=True)
+        self._parent.seize(self._caller)
 
     def again(self) -> int:
         """Have the caller, which has left its call, make it again; the child's pid, or 0."""

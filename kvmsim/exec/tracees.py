@@ -23,8 +23,8 @@ _GETREGS, _SETREGS, _SETOPTIONS, _GETEVENTMSG = 12, 13, 0x4200, 0x4201
 _WALL: Final = 0x40000000
 _INSTRUCTION: Final = b"\x0f\x05"  # syscall
 _AT_SYSCALL: Final = signal.SIGTRAP | 0x80  # with PTRACE_O_TRACESYSGOOD
-_TRACE_CHILDREN: Final = 0x1 | 0x2 | 0x4 | 0x8  # PTRACE_O_TRACESYSGOOD, _FORK, _VFORK, _CLONE
-_EXITKILL: Final = 1 << 20  # PTRACE_O_EXITKILL
+# PTRACE_O_TRACESYSGOOD, _TRACEFORK, _TRACEVFORK, _TRACECLONE, _EXITKILL
+_TRACE_CHILDREN: Final = 1 << 0 | 1 << 1 | 1 << 2 | 1 << 3 | 1 << 20
 _CHILD_EVENTS: Final = (1, 2, 3)  # PTRACE_EVENT_FORK, _VFORK, _CLONE
 _REGISTERS: Final = Struct("<27Q")  # struct user_regs_struct
 _NAMES: Final = (
@@ -56,23 +56,16 @@ class Tracees:
         self.seized.clear()
         self._signals.clear()
 
-    def seize(self, tid: int, *, children: bool = False) -> None:
-        """Let a thread stop as soon as it leaves its system call; then :meth:`wait`.
-
-        ``children``: what it makes by then is traced too; for :meth:`fork`.
-        """
-        _ptrace(_SEIZE, tid, _TRACE_CHILDREN if children else 0)
+    def seize(self, tid: int) -> None:
+        """Let a thread stop as soon as it leaves its system call; then :meth:`wait`."""
+        _ptrace(_SEIZE, tid)
         self.seized.add(tid)
         _ptrace(_INTERRUPT, tid)
 
     def adopt(self, tid: int) -> None:
-        """Wait for a thread that was born traced, and stops before it does anything.
-
-        It is killed if we die.
-        """
+        """Wait for a thread that was born traced, and stops before it does anything."""
         self.seized.add(tid)
         self.wait(tid)
-        _ptrace(_SETOPTIONS, tid, _EXITKILL)
 
     def wait(self, tid: int) -> int:
         """Wait until a thread has stopped; ProcessLookupError if it is gone."""
@@ -118,9 +111,11 @@ class Tracees:
         """Have a thread make its last call ``nr`` anew; the child, which is traced, or 0.
 
         With argument ``sixth``, which the call ignores. Afterwards the thread may only go on: it
-        sees what its call returned, and is called again if a signal came first.
+        sees what its call returned, and is called again if a signal came first. Should we die,
+        the child is killed.
         """
         saved = self.rewind(tid, nr, r9=sixth)
+        _ptrace(_SETOPTIONS, tid, _TRACE_CHILDREN)  # the child is born with them
         stops = 0
         while True:
             _ptrace(_SYSCALL, tid)
@@ -128,6 +123,7 @@ class Tracees:
             stops += os.WSTOPSIG(status) == _AT_SYSCALL
             if stops == 2 or status >> 16 in _CHILD_EVENTS:
                 break
+        _ptrace(_SETOPTIONS, tid, 0)
         regs = self.registers(tid)
         regs["r9"] = saved["r9"]
         self.set_registers(tid, regs)
