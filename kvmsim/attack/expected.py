@@ -84,7 +84,7 @@ _UNVALIDATED = ("RMPUPDATE clears Validated: the guest is told before it can use
                 "APM vol. 2, 15.36.6")  # fmt: skip
 _LIVES = Row(
     refused(Layer.EL2, "EINVAL"),
-    "nothing is reclaimed from a VM that lives: it dies of the punch, and its page goes back zeroed",
+    "nothing is reclaimed from a VM that lives: it dies of it, and its page goes back zeroed",
     "mem_protect.c, __pkvm_host_reclaim_page(); pkvm.c, __pkvm_start_teardown_vm()",
 )
 _FRESH = (

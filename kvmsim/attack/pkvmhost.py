@@ -11,7 +11,8 @@ from hwemu.pkvm.state import PkvmError
 from kvmsim.attack.framehost import FrameHost
 from kvmsim.attack.guest import FORGED, LabGuest
 from kvmsim.attack.outcome import NONE, AttackError, Layer, Outcome, refused, succeeds
-from kvmsim.confidential.pkvm import PkvmGuard, PkvmHost
+from kvmsim.confidential.pkvm import PkvmGuard
+from kvmsim.confidential.pkvmhost import PkvmHost
 from kvmsim.confidential.platform import Platform
 from kvmsim.uapi import PAGE_SHIFT
 

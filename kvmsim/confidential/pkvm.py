@@ -19,7 +19,7 @@ import contextlib
 import errno
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from hwemu.cpu import api as cpu_api
 from hwemu.cpu.api import Regs
-from hwemu.encryptedaccess import Encrypt, Technology
+from hwemu.encryptedaccess import Encrypt
 from hwemu.pkvm.access import host_reaches
 from hwemu.pkvm.hypercall import (
     MEM_SHARE,
@@ -37,10 +37,9 @@ from hwemu.pkvm.hypercall import (
     Returned,
     hypercall,
 )
-from hwemu.pkvm.hypervisor import Hypervisor
 from hwemu.pkvm.state import PageState, PkvmError
 from kvmsim import exits
-from kvmsim.confidential.encryption import Encryption
+from kvmsim.confidential.pkvmhost import PkvmHost, pfns_of, runs
 from kvmsim.confidential.platform import Platform
 from kvmsim.guard import Again, Answer, GuardRefusal, Inject, Leaf, Leave, Resolve, Verdict
 from kvmsim.mmu import Zapped
@@ -62,56 +61,6 @@ _UD: Final = 6
 _OTHERS: Final = frozenset(
     ("tdcall", "seamcall", "vmgexit", "pvalidate", "rmpadjust", "psmash", "rmpupdate")
 )
-
-
-@dataclass(slots=True)
-class PkvmHost:
-    """The hypervisor of one host, and which guard each of its VMs belongs to."""
-
-    platform: Platform
-    guards: dict[int, PkvmGuard] = field(default_factory=dict)
-    vacated: set[tuple[int, int]] = field(default_factory=set)
-    """[start, end) of pfns whose bytes their owner has moved, and that guests still have."""
-    hypervisor: Hypervisor = field(init=False)
-
-    def __post_init__(self) -> None:
-        base, size = self.platform.ram
-        self.hypervisor = Hypervisor(self, [(base >> PAGE_SHIFT, (base + size) >> PAGE_SHIFT)])
-        self.platform.hardware(Encryption, Encryption).holders.append(self._holder)
-
-    def _holder(self, hpa: int) -> tuple[Technology, int] | None:
-        """Somebody, where the host's stage 2 has nothing."""
-        pfn = hpa >> PAGE_SHIFT
-        known = self.hypervisor.vmemmap.is_memory(pfn, 1)
-        if not known or host_reaches(self.hypervisor, pfn, 1)[0]:
-            return None
-        return Technology.PKVM, 0
-
-    def zero(self, pfn: int, npages: int) -> None:
-        """hyp_poison_page(); where nothing is any more nothing is cleared."""
-        for first, count in self._there(pfn, npages):
-            self.platform.memory.zero(first << PAGE_SHIFT, count)
-
-    def copy_pages(self, source: int, target: int, npages: int) -> None:
-        """EL2's copy, of what its owner has not copied."""
-        for first, count in self._there(source, npages):
-            for pfn in range(first, first + count):
-                self.platform.memory.copy(pfn << PAGE_SHIFT, pfn - source + target << PAGE_SHIFT)
-
-    def _there(self, pfn: int, npages: int) -> Iterator[tuple[int, int]]:
-        """Runs (pfn, npages) of what was not vacated."""
-        there = np.ones(npages, np.bool_)
-        for start, end in self.vacated:
-            there[max(start - pfn, 0) : max(end - pfn, 0)] = False
-        for first, count in _runs(there):
-            yield pfn + first, count
-
-    def flush_host(self, pfn: int, npages: int) -> None:
-        """Nothing of the host's is cached: it reaches pages through references alone."""
-
-    def flush_guest(self, handle: int, gfn: int, npages: int) -> None:
-        """The leaves go; the vCPUs are told, or are out of guest code already."""
-        self.guards[handle].unmap(gfn, npages)
 
 
 def make(platform: Platform, running: RunningVm, encrypt: Encrypt | None = None) -> PkvmGuard:
@@ -223,7 +172,7 @@ class PkvmGuard:
             guest = self._hyp.vms.get("reclaim", self._handle)
             while self._freed:
                 gfn, npages = self._freed[-1]
-                for first, count in _runs(guest.valid(gfn, npages)):
+                for first, count in runs(guest.valid(gfn, npages)):
                     self._reclaim(gfn + first, count)
                 self._freed.pop()
         return False
@@ -242,7 +191,7 @@ class PkvmGuard:
         with self._platform.lock:
             kept = self.keeps(hpa, size)
             if kept:
-                self._host.vacated.add(_pfns(hpa, size))
+                self._host.vacated.add(pfns_of(hpa, size))
             return kept
 
     def keeps(self, hpa: int, size: int) -> bool:
@@ -255,7 +204,7 @@ class PkvmGuard:
         if self._handle is None:
             return np.zeros(0, np.bool_)
         guest = self._hyp.vms.get("look", self._handle)
-        pfns, (start, end) = guest.pfns(0, guest.npages), _pfns(hpa, size)
+        pfns, (start, end) = guest.pfns(0, guest.npages), pfns_of(hpa, size)
         return guest.valid(0, guest.npages) & (pfns >= start) & (pfns < end)
 
     def migrated(self, gfn: int, npages: int, old: int, new: int) -> None:
@@ -266,7 +215,7 @@ class PkvmGuard:
             guest = self._hyp.vms.get("move", self._handle)
             pfn, waits = old >> PAGE_SHIFT, guest.valid(gfn, npages)
             waits &= guest.pfns(gfn, npages) == np.arange(pfn, pfn + len(waits))
-            for first, count in _runs(waits):
+            for first, count in runs(waits):
                 target = (new >> PAGE_SHIFT) + first
                 try:
                     self._hyp.host_move_guest(self._handle, target, gfn + first, count)
@@ -277,9 +226,9 @@ class PkvmGuard:
     def released(self, hpa: int, size: int) -> None:
         """They are no guest's, or a dead one's; GuardRefusal if a live one has them by no slot."""
         with self._platform.lock:
-            for gfn, npages in _runs(self._mine(hpa, size)):
+            for gfn, npages in runs(self._mine(hpa, size)):
                 self._reclaim(gfn, npages)
-            self._host.vacated.discard(_pfns(hpa, size))
+            self._host.vacated.discard(pfns_of(hpa, size))
 
     def host_reaches(self, hpa: int, size: int) -> bool:
         """What is the guest's alone left the host's stage 2 (handle_host_mem_abort())."""
@@ -410,18 +359,6 @@ class PkvmGuard:
             yield
         except PkvmError as error:
             raise GuardRefusal(error.errno or errno.EIO, f"{what}: {error}") from error
-
-
-def _pfns(hpa: int, size: int) -> tuple[int, int]:
-    """The pages [start, end) of a range that begins and ends at pages."""
-    return hpa >> PAGE_SHIFT, hpa + size >> PAGE_SHIFT
-
-
-def _runs(which: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """(first, count) of neighbours that are true."""
-    edges = np.flatnonzero(np.diff(which.astype(np.int8), prepend=0, append=0)).tolist()
-    for start, end in zip(edges[::2], edges[1::2], strict=True):
-        yield start, end - start
 
 
 def _around(at: int, like: npt.NDArray[np.bool_]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from booted import AT, MIB, PAGE, WORD, Boot, Guest
 from mounts import Mounted
 
 from hwemu.encryptedaccess import Met, Outcome
-from kvmsim.confidential.pkvm import PkvmHost
+from kvmsim.confidential.pkvmhost import PkvmHost
 from kvmsim.hostmem import HostMemory
 from kvmsim.hostpages import HostPages, HostPin
 from kvmsim.vmm.bootparams import Technology

@@ -11,7 +11,8 @@ from typing import Any, Final
 from hwemu.snp.fwstatus import Command
 from hwemu.tdx import TdxModule
 from hwemu.tdx.leaves import leaf_of
-from kvmsim.confidential import pkvm, snp, tdx
+from kvmsim.confidential import snp, tdx
+from kvmsim.confidential.pkvmhost import PkvmHost
 from kvmsim.confidential.platform import Platform
 
 #: What comes with every slice of a vCPU, and what a look at a guest itself asks.
@@ -78,7 +79,7 @@ def _pkvm(platform: Platform, calls: Calls) -> None:
     def named(method: str) -> Callable[..., str]:
         return lambda *args, **kwargs: method
 
-    hypervisor = platform.hardware(pkvm.PkvmHost, pkvm.PkvmHost).hypervisor
+    hypervisor = platform.hardware(PkvmHost, PkvmHost).hypervisor
     for method in _PKVM:
         _tell(hypervisor, method, named(method), calls)
 
