@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import signal
@@ -15,28 +14,33 @@ from typing import Final, NoReturn
 
 import click
 
-from kvmsim.cli.attack import attack
-from kvmsim.cli.boot import boot
-from kvmsim.cli.demo import demo
-from kvmsim.cli.execute import execute
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.cli.failure import Failure
-from kvmsim.cli.map import show_map
-from kvmsim.cli.run import run
-from kvmsim.cli.stat import stat
+from kvmsim.cli.lazy import LazyGroup
 from kvmsim.cli.verbosity import Verbosity
 from privfs.leaving import unwind_on
 
+_COMMANDS: Final = {
+    "attack": "kvmsim.cli.attack:attack",
+    "boot": "kvmsim.cli.boot:boot",
+    "demo": "kvmsim.cli.demo:demo",
+    "exec": "kvmsim.cli.execute:execute",
+    "map": "kvmsim.cli.map:show_map",
+    "run": "kvmsim.cli.run:run",
+    "stat": "kvmsim.cli.stat:stat",
+}
 _PACKAGES: Final = {"kvmsim": "privfs", "unicorn": "unicorn", "numpy": "numpy"}
 
 
 def versions() -> dict[str, str]:
     """Return the versions that a report of a problem should name."""
+    from importlib import metadata  # takes a tenth of a second
+
     found = {}
     for name, package in _PACKAGES.items():
         try:
-            found[name] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
+            found[name] = metadata.version(package)
+        except metadata.PackageNotFoundError:
             found[name] = "missing"
     return found | {"python": platform.python_version(), "kernel": platform.release()}
 
@@ -48,17 +52,15 @@ def _print_versions(ctx: click.Context, parameter: click.Parameter, wanted: bool
         ctx.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup, sources=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option(
     "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_versions,
     help="Show the versions that a report of a problem should name.",
 )  # fmt: skip
 def cli() -> None:
     """Virtual machines on guest-private memory, emulated."""
-
-
-for _command in (attack, boot, demo, run, stat, show_map, execute):
-    cli.add_command(_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
