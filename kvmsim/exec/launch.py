@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Becomes the program: ``python -m kvmsim.exec.launch SOCKET NODE -- PROGRAM ARGUMENT…``.
+"""Becomes the program: ``python -m kvmsim.exec.launch SOCKET -- PROGRAM ARGUMENT…``.
 
 Between fork and exec of a program there is no room for all this, so it is a program of its own: a
-mount namespace in which /dev/kvm is NODE, the filter, its listener sent through SOCKET, exec.
+mount namespace in which /dev/kvm is an empty file, which no other namespace has; the filter; its
+listener and that file's st_dev and st_ino (:data:`BEGIN`) sent through SOCKET; exec.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import shutil
 import signal
 import socket
 import sys
+from struct import Struct
 
 from kvmsim.exec import filter as seccomp
 from kvmsim.exec.refusals import Refused, no_filter, no_namespace
@@ -25,6 +27,7 @@ from kvmsim.exec.syscalls import (
     check,
     libc,
     mount,
+    umount,
     unshare,
 )
 
@@ -33,21 +36,26 @@ _SET_MODE_FILTER = 1
 _NEW_LISTENER = 1 << 3  # SECCOMP_FILTER_FLAG_*
 _WAIT_KILLABLE_RECV = 1 << 5  # Linux 5.19
 _MS_BIND, _MS_REC, _MS_PRIVATE, _MS_NOSUID = 4096, 16384, 1 << 18, 2
+_MNT_DETACH = 2
 _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 DEVICE = "/dev/kvm"
+#: Where a file system of ours is until what is in it has its place: we need none of it meanwhile.
+_ASIDE = "/proc"
+BEGIN = Struct("<QQ")
 #: Exit codes of a shell for a program that is not there, or cannot be executed; env(1)'s for us.
 _NOT_FOUND, _NOT_EXECUTABLE, _REFUSED = 127, 126, 125
 
 
-def main(number: int, node: str, program: list[str]) -> int:
+def main(number: int, program: list[str]) -> int:
     """Do it; return only if it fails."""
     try:
         path = shutil.which(program[0]) or program[0]
-        _place(node)
+        _place()
+        node = os.stat(DEVICE)
         listener = _install()
         with socket.socket(fileno=number) as channel:
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [listener]))
-            channel.sendmsg([b"L"], [rights])
+            channel.sendmsg([BEGIN.pack(node.st_dev, node.st_ino)], [rights])
             if not channel.recv(1):  # the other end has it, or gave up
                 return _REFUSED
         os.close(listener)
@@ -62,15 +70,22 @@ def main(number: int, node: str, program: list[str]) -> int:
         return _NOT_FOUND if error.errno == errno.ENOENT else _NOT_EXECUTABLE
 
 
-def _place(node: str) -> None:
-    """Let /dev/kvm be ``node``, here and in what we start; Refused."""
+def _place() -> None:
+    """Let /dev/kvm be an empty file, here and in what we start; Refused."""
     uid = os.geteuid()
     try:
         _unshare(uid, os.getegid())
         mount("none", "/", "", _MS_REC | _MS_PRIVATE)
-        if not os.path.exists(DEVICE):
-            _copy_dev(node)
-        mount(node, DEVICE, "", _MS_BIND)
+        mount("kvmsim", _ASIDE, "tmpfs", _MS_NOSUID, "mode=755,size=64k")
+        node = os.path.join(_ASIDE, os.path.basename(DEVICE))
+        os.close(os.open(node, os.O_CREAT | os.O_WRONLY))
+        os.chmod(node, 0o666)
+        if os.path.exists(DEVICE):
+            mount(node, DEVICE, "", _MS_BIND)
+        else:
+            _copy_dev()
+            mount(_ASIDE, os.path.dirname(DEVICE), "", _MS_BIND | _MS_REC)
+        umount(_ASIDE, _MNT_DETACH)
     except OSError as error:
         raise no_namespace(error, uid) from error
 
@@ -90,13 +105,10 @@ def _unshare(uid: int, gid: int) -> None:
                 file.write(text)
 
 
-def _copy_dev(node: str) -> None:
-    """A /dev like ours that has room for one more name."""
-    place = os.path.join(os.path.dirname(node), "dev")
-    os.mkdir(place)
-    mount("kvmsim", place, "tmpfs", _MS_NOSUID, "mode=755,size=64k")
-    for entry in os.scandir("/dev"):
-        target = os.path.join(place, entry.name)
+def _copy_dev() -> None:
+    """Put all that /dev has beside our node."""
+    for entry in os.scandir(os.path.dirname(DEVICE)):
+        target = os.path.join(_ASIDE, entry.name)
         if entry.is_symlink():
             os.symlink(os.readlink(entry.path), target)
             continue
@@ -105,8 +117,6 @@ def _copy_dev(node: str) -> None:
         else:
             os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
         mount(entry.path, target, "", _MS_BIND | _MS_REC)
-    os.close(os.open(os.path.join(place, "kvm"), os.O_CREAT | os.O_WRONLY, 0o600))
-    mount(place, "/dev", "", _MS_BIND | _MS_REC)
 
 
 class _Program(ctypes.Structure):
@@ -130,4 +140,4 @@ def _install() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2], sys.argv[4:]))
+    sys.exit(main(int(sys.argv[1]), sys.argv[3:]))

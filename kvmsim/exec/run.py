@@ -9,13 +9,13 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from hwemu import processmemory
 from kvmsim.device.system import KvmDevice
+from kvmsim.exec.launch import BEGIN
 from kvmsim.exec.notification import Listener
+from kvmsim.exec.process import Identity
 from kvmsim.exec.refusals import no_access
 from kvmsim.exec.requests import Requests
 from kvmsim.exec.supervisor import Supervisor
@@ -35,34 +35,30 @@ def run(program: Sequence[str], device: KvmDevice) -> int:
 
     LaunchFailed; Refused where its memory is out of reach here.
     """
-    with tempfile.TemporaryDirectory(prefix="kvmsim-exec.") as folder:
-        node = Path(folder, "kvm")
-        node.touch(0o666)
-        status = os.stat(node)
-        with Requests() as requests:
-            child, listener = _start(program, os.fspath(node))
-            requests.pass_to(child)
-            try:
-                known = status.st_dev, status.st_ino
-                Supervisor(device, listener, known, requests).serve()
-                if requests.over:
-                    child.kill()
-                return child.wait()
-            finally:
-                os.close(listener.fd)
-                if child.poll() is None:
-                    child.kill()
-                    child.wait()
+    with Requests() as requests:
+        child, listener, node = _start(program)
+        requests.pass_to(child)
+        try:
+            Supervisor(device, listener, node, requests).serve()
+            if requests.over:
+                child.kill()
+            return child.wait()
+        finally:
+            os.close(listener.fd)
+            if child.poll() is None:
+                child.kill()
+                child.wait()
 
 
-def _start(program: Sequence[str], node: str) -> tuple[subprocess.Popen[bytes], Listener]:
+def _start(program: Sequence[str]) -> tuple[subprocess.Popen[bytes], Listener, Identity]:
+    """The program about to begin, and what /dev/kvm is for it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours:
         with theirs:
-            command = [sys.executable, "-m", "kvmsim.exec.launch", str(theirs.fileno()), node]
             number = theirs.fileno()
+            command = [sys.executable, "-m", "kvmsim.exec.launch", str(number)]
             child = subprocess.Popen([*command, "--", *program], pass_fds=[number])
-        data, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4))
+        data, ancillary, _, _ = ours.recvmsg(BEGIN.size, socket.CMSG_SPACE(4))
         if not data:
             raise LaunchFailed(child.wait())
         (_, _, payload), *_ = ancillary
@@ -76,7 +72,7 @@ def _start(program: Sequence[str], node: str) -> tuple[subprocess.Popen[bytes], 
             child.wait()
             raise no_access(error) from error
         ours.send(b"R")
-    return child, Listener(fd)
+    return child, Listener(fd), BEGIN.unpack(data)
 
 
 def _reach(pid: int, number: int) -> None:

@@ -123,7 +123,7 @@ class Supervisor:
                 self._fork(call)
             else:
                 self._ioctl(call)
-        except Gone:
+        except (Gone, ProcessLookupError):
             log.debug("thread %d left before its answer", call.tid)
         except OSError as error:  # of ours: no descriptors left, say
             log.warning("a call of thread %d: %s", call.tid, error)
@@ -248,7 +248,7 @@ class Supervisor:
         vms = self._objects.vms(one.thread.process)
         try:
             self._sharing.for_guest(one, [range for vm in vms for range in vm.memory.host_ranges()])
-        except Gone:
+        except (Gone, ProcessLookupError):
             log.debug("a caller of KVM_RUN left before its answer")
         except OSError as error:
             log.warning("memory under a slot of thread %d: %s", one.call.tid, error)

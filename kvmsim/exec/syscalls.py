@@ -40,6 +40,11 @@ def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> No
     check(done, f"mount {target}")
 
 
+def umount(target: str, flags: int) -> None:
+    """umount2(2)."""
+    check(libc.umount2(target.encode(), flags), f"umount {target}")
+
+
 def unshare(flags: int) -> None:
     """unshare(2)."""
     check(libc.unshare(flags), "unshare")

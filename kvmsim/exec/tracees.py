@@ -69,14 +69,24 @@ class Tracees:
 
     def wait(self, tid: int) -> int:
         """Wait until a thread has stopped; ProcessLookupError if it is gone."""
-        _, status = os.waitpid(tid, _WALL)
-        if not os.WIFSTOPPED(status):
+        seen = os.waitid(os.P_PID, tid, os.WEXITED | os.WSTOPPED | os.WNOWAIT | _WALL)
+        if seen is None or seen.si_code not in (os.CLD_TRAPPED, os.CLD_STOPPED):
             self.seized.discard(tid)
+            if not self._is_ours(tid):
+                os.waitpid(tid, _WALL)  # its parent hears of it then
             raise ProcessLookupError(errno.ESRCH, f"thread {tid} is gone")
+        _, status = os.waitpid(tid, _WALL)
         number = os.WSTOPSIG(status)
         if number not in (signal.SIGTRAP, _AT_SYSCALL) and not status >> 16:
             self._signals.append((tid, number))  # it was on its way; sent again afterwards
         return status
+
+    def _is_ours(self, tid: int) -> bool:
+        """Whether a dead thread is a child of ours, whose status somebody else here waits for."""
+        if tid != self.pid:
+            return False
+        with open(f"/proc/{tid}/stat") as file:
+            return int(file.read().rpartition(")")[2].split()[1]) == os.getpid()
 
     def call(self, tid: int, nr: int, *arguments: int) -> int:
         """Have a thread, stopped behind a syscall instruction, make a call; what that returns."""

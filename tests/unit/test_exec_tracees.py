@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Threads that are stopped for a moment, and what becomes of those that die meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from kvmsim.exec.tracees import Tracees
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or os.uname().machine != "x86_64", reason="registers of x86-64"
+)
+
+GETPID, GETPPID = 39, 110
+#: A process whose child is killed while it is traced, and which tells how that ended.
+PARENT = """
+import os
+child = os.fork()
+if not child:
+    while True:
+        os.read(0, 1)
+print(child, flush=True)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@contextlib.contextmanager
+def started(*command: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a program that waits in read(2) of its standard input."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as program:  # type: ignore[call-overload]
+        yield program
+
+
+def test_a_thread_makes_calls_of_ours_and_goes_on() -> None:
+    with started("cat") as cat:
+        with Tracees(cat.pid) as tracees:
+            tracees.seize(cat.pid)
+            tracees.wait(cat.pid)
+            assert tracees.call(cat.pid, GETPID) == cat.pid
+            assert tracees.made("getppid", cat.pid, GETPPID) == os.getpid()
+            with pytest.raises(OSError, match="Bad file descriptor"):
+                tracees.made("close", cat.pid, 3, 999)
+        assert cat.communicate("heard\n") == ("heard\n", None)
+        assert cat.returncode == 0
+
+
+def test_the_status_of_a_child_of_ours_is_left_to_who_waits_for_it() -> None:
+    with started("cat") as cat:
+        with Tracees(cat.pid) as tracees:
+            tracees.seize(cat.pid)
+            tracees.wait(cat.pid)
+            cat.kill()
+            with pytest.raises(ProcessLookupError):
+                tracees.wait(cat.pid)
+        assert cat.wait(10) == -signal.SIGKILL
+
+
+def test_another_parent_hears_of_a_child_that_dies_here() -> None:
+    with started(sys.executable, "-c", PARENT) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        with Tracees(child) as tracees:
+            tracees.seize(child)
+            tracees.wait(child)
+            os.kill(child, signal.SIGKILL)
+            with pytest.raises(ProcessLookupError):
+                tracees.wait(child)
+        assert parent.communicate(timeout=10)[0] == f"{-signal.SIGKILL}\n"
