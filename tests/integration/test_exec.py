@@ -135,9 +135,8 @@ def test_sigterm_for_the_supervisor_ends_the_program(vmm: Path, mount: Mounter, 
 
 
 def test_a_killed_supervisor_leaves_no_program_that_hangs(
-    vmm: Path, mount: Mounter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vmm: Path, mount: Mounter, left: None
 ) -> None:
-    monkeypatch.setenv("TMPDIR", os.fspath(tmp_path))  # nobody is left to take its folder away
     with spinning(vmm, mount().path) as (supervisor, program):
         supervisor.kill()
         program.wait(30)  # its KVM_RUN fails with ENOSYS, which it complains of and ends
@@ -236,12 +235,12 @@ def test_one_exec_in_another_is_refused(mount: Mounter, left: None) -> None:
     assert "one seccomp listener" in done.stderr
 
 
-def test_no_user_namespaces_for_ordinary_users(tmp_path: Path) -> None:
+def test_no_user_namespaces_for_ordinary_users() -> None:
     ordinary = ["unshare", "--user", "--map-user=1000", "--keep-caps"]
     script = 'echo 0 >/proc/sys/user/max_user_namespaces && exec "$@"'
     if shutil.which("unshare") is None or run([*ordinary, "sh", "-c", script, "sh", "true"]).stderr:
         pytest.skip("no user namespaces here, or an unshare that cannot: apt install util-linux")
-    launch = [sys.executable, "-m", "kvmsim.exec.launch", "0", os.fspath(tmp_path), "--", "true"]
+    launch = [sys.executable, "-m", "kvmsim.exec.launch", "0", "--", "true"]
     done = run([*ordinary, "sh", "-c", script, "sh", *launch])
     assert done.returncode == 125
     assert "sysctl user.max_user_namespaces=0" in done.stderr

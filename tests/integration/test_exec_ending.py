@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -61,9 +62,11 @@ while True:
 
 
 @contextlib.contextmanager
-def running(program: str, mount: Mounter) -> Iterator[subprocess.Popen[str]]:
+def running(program: str, mount: Mounter | None) -> Iterator[subprocess.Popen[str]]:
     """Run a Python program in a group of its own and wait until it is up."""
-    options = ["--memory", os.fspath(mount("personality=guest_memfd").path)]
+    options = []
+    if mount is not None:
+        options = ["--memory", os.fspath(mount("personality=guest_memfd").path)]
     supervisor = subprocess.Popen(
         [sys.executable, "-m", "kvmsim", "exec", *options, "--", sys.executable, "-c", program],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
@@ -123,3 +126,18 @@ def test_a_program_begins_with_the_signals_of_any_other(mount: Mounter) -> None:
         for before in ([], command)
     )
     assert inside.stdout == beside.stdout
+
+
+def test_a_killed_supervisor_leaves_no_folder_and_no_mount(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", os.fspath(tmp_path))
+    with running(NEVER, None) as supervisor:
+        (folder,) = tmp_path.iterdir()
+        (program,) = psutil.Process(supervisor.pid).children()[-1:]
+        (owner,) = psutil.Process(supervisor.pid).children()[:1]
+        supervisor.kill()
+        owner.wait(30)
+        assert list(tmp_path.iterdir()) == []
+        assert os.fspath(folder) not in Path("/proc/self/mounts").read_text()
+        assert program.is_running()
