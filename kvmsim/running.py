@@ -426,7 +426,9 @@ class RunningVm:
             left, vcpu.exit = vcpu.exit, None
             self.deliver(vcpu, left)
             return
-        if vcpu.settling and vcpu.awaited is None:
+        # complete_userspace_io before signals: what a device said is in the guest when it leaves
+        settling = vcpu.settling or (vcpu.interrupted and vcpu.cpu.unfinished)
+        if settling and vcpu.awaited is None:
             settled = self._in_guest(vcpu, vcpu.cpu.settle)
             if not isinstance(settled, cpu_api.KickExit):
                 self._left(vcpu, settled)
@@ -494,8 +496,8 @@ class RunningVm:
             case cpu_api.InterceptExit():
                 assert self._verdicts is not None
                 self._verdicts.intercepted(vcpu, left)
-            case cpu_api.IoExit(port, size, is_write, data):
-                self.deliver(vcpu, exits.IoExit(port, size, is_write, data))
+            case cpu_api.IoExit(port, size, is_write, data, count):
+                self.deliver(vcpu, exits.IoExit(port, size, is_write, data, count))
             case cpu_api.MmioExit(gpa, size, is_write, data):
                 gpa &= ~self.vm.kind.side_bit
                 self.deliver(vcpu, exits.MmioExit(gpa, size, is_write, data))

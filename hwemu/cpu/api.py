@@ -46,12 +46,17 @@ class Stage2Fault:
 
 @dataclass(frozen=True, slots=True)
 class IoExit:
-    """Port I/O of ``size`` bytes. A write has been executed; a read needs `Cpu.complete`."""
+    """Port I/O of ``size`` bytes. A write has been executed; a read needs `Cpu.complete`.
+
+    A repeated string input asks for ``count`` elements at once and is answered with all of them;
+    of them, too, nothing has been executed.
+    """
 
     port: int
     size: int
     is_write: bool
     data: bytes = b""
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +292,11 @@ class Cpu(Protocol):
     @property
     def interruptible(self) -> bool:
         """True when an external interrupt may be injected: IF=1, no shadow, no event waiting."""
+        ...
+
+    @property
+    def unfinished(self) -> bool:
+        """True when what a device answered is not in the guest yet, or not all: see `settle`."""
         ...
 
     def run(self) -> CpuExit:

@@ -40,10 +40,15 @@ RING0_ONLY = frozenset(("tdcall", "seamcall", "pvalidate", "psmash", "rmpadjust"
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """A recognised instruction and its length in bytes."""
+    """A recognised instruction and its length in bytes.
+
+    ``repeated``, of port I/O: it has a REP prefix; ``other_address``: and one for address size.
+    """
 
     name: str
     length: int
+    repeated: bool = False
+    other_address: bool = False
 
 
 def recognise(code: bytes) -> Instruction | None:
@@ -63,7 +68,8 @@ def recognise(code: bytes) -> Instruction | None:
         return Instruction("hlt", at + 1)
     if rest and rest[0] in _PORT:
         name, immediate = _PORT[rest[0]]
-        return Instruction(name, at + 1 + immediate)
+        repeated = name.endswith("s") and not prefixes.isdisjoint((0xF2, 0xF3))
+        return Instruction(name, at + 1 + immediate, repeated, 0x67 in prefixes)
     if rest[:1] != b"\x0f" or len(rest) < 2:
         return None
     if rest[1] in _TWO_BYTE:

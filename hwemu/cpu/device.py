@@ -5,6 +5,9 @@ The instruction is executed as a whole by the engine, never decoded. A read with
 rolls the attempt back and leaves the engine as an exit; the answer is kept and the instruction
 tried again. Writes become exits after the attempt that completed the instruction. So a
 read-modify-write gives its read first and its write afterwards.
+
+A repeated instruction is tried element by element. Of a repeated INS the device is asked for many
+elements at once (`read_ahead`), and what it said lasts for as many attempts.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ MAX_PAGES = 2
 
 _LEAF = PRESENT | WRITABLE | USER | ACCESSED | DIRTY
 _WIDEST = 8
+_READ_AHEAD = 1024
 
 
 class PrivateTables:
@@ -104,11 +108,22 @@ class PrivateTables:
         return table
 
 
-class DeviceAccess:
-    """The state of one replayed instruction at ``rip``."""
+def read_ahead(size: int, rcx: int, rdi: int, *, backwards: bool) -> int:
+    """How many elements of ``size`` bytes a repeated INS asks for at once.
 
-    def __init__(self, rip: int) -> None:
+    As KVM does (pio_in_emulated() of arch/x86/kvm/emulate.c), who takes the bytes that are left
+    of the page for elements.
+    """
+    in_page = rdi % PAGE_SIZE if backwards else PAGE_SIZE - rdi % PAGE_SIZE
+    return max(min(in_page, _READ_AHEAD // size, rcx), 1)
+
+
+class DeviceAccess:
+    """The state of one replayed instruction at ``rip``; ``count``: elements to ask a port for."""
+
+    def __init__(self, rip: int, count: int = 1) -> None:
         self.rip = rip
+        self.count = count
         self.pages: list[int] = []
         self.unanswered: DeviceExit | None = None
         self._answers: list[DeviceExit] = []
@@ -135,7 +150,36 @@ class DeviceAccess:
         if isinstance(asked, MmioExit):
             self._answers.append(MmioExit(asked.gpa, asked.size, False, data))
         else:
-            self._answers.append(IoExit(asked.port, asked.size, False, data))
+            size = asked.size
+            self._answers += [
+                IoExit(asked.port, size, False, data[at : at + size])
+                for at in range(0, len(data), size)
+            ]
+
+    @property
+    def asked(self) -> int:
+        """Bytes that answer `unanswered`."""
+        match self.unanswered:
+            case IoExit(size=size, count=count):
+                return size * count
+            case MmioExit(size=size):
+                return size
+        return 0
+
+    def done(self) -> bool:
+        """An attempt completed the instruction, or an element of it: whether nothing is left.
+
+        Else it is tried again for the next element, which finds its own device pages.
+        """
+        del self._answers[: self._next]
+        self._next = 0
+        self.pages.clear()
+        return self.count == 1 or not self._answers
+
+    @property
+    def answered(self) -> bool:
+        """Whether the device has said something that the instruction has not taken yet."""
+        return self.unanswered is None and bool(self._answers)
 
     # -- one attempt ----------------------------------------------------------------------------
 
@@ -219,9 +263,11 @@ class DeviceAccess:
         """IN or INS; None: not known yet."""
         if self.unanswered is not None:
             return None
+        self._writes.clear()  # INS has stored a zero, to see that it can
+        self._piece = 0
         data = self._known()
         if data is None:
-            self.unanswered = IoExit(port, size, False)
+            self.unanswered = IoExit(port, size, False, count=self.count)
             return None
         return int.from_bytes(data, "little")
 

@@ -14,7 +14,7 @@ from collections import deque
 from hwemu.cpu import rawcontext as raw_layout
 from hwemu.cpu.api import CpuError, CpuExit, Stage2Fault
 from hwemu.cpu.delivery import Event
-from hwemu.cpu.device import DeviceAccess, DeviceExit
+from hwemu.cpu.device import DeviceAccess, DeviceExit, read_ahead
 from hwemu.cpu.engine import DEVICE_HPA, Engine
 from hwemu.cpu.guestmemory import GuestFault, GuestMemory, Stage2Miss
 from hwemu.cpu.intercept import Intercepts
@@ -113,7 +113,7 @@ class DeviceBay:
                 protected = self._intercepts.port_access(rip, *self._port)
                 if protected is not None:
                     return protected
-                self.device = DeviceAccess(rip)
+                self.device = DeviceAccess(rip, self._elements(rip))
             else:
                 self._intercepts.event = Event(_GP, 0, rip)
         except GuestFault as fault:
@@ -121,6 +121,19 @@ class DeviceBay:
         except Stage2Miss as miss:
             return Stage2Fault(miss.gpa, miss.access)
         return None
+
+    def _elements(self, rip: int) -> int:
+        """How many elements the port is asked for at once, by the instruction at ``rip``."""
+        found = self._intercepts.repeated_input(rip)
+        if found is None:
+            return 1
+        raw = self._raw
+        bits = raw.code_bits
+        if found.other_address:
+            bits = 16 if bits == 32 else 32
+        backwards = bool(self._engine.rflags() & raw_layout.DF_MASK)
+        rcx = raw.q[raw_layout.RCX] & (1 << bits) - 1
+        return read_ahead(self._port[1], rcx, raw.q[raw_layout.RDI], backwards=backwards)
 
     def add_page(self, gpa: int) -> bool:
         """The instruction at RIP takes the page of ``gpa`` as a device; False: too many pages."""
@@ -162,5 +175,6 @@ class DeviceBay:
             # what was asked behind a fault may be another instruction's
             return exit_ if self.again or cut else device.unanswered or exit_
         self.outbox.extend(device.writes())
-        self.device = None
+        if device.done():
+            self.device = None
         return exit_ if text is None else CpuError(text)

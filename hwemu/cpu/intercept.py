@@ -246,6 +246,11 @@ class Intercepts:
         self._wait_for(exit_, rip, found.length)
         return exit_
 
+    def repeated_input(self, rip: int) -> Instruction | None:
+        """Between runs: the instruction at ``rip`` if it is a repeated INS."""
+        found = self._instruction(rip)
+        return found if found is not None and found.repeated and found.name == "ins" else None
+
     def _hypercall(self, found: Instruction, rip: int) -> None:
         if found.name in self.protected:
             self._wait(InterceptExit(found.name, found.length), rip, found.length)

@@ -164,6 +164,12 @@ class RawState:
         return (self.q[CS // 8 + 1] + rip) & 0xFFFF_FFFF
 
     @property
+    def code_bits(self) -> int:
+        """Size of an address in the code that runs, without a prefix: 16, 32, 64."""
+        flags = self.d[HFLAGS]
+        return 64 if flags & HF_CS64 else 32 if flags & HF_CS32 else 16
+
+    @property
     def cpl(self) -> int:
         """Current privilege level."""
         return int(self.d[HFLAGS] & HF_CPL)

@@ -355,6 +355,11 @@ class SvmCpu:
         shadow = self._raw.d[raw_layout.HFLAGS] & raw_layout.HF_INHIBIT_IRQ
         return bool(self._raw.q[raw_layout.EFLAGS] & _IF) and not shadow
 
+    @property
+    def unfinished(self) -> bool:
+        """True when what a device answered is not in the guest yet (see `Cpu.unfinished`)."""
+        return self._bay.device is not None and self._bay.device.answered
+
     def inject(self, vector: int, error_code: int | None = None) -> None:
         """Deliver an event before the next instruction (see `Cpu.inject`)."""
         if not 0 <= vector <= 255:
@@ -380,7 +385,7 @@ class SvmCpu:
         if device is None or device.unanswered is None:
             self._intercepts.complete(data)
             return
-        size = device.unanswered.size
+        size = device.asked
         if isinstance(data, int):
             data = data.to_bytes(size, "little")
         if data is None or len(data) != size:

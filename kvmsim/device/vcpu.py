@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 _CS_L: Final = 1 << 9
 _IF: Final = 1 << 9
 _IMMEDIATE: Final = "immediate_exit"
+_SIGNAL: Final = "a signal was pending"
 
 
 class Completion(Enum):
@@ -86,7 +87,7 @@ class VcpuDevice:
         self._lock = self._serial.lock  # over the five below
         self._running: PendingCall | None = None
         self._caller: Caller | None = None
-        self._only_settle = False
+        self._only_settle = ""  # why the run is to end when what waits is complete; empty: it runs
         self._other: Pending | None = None  # a call other than KVM_RUN that waits
         self._released = False
         self.cpu.watch_code()
@@ -159,7 +160,7 @@ class VcpuDevice:
             self._complete(buffer)
         if immediate_exit:
             if unfinished:
-                return self._start(call.caller, buffer, only_settle=True)
+                return self._start(call.caller, buffer, only_settle=_IMMEDIATE)
             self._save(buffer)
             return Failure(errno.EINTR, _IMMEDIATE)
         refused = self.vm.launch.run_refused(self) if self.vm.launch is not None else ""
@@ -168,11 +169,13 @@ class VcpuDevice:
         buffer.set_exit_reason(KVM_EXIT_UNKNOWN)
         if call.caller.signal_pending(self.signal_mask):
             buffer.set_exit_reason(KVM_EXIT_INTR)
+            if unfinished:
+                return self._start(call.caller, buffer, only_settle=_SIGNAL)
             self._save(buffer)
-            return Failure(errno.EINTR, "a signal was pending")
+            return Failure(errno.EINTR, _SIGNAL)
         return self._start(call.caller, buffer)
 
-    def _start(self, caller: Caller, buffer: RunBuffer, *, only_settle: bool = False) -> Result:
+    def _start(self, caller: Caller, buffer: RunBuffer, *, only_settle: str = "") -> Result:
         self.cpu.recheck_code()  # user space may have written anything, code too
         if self.stale_code:
             self.stale_code = False
@@ -187,7 +190,8 @@ class VcpuDevice:
                 return Failure(errno.EIO, self.vm.dead)
             self._running = pending
             self._caller = caller
-            self.engine.settling = self._only_settle = only_settle
+            self._only_settle = only_settle
+            self.engine.settling = bool(only_settle)
             if self.mp_state == KVM_MP_STATE_RUNNABLE:
                 self.vm.running.make_runnable(self.engine.index)
         return Begun(pending, self.signal_mask)
@@ -269,7 +273,7 @@ class VcpuDevice:
                     return
                 left = forwarded
             case exits.InterruptedExit() if self._only_settle:
-                self._end(None, Failure(errno.EINTR, _IMMEDIATE))
+                self._end(None, Failure(errno.EINTR, self._only_settle))
                 return
             case exits.BadHvaExit(gpa):
                 if self._caller is not None and self.vm.memory.resolve(gpa, self._caller):

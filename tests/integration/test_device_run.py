@@ -19,6 +19,7 @@ from kvmsim.uapi import (
     KVM_CAP_EXIT_HYPERCALL,
     KVM_CREATE_VCPU,
     KVM_EXIT_INTR,
+    KVM_EXIT_IO,
     KVM_EXIT_IRQ_WINDOW_OPEN,
     KVM_INTERNAL_ERROR_DELIVERY_EV,
     KVM_INTERNAL_ERROR_EMULATION,
@@ -367,6 +368,37 @@ def test_a_pending_signal_keeps_the_guest_from_running(boot: Boot) -> None:
     assert program.regs(vcpu)["rip"] == TEXT
     assert isinstance(program.run(vcpu), exits.IoExit)
     assert seen == [0x1234, 0x1234]
+
+
+def test_what_a_port_said_is_in_the_guest_before_a_signal_ends_the_run(boot: Boot) -> None:
+    program = boot(bytes.fromhex("66f36df4"), rdx=0x60, rdi=HEAP, rcx=40)  # rep insw; hlt
+    vcpu = program.vcpus[0]
+    assert program.run(vcpu) == exits.IoExit(0x60, 2, False, count=40)
+    program.run_buffer(vcpu)[PAGE : PAGE + 80] = bytes(range(80))
+    caller = program.process.caller
+    caller.signal_pending = lambda mask: True  # type: ignore[method-assign]
+    assert program.run(vcpu) == exits.InterruptedExit()
+    regs = program.regs(vcpu)
+    assert (regs["rcx"], regs["rdi"]) == (0, HEAP + 80)
+    assert program.ram is not None
+    assert program.ram.read(HEAP, 81) == bytes(range(80)) + b"\0"
+    caller.signal_pending = lambda mask: False  # type: ignore[method-assign]
+    assert program.run(vcpu) == exits.HltExit()
+
+
+def test_an_interrupt_in_the_middle_of_an_answer_waits_for_its_end(boot: Boot) -> None:
+    """Of 1024 elements: the kick comes after the first of them."""
+    program = boot(bytes.fromhex("f36cf4"), rdx=0x60, rdi=HEAP, rcx=2000)  # rep insb; hlt
+    vcpu = program.vcpus[0]
+    assert program.run(vcpu) == exits.IoExit(0x60, 1, False, count=1024)
+    program.run_buffer(vcpu)[PAGE : PAGE + 1024] = b"\x55" * 1024
+    begun = begin(program, vcpu)
+    until(lambda: program.ram.read(HEAP, 1) == b"\x55")  # type: ignore[union-attr]
+    begun.pending.cancel()
+    outcome = begun.pending.wait(20)
+    assert program.regs(vcpu)["rcx"] == 2000 - 1024
+    if isinstance(outcome, Value):  # the next question came first
+        assert program.run_buffer(vcpu)[8:12] == KVM_EXIT_IO.to_bytes(4, "little")
 
 
 def test_other_ioctls_wait_for_the_run_and_can_be_given_up(boot: Boot) -> None:

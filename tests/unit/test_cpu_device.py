@@ -20,9 +20,10 @@ from hwemu.cpu.api import (
     MmioExit,
     Stage2Fault,
 )
+from hwemu.cpu.device import read_ahead
 from hwemu.cpu.unicorn_svm import SvmCpu
 from hwemu.stage2 import PAGE_SIZE
-from hwemu.testing import HEAP, IDT, TEXT, TSS, Machine
+from hwemu.testing import HEAP, IDT, PD, TEXT, TSS, Machine
 
 DEVICE = 0x200_0000
 HLT = "f4"
@@ -387,8 +388,65 @@ def test_string_out_and_in(machine: Machine) -> None:
     assert b"".join(exit_.data for exit_ in talk(cpu) if isinstance(exit_, IoExit)) == b"hello"
     assert (cpu.get_regs().rcx, cpu.get_regs().rsi) == (0, HEAP + 5)
     machine.boot(code("f3 6c", HLT), rdx=0x3F8, rdi=HEAP, rcx=5)
-    talk(cpu, b"w", b"o", b"r", b"l", b"d")
+    assert talk(cpu, b"world") == [IoExit(0x3F8, 1, False, count=5)]
     assert machine.read(HEAP, 5) == b"world"
+
+
+@pytest.mark.parametrize(
+    ("size", "rcx", "rdi", "backwards", "count"),
+    [
+        (1, 16, 0x1000, False, 16),
+        (4, 1000, 0x1000, False, 256),
+        (1, 3000, 0x1FFD, False, 3),
+        (4, 8, 0x1FFC, False, 4),
+        (1, 16, 0x1005, True, 5),
+        (2, 16, 0x1000, True, 1),
+        (1, 1, 0x1000, False, 1),
+    ],
+)
+def test_reading_ahead(size: int, rcx: int, rdi: int, backwards: bool, count: int) -> None:
+    assert read_ahead(size, rcx, rdi, backwards=backwards) == count
+
+
+def test_an_answer_of_many_elements_outlives_what_comes_between(machine: Machine) -> None:
+    """A fault of the second stage, a kick, and a device where the last of them goes."""
+    machine.holes.add((HEAP >> 12) + 1)
+    to = HEAP + PAGE_SIZE - 4
+    cpu = machine.boot(code("f3 6d", HLT), rdx=0x3F8, rdi=to, rcx=3)
+    assert cpu.run() == IoExit(0x3F8, 4, False, count=3)
+    assert not cpu.unfinished
+    with pytest.raises(CpuStateError, match="12 bytes"):
+        cpu.complete(b"abcd")
+    cpu.complete(b"abcdefghijkl")
+    assert cpu.unfinished
+    cpu.kick()
+    assert cpu.run() == KickExit()
+    fault = cpu.run()
+    assert isinstance(fault, Stage2Fault)
+    assert (cpu.get_regs().rcx, cpu.get_regs().rdi) == (2, to + 4)
+    assert machine.read(to, 4) == b"abcd"
+    assert cpu.unfinished
+    assert not cpu.interruptible
+    assert cpu.run_mmio(fault.gpa) == MmioExit(to + 4, 4, True, b"efgh")
+    machine.holes.discard((HEAP >> 12) + 1)
+    assert cpu.settle() == KickExit()
+    assert not cpu.unfinished
+    assert (cpu.get_regs().rcx, cpu.get_regs().rdi) == (0, to + 12)
+    assert cpu.run() == HltExit()
+    assert machine.read(to + 8, 4) == b"ijkl"
+
+
+def test_elements_before_an_exception_stay(machine: Machine) -> None:
+    """And those behind it are lost, as KVM loses them."""
+    machine.gate(14, 0x11000)
+    machine.write(0x11000, code("f4"))
+    to = (31 << 21) - 4
+    machine.write(PD + 31 * 8, bytes(8))  # not present in the guest's own tables
+    cpu = machine.boot(code("f3 6d", HLT), rdx=0x3F8, rdi=to, rcx=3)
+    assert talk(cpu, b"abcdefghijkl") == [IoExit(0x3F8, 4, False, count=3)]
+    assert (cpu.get_regs().rcx, cpu.get_regs().rdi) == (2, to + 4)
+    assert machine.read(to, 4) == b"abcd"
+    assert not cpu.unfinished
 
 
 def test_string_out_from_a_missing_page(machine: Machine) -> None:
