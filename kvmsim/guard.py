@@ -117,9 +117,7 @@ class Guard(Protocol):
     def drained(self) -> bool:
         """No vCPU holds a translation from before the zaps so far, or it is told of again.
 
-        True: another flush must be requested and proven first, and this called again. Raises
-        GuardRefusal where something is freed that the hardware takes from no guest that lives:
-        this one ends first, then this is called again.
+        True: another flush must be requested and proven first, and this called again.
         """
 
     def host_reaches(self, hpa: int, size: int) -> bool:
@@ -138,7 +136,11 @@ class Guard(Protocol):
         """What lay at hpa ``old`` lies at ``new`` now, its bytes copied by their owner."""
 
     def released(self, hpa: int, size: int) -> None:
-        """These bytes go back to their owner: no guest of this host has them any more."""
+        """These bytes go back to their owner: no guest of this host has them any more.
+
+        Raises GuardRefusal where the hardware takes nothing from a guest that lives: this one ends
+        first, then this is called again.
+        """
 
     def enter(self, vcpu: int) -> None:
         """It is about to run guest code."""

@@ -19,6 +19,7 @@ from hwemu.arena import ArenaError
 from kvmsim.bindings import taken
 from kvmsim.hostmem import HostMemory
 from kvmsim.migration import UNMOVABLE, Migration, Migrations
+from kvmsim.mmu import GuardRefusal
 from kvmsim.ownerview import OwnerView
 from kvmsim.region import PrivateFile
 from kvmsim.uapi import PAGE_SIZE
@@ -54,7 +55,13 @@ class Guest(Protocol):
         """Wait until no vCPU can use a translation from before ``epoch`` (no lock held)."""
 
     def released(self, hpa: int, size: int) -> None:
-        """Bytes of the arena go back to their owner: no vCPU can reach them (lock held)."""
+        """Bytes of the arena go back to their owner: no vCPU can reach them (lock held).
+
+        GuardRefusal where they are taken from no guest that lives: let it `die`, then say it again.
+        """
+
+    def die(self, why: GuardRefusal) -> None:
+        """End the VM; when this returns none of its vCPUs runs (no lock held)."""
 
     def leaving(self, hpa: int, size: int) -> bool:
         """Bytes are about to be copied to another place, and no vCPU can reach them: whether
@@ -181,12 +188,10 @@ class Session:
         self._guest.drain(max(ticket.epoch for ticket in held))
         for ticket in held:
             for hpa, length in ticket.shut:
-                with self.lock:
-                    self._guest.released(hpa, length)
+                self._give_back(hpa, length)
                 self._host.shut(hpa, length)
-            with self.lock:
-                for hpa, length in ticket.lost:
-                    self._guest.released(hpa, length)
+            for hpa, length in ticket.lost:
+                self._give_back(hpa, length)
             for extent in ticket.dead:
                 self._release(extent, moving=ticket.moving)
         with self.lock:
@@ -251,9 +256,19 @@ class Session:
                     self._host.vacate(piece.hpa, size)
                     self._vacated.append((piece.hpa, size))
                     continue
-                self._guest.released(piece.hpa, size)
+            self._give_back(piece.hpa, size)
             self._host.retire(piece.hpa, size)
         os.close(extent.fd)
+
+    def _give_back(self, hpa: int, size: int) -> None:
+        """Tell the VM that bytes go back to their owner, were it its death (no lock held)."""
+        try:
+            with self.lock:
+                self._guest.released(hpa, size)
+        except GuardRefusal as refused:
+            self._guest.die(refused)
+            with self.lock:
+                self._guest.released(hpa, size)
 
     def _retire_vacated(self, *, closing: bool = False) -> None:
         """Give back the addresses that nothing names any more (lock held)."""
@@ -267,10 +282,11 @@ class Session:
         """Let go of a file that no slot is bound to (no lock held)."""
         with self.lock:
             known = self.files.pop(ino, None) is not None
-            for hpa, length in self._migrations.forget(self.file_id(ino)):
-                self._guest.released(hpa, length)
+            lost = self._migrations.forget(self.file_id(ino))
             gone = [key for key in self._extents if key[0] == ino]
             extents = [self._extents.pop(key) for key in gone]
+        for hpa, length in lost:
+            self._give_back(hpa, length)
         for extent in extents:
             self._release(extent)
         with self.lock:

@@ -97,7 +97,6 @@ class RunningVm:
         self.stop_reason = ""
         self.batches = False  #: the VMM takes many ranges in one exit (kvmsim.rangelist)
         self.storing: int | None = None  #: gpa of the write fault at work (lock held)
-        self.freeing = False  #: an owner frees the pages that are being zapped (lock held)
         self.death: GuardRefusal | None = None  #: why no vCPU runs any more (kvm->vm_dead)
         self._handler: Handler = lambda vcpu, exit: False
         self._supervisor = supervisor
@@ -251,9 +250,7 @@ class RunningVm:
         Where no leaf was, an earlier zap of the same pages may still wait for its flush: that
         epoch, the newest, is the one to wait for.
         """
-        self.freeing = not moving
         zapped = self.vm.invalidate_file(file, start, end, moving=moving)
-        self.freeing = False
         self.vm.freed(file, start, end)  # they are another's once this is acknowledged
         self.statistics.shootdowns += 1
         return self.request_flush(zapped) if zapped.leaves else self.shootdown.epoch
@@ -265,21 +262,14 @@ class RunningVm:
         return self.shootdown.request()
 
     def drain(self, epoch: int) -> None:
-        """Wait until no vCPU runs with a translation from before ``epoch`` (no lock held).
-
-        What the guard does not give back of a guest that lives is the guest's death.
-        """
+        """Wait until no vCPU runs with a translation from before ``epoch`` (no lock held)."""
         self._drain(epoch)
         while self.guard is not None:
-            try:
-                with self.lock:
-                    if not self.guard.drained():
-                        return
-                    epoch = self.shootdown.request()
-            except GuardRefusal as refused:
-                self._die(refused)
-            else:
-                self._drain(epoch)
+            with self.lock:
+                if not self.guard.drained():
+                    return
+                epoch = self.shootdown.request()
+            self._drain(epoch)
 
     def _drain(self, epoch: int) -> None:
         with self._gate:
@@ -288,7 +278,7 @@ class RunningVm:
                     self.vcpus[index].cpu.kick()
                 self._gate.wait()
 
-    def _die(self, why: GuardRefusal) -> None:
+    def die(self, why: GuardRefusal) -> None:
         """kvm_vm_dead(): no vCPU is in guest code any more, nor enters it (no lock held)."""
         with self.lock:
             if self.death is None:
@@ -307,7 +297,10 @@ class RunningVm:
         self.drain(epoch)
 
     def released(self, hpa: int, size: int) -> None:
-        """Tell the confidential processor that these bytes are no guest's (lock held)."""
+        """Tell the confidential processor that these bytes are no guest's (lock held).
+
+        GuardRefusal: not while this one lives.
+        """
         if self.guard is not None:
             self.guard.released(hpa, size)
 

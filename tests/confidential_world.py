@@ -103,7 +103,6 @@ class Guest:
 
     def __init__(self, kind: str, platform: Platform, host: HostMemory) -> None:
         self.vm, self.host, self.lock = self, host, threading.Lock()
-        self.freeing = False
         self.death: GuardRefusal | None = None
         self.kind, self.label, self.batches = KINDS[kind], kind, False
         self.vcpus = [Vcpu()]
@@ -181,22 +180,22 @@ class Guest:
 
     def take_back(self, start: int, end: int) -> None:
         """A punch: zap, prove, tell the hardware, free; in this order."""
-        self.freeing = True
         self.zap(start, end)
-        self.guard.released(self.store.base + start * PAGE, (end - start) * PAGE)
+        where = self.store.base + start * PAGE, (end - start) * PAGE
+        try:
+            self.guard.released(*where)
+        except GuardRefusal as refused:
+            assert self.death is None
+            self.death = refused
+            self.guard.released(*where)
         self.store.held[start:end] = False
 
     def zap(self, start: int, end: int, *, moving: bool = False) -> None:
         self.mmu.begin_zap([(start, end)], self.kind.halves, moving=moving)
         self.mmu.invalidate.end()
-        self.freeing = False
         for _ in range(8):
-            try:
-                if not self.guard.drained():
-                    break
-            except GuardRefusal as refused:
-                assert self.death is None
-                self.death = refused
+            if not self.guard.drained():
+                break
         else:
             raise AssertionError("the hardware never had enough of flushes")
 

@@ -80,7 +80,6 @@ class PkvmGuard:
         self._staged: dict[int, LaunchPage] = {}
         self._asked: dict[int, tuple[int, int] | None] = {}  #: vCPU → call and gfn, or a hypercall
         self._gone: list[tuple[int, int]] = []  #: (gpa, npages) unmapped and not yet told
-        self._freed: list[tuple[int, int]] = []  #: (gfn, npages) that their owner wants back
         self.finished = False
 
     @property
@@ -161,30 +160,10 @@ class PkvmGuard:
 
     def zapped(self, gfn: int, npages: int, *, private: bool, moving: bool) -> None:
         """The host's idea of the guest's stage 2; the hypervisor's stands."""
-        if self._running.freeing and self._handle is not None:
-            self._freed.append((gfn, npages))
 
     def drained(self) -> bool:
-        """Reclaim what is freed and the guest's still: GuardRefusal while it lives."""
-        if self._handle is None:
-            return False
-        with self._platform.lock:
-            guest = self._hyp.vms.get("reclaim", self._handle)
-            while self._freed:
-                gfn, npages = self._freed[-1]
-                for first, count in runs(guest.valid(gfn, npages)):
-                    self._reclaim(gfn + first, count)
-                self._freed.pop()
+        """Nothing waits."""
         return False
-
-    def _reclaim(self, gfn: int, npages: int) -> None:
-        """__pkvm_host_reclaim_page(): only of a VM whose teardown has begun."""
-        handle = self._require()
-        what = f"gpa {gfn << PAGE_SHIFT:#x}+{npages << PAGE_SHIFT:#x} is freed under its guest"
-        with self._refusing(what):
-            if self._running.death is not None and not self._hyp.vms.get(what, handle).dying:
-                self._hyp.start_teardown(handle)
-            self._hyp.host_reclaim_guest(handle, gfn, npages)
 
     def leaving(self, hpa: int, size: int) -> bool:
         """It stays the guest's where it is."""
@@ -224,11 +203,19 @@ class PkvmGuard:
                                 pfn + first << PAGE_SHIFT, error)  # fmt: skip
 
     def released(self, hpa: int, size: int) -> None:
-        """They are no guest's, or a dead one's; GuardRefusal if a live one has them by no slot."""
+        """Reclaim what the guest has of them; GuardRefusal while it lives."""
         with self._platform.lock:
             for gfn, npages in runs(self._mine(hpa, size)):
-                self._reclaim(gfn, npages)
+                self._reclaim(self._require(), gfn, npages)
             self._host.vacated.discard(pfns_of(hpa, size))
+
+    def _reclaim(self, handle: int, gfn: int, npages: int) -> None:
+        """__pkvm_host_reclaim_page(): only of a VM whose teardown has begun."""
+        what = f"gpa {gfn << PAGE_SHIFT:#x}+{npages << PAGE_SHIFT:#x} is freed under its guest"
+        with self._refusing(what):
+            if self._running.death is not None and not self._hyp.vms.get(what, handle).dying:
+                self._hyp.start_teardown(handle)
+            self._hyp.host_reclaim_guest(handle, gfn, npages)
 
     def host_reaches(self, hpa: int, size: int) -> bool:
         """What is the guest's alone left the host's stage 2 (handle_host_mem_abort())."""

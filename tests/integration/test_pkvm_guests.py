@@ -14,6 +14,8 @@ from hwemu.encryptedaccess import Met, Outcome
 from kvmsim.confidential.pkvmhost import PkvmHost
 from kvmsim.hostmem import HostMemory
 from kvmsim.hostpages import HostPages, HostPin
+from kvmsim.region import Region
+from kvmsim.uapi import KVM_MEM_GUEST_MEMFD
 from kvmsim.vmm.bootparams import Technology
 
 pytest_plugins = ["guest_fixtures", "actor_fixtures", "booted_fixtures"]
@@ -41,8 +43,19 @@ def ended(guest: Guest, mounted: Mounted, caplog: pytest.LogCaptureFixture) -> s
     return outcome.message
 
 
+def delete_slot(guest: Guest, gpa: int) -> None:
+    """KVM_SET_USER_MEMORY_REGION2 of size 0: what lies there stays the guest's for EL2."""
+    running = guest.emulator.running
+    with running.lock:
+        slot = running.vm.mmu.slots.find(gpa // PAGE)
+        assert slot is not None
+        region = Region(slot.id, KVM_MEM_GUEST_MEMFD, slot.base_gfn * PAGE, 0, slot.userspace_addr)
+        zapped = running.vm.set_user_memory_region2(region)
+    running.flush_zapped(zapped)
+
+
 @pytest.mark.logs("vm: dead")
-@pytest.mark.parametrize("how", ["in use", "shared", "shrunk", "at work"])
+@pytest.mark.parametrize("how", ["in use", "shared", "shrunk", "at work", "no slot"])
 def test_a_guest_dies_of_a_page_that_is_freed_under_it(
     host: HostMemory, boot: Boot, mounted: Mounted, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -52,6 +65,8 @@ def test_a_guest_dies_of_a_page_that_is_freed_under_it(
     elif how == "at work":
         guest.emulator.feed(f"spin 1 {AT:#x} 4\nspin 0 {AT:#x} 4\n".encode())
         guest.console.expect("ok spin vcpu=0")
+    elif how == "no slot":
+        delete_slot(guest, AT)
     before = guest.guard.describe()["pages"]
     if how == "shrunk":
         os.truncate(guest.ram, AT)

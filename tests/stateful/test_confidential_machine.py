@@ -289,7 +289,7 @@ def test_a_page_table_that_is_on_its_way_is_waited_for(snp: Guest) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "step"), [("tdx", "drained"), ("snp", "released"), ("pkvm", "drained")]
+    ("kind", "step"), [("tdx", "drained"), ("snp", "released"), ("pkvm", "released")]
 )
 def test_a_step_that_is_forgotten_is_found(
     kind: str, step: str, monkeypatch: pytest.MonkeyPatch
