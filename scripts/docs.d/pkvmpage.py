@@ -329,9 +329,10 @@ it: the guest's next access is #VC 0x404, as to any page that it has not validat
 A move of a protected VM's memory: leaves are zapped and the flush is proven before the
 acknowledgement; for EL2 the guest has its old pages still, so nobody else reaches them or gets
 their addresses. At the next access the new pages are donated in their stead, whole extents at once,
-about 0.1 µs a page, and leaves of 2 MiB come back. What EL2 refuses stays the guest's at the old
-place, with a warning: its access is KVM_EXIT_MEMORY_FAULT with EPERM. The VM dies of a page that is
-punched meanwhile, as of any ([pkvm.md](pkvm.md#freed-under-its-guest)).
+about 0.1 µs a page, and leaves of 2 MiB come back. EL2 would copy; here the owner has done so
+already. What EL2 refuses stays the guest's at the old place, with a warning: its access is
+KVM_EXIT_MEMORY_FAULT with EPERM. The VM dies of a page that is punched meanwhile, as of any
+([pkvm.md](pkvm.md#freed-under-its-guest)).
 
 ## Who meets what at a private page
 
