@@ -13,7 +13,7 @@ import os
 import signal
 import time
 from struct import Struct
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from hwemu import processmemory
 from kvmsim.exec.syscalls import check, libc
@@ -34,6 +34,13 @@ _NAMES: Final = (
 )  # fmt: skip
 _STRAY_LOOKS, _STRAY_SECONDS = 20, 0.001
 _ARGUMENTS: Final = ("rdi", "rsi", "rdx", "r10", "r8", "r9")
+
+
+class Stop(NamedTuple):
+    """Why a thread stopped; ``event`` is PTRACE_EVENT_*, or 0."""
+
+    signal: int
+    event: int
 
 
 class Tracees:
@@ -67,19 +74,21 @@ class Tracees:
         self.seized.add(tid)
         self.wait(tid)
 
-    def wait(self, tid: int) -> int:
+    def wait(self, tid: int) -> Stop:
         """Wait until a thread has stopped; ProcessLookupError if it is gone."""
-        seen = os.waitid(os.P_PID, tid, os.WEXITED | os.WSTOPPED | os.WNOWAIT | _WALL)
-        if seen is None or seen.si_code not in (os.CLD_TRAPPED, os.CLD_STOPPED):
-            self.seized.discard(tid)
-            if not self._is_ours(tid):
-                os.waitpid(tid, _WALL)  # its parent hears of it then
-            raise ProcessLookupError(errno.ESRCH, f"thread {tid} is gone")
-        _, status = os.waitpid(tid, _WALL)
-        number = os.WSTOPSIG(status)
-        if number not in (signal.SIGTRAP, _AT_SYSCALL) and not status >> 16:
-            self._signals.append((tid, number))  # it was on its way; sent again afterwards
-        return status
+        taken = None
+        while taken is None:  # it may be killed between the two looks
+            seen = os.waitid(os.P_PID, tid, os.WEXITED | os.WSTOPPED | os.WNOWAIT | _WALL)
+            if seen is None or seen.si_code not in (os.CLD_TRAPPED, os.CLD_STOPPED):
+                self.seized.discard(tid)
+                if not self._is_ours(tid):
+                    os.waitpid(tid, _WALL)  # its parent hears of it then
+                raise ProcessLookupError(errno.ESRCH, f"thread {tid} is gone")
+            taken = os.waitid(os.P_PID, tid, os.WSTOPPED | os.WNOHANG | _WALL)
+        stop = Stop(taken.si_status & 0xFF, taken.si_status >> 8)
+        if stop.signal not in (signal.SIGTRAP, _AT_SYSCALL) and not stop.event:
+            self._signals.append((tid, stop.signal))  # it was on its way; sent again afterwards
+        return stop
 
     def _is_ours(self, tid: int) -> bool:
         """Whether a dead thread is a child of ours, whose status somebody else here waits for."""
@@ -94,7 +103,7 @@ class Tracees:
         try:
             while True:
                 _ptrace(_SINGLESTEP, tid)
-                if os.WSTOPSIG(self.wait(tid)) == signal.SIGTRAP:
+                if self.wait(tid).signal == signal.SIGTRAP:
                     break
             return self.registers(tid)["rax"]
         finally:
@@ -103,7 +112,10 @@ class Tracees:
     def let_strays_go(self) -> None:
         """Let go of a child whose maker died before it could be asked for it."""
         for _ in range(_STRAY_LOOKS):
-            stopped = os.waitid(os.P_ALL, 0, os.WSTOPPED | os.WNOHANG | _WALL)
+            try:
+                stopped = os.waitid(os.P_ALL, 0, os.WSTOPPED | os.WNOHANG | _WALL)
+            except ChildProcessError:
+                return
             if stopped is not None:
                 with contextlib.suppress(OSError):
                     _ptrace(_DETACH, stopped.si_pid)
@@ -129,9 +141,9 @@ class Tracees:
         stops = 0
         while True:
             _ptrace(_SYSCALL, tid)
-            status = self.wait(tid)
-            stops += os.WSTOPSIG(status) == _AT_SYSCALL
-            if stops == 2 or status >> 16 in _CHILD_EVENTS:
+            stop = self.wait(tid)
+            stops += stop.signal == _AT_SYSCALL
+            if stops == 2 or stop.event in _CHILD_EVENTS:
                 break
         _ptrace(_SETOPTIONS, tid, 0)
         regs = self.registers(tid)

@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -34,16 +36,25 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 @contextlib.contextmanager
 def started(*command: str) -> Iterator[subprocess.Popen[str]]:
     """Run a program that waits in read(2) of its standard input."""
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, **pipes) as program:  # type: ignore[call-overload]
+    with subprocess.Popen(
+        command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as program:
         yield program
+
+
+def stop_in_read(tracees: Tracees, tid: int) -> None:
+    """Stop a thread that is to wait in read(2)."""
+    end = time.monotonic() + 30
+    while not Path(f"/proc/{tid}/syscall").read_text().startswith("0 0x0 "):
+        assert time.monotonic() < end
+    tracees.seize(tid)
+    tracees.wait(tid)
 
 
 def test_a_thread_makes_calls_of_ours_and_goes_on() -> None:
     with started("cat") as cat:
         with Tracees(cat.pid) as tracees:
-            tracees.seize(cat.pid)
-            tracees.wait(cat.pid)
+            stop_in_read(tracees, cat.pid)
             assert tracees.call(cat.pid, GETPID) == cat.pid
             assert tracees.made("getppid", cat.pid, GETPPID) == os.getpid()
             with pytest.raises(OSError, match="Bad file descriptor"):
@@ -55,8 +66,7 @@ def test_a_thread_makes_calls_of_ours_and_goes_on() -> None:
 def test_the_status_of_a_child_of_ours_is_left_to_who_waits_for_it() -> None:
     with started("cat") as cat:
         with Tracees(cat.pid) as tracees:
-            tracees.seize(cat.pid)
-            tracees.wait(cat.pid)
+            stop_in_read(tracees, cat.pid)
             cat.kill()
             with pytest.raises(ProcessLookupError):
                 tracees.wait(cat.pid)
@@ -68,8 +78,7 @@ def test_another_parent_hears_of_a_child_that_dies_here() -> None:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         with Tracees(child) as tracees:
-            tracees.seize(child)
-            tracees.wait(child)
+            stop_in_read(tracees, child)
             os.kill(child, signal.SIGKILL)
             with pytest.raises(ProcessLookupError):
                 tracees.wait(child)
