@@ -13,7 +13,7 @@ import struct
 from device_program import PAGE
 
 from kvmsim import uapi
-from kvmsim.uapi import requests, structs
+from kvmsim.uapi import capabilities, requests, structs
 
 U64 = (1 << 64) - 1
 BAD = 8  # an address that nobody has
@@ -24,6 +24,7 @@ POINTERS = {
         requests.KVM_GET_SUPPORTED_CPUID, requests.KVM_GET_EMULATED_CPUID,
         requests.KVM_GET_MSR_INDEX_LIST, requests.KVM_GET_MSR_FEATURE_INDEX_LIST,
         requests.KVM_GET_MSRS, requests.KVM_X86_GET_MCE_CAP_SUPPORTED,
+        requests.KVM_HAS_DEVICE_ATTR, requests.KVM_GET_DEVICE_ATTR,
     ),
     "vm": (
         uapi.KVM_SET_USER_MEMORY_REGION, uapi.KVM_SET_USER_MEMORY_REGION2,
@@ -64,6 +65,13 @@ ERRORS = [
     ("system", requests.KVM_GET_EMULATED_CPUID, structs.CPUID2.pack(0), errno.E2BIG),
     ("system", requests.KVM_GET_MSR_INDEX_LIST, structs.MSR_LIST.pack(0), errno.E2BIG),
     ("system", requests.KVM_GET_MSRS, MSRS.pack(256, 0), errno.E2BIG),
+    ("system", requests.KVM_HAS_DEVICE_ATTR, structs.DEVICE_ATTR.pack(0, 0, 0, 0), 0),
+    ("system", requests.KVM_HAS_DEVICE_ATTR, structs.DEVICE_ATTR.pack(1, 0, 0, 0), 0),
+    ("system", requests.KVM_HAS_DEVICE_ATTR, structs.DEVICE_ATTR.pack(0, 0, 1, 0), errno.ENXIO),
+    ("system", requests.KVM_HAS_DEVICE_ATTR, structs.DEVICE_ATTR.pack(0, 1, 7, 0), errno.ENXIO),
+    ("system", requests.KVM_HAS_DEVICE_ATTR, structs.DEVICE_ATTR.pack(0, 2, 0, 0), errno.ENXIO),
+    ("system", requests.KVM_GET_DEVICE_ATTR, structs.DEVICE_ATTR.pack(0, 0, 1, 0), errno.ENXIO),
+    ("system", requests.KVM_GET_DEVICE_ATTR, structs.DEVICE_ATTR.pack(0, 0, 0, BAD), errno.EFAULT),
     ("vm", uapi.KVM_CREATE_VCPU, 4096, errno.EINVAL),
     ("vm", uapi.KVM_CREATE_VCPU, U64, errno.EINVAL),
     ("vm", uapi.KVM_CREATE_VCPU, 1 << 32, errno.EINVAL),
@@ -137,7 +145,36 @@ ERRORS = [
 ]  # fmt: skip
 
 
+def _max_vcpu_id(limit: int) -> bytes:
+    return structs.ENABLE_CAP.pack(capabilities.KVM_CAP_MAX_VCPU_ID, 0, limit, 0, 0, 0)
+
+
+#: Request, argument, errno: one after the other on a VM without vCPUs.
+VCPU_IDS = [
+    (requests.KVM_SET_BOOT_CPU_ID, 4096, 0),
+    (requests.KVM_SET_BOOT_CPU_ID, 4097, errno.EINVAL),
+    (requests.KVM_SET_BOOT_CPU_ID, 1 << 32, errno.EINVAL),
+    (requests.KVM_SET_BOOT_CPU_ID, 5, 0),
+    (requests.KVM_ENABLE_CAP, _max_vcpu_id(0), errno.EINVAL),
+    (requests.KVM_ENABLE_CAP, _max_vcpu_id(4), errno.EINVAL),
+    (requests.KVM_ENABLE_CAP, _max_vcpu_id(4097), errno.EINVAL),
+    (requests.KVM_ENABLE_CAP, _max_vcpu_id(5), 0),
+    (requests.KVM_ENABLE_CAP, _max_vcpu_id(5), 0),
+    (requests.KVM_ENABLE_CAP, _max_vcpu_id(6), errno.EINVAL),
+    (requests.KVM_SET_BOOT_CPU_ID, 6, errno.EINVAL),
+    (requests.KVM_SET_BOOT_CPU_ID, 5, 0),
+    (uapi.KVM_CREATE_VCPU, 5, errno.EINVAL),
+    (requests.KVM_SET_BOOT_CPU_ID, 3, 0),
+    (requests.KVM_ENABLE_CAP, _max_vcpu_id(3), errno.EINVAL),
+    (uapi.KVM_CREATE_VCPU, 4, 0),
+    (requests.KVM_SET_BOOT_CPU_ID, 3, errno.EBUSY),
+    (requests.KVM_SET_BOOT_CPU_ID, 1 << 32, errno.EBUSY),
+    (requests.KVM_ENABLE_CAP, _max_vcpu_id(5), 0),
+]
+
+
 WRONG_LEVEL = [
+    ("system", requests.KVM_SET_DEVICE_ATTR, errno.EINVAL),
     ("system", uapi.KVM_CREATE_GUEST_MEMFD, errno.EINVAL),
     ("system", uapi.KVM_CREATE_VCPU, errno.EINVAL),
     ("system", uapi.KVM_RUN, errno.EINVAL),

@@ -89,6 +89,21 @@ MACHINE_CHECK = [
 ]
 
 
+HWCR = 0xC001_0015
+WRITE_STATUS, TSC_FREQUENCY = 1 << 18, 1 << 24
+
+
+def check_hwcr(ask: Ask) -> None:
+    """Two bits of MSR_K7_HWCR stay, three are taken and forgotten, whatever CPUID says."""
+    assert read(ask, HWCR) == 0
+    for bit in range(64):
+        taken = write(ask, HWCR, 1 << bit)
+        assert taken == (bit in (3, 6, 8, 18, 24)), bit
+        if taken:
+            assert read(ask, HWCR) == 1 << bit & (WRITE_STATUS | TSC_FREQUENCY)
+    assert write(ask, HWCR, 0)
+
+
 def set_up(ask: Ask, capability: int) -> int:
     """KVM_X86_SETUP_MCE."""
     return ask("vcpu", requests.KVM_X86_SETUP_MCE, structs.U64_VALUE.pack(capability))[0]

@@ -157,6 +157,7 @@ _ONE: Final = (
     cap.KVM_CAP_IMMEDIATE_EXIT,
     cap.KVM_CAP_GET_MSR_FEATURES,
     cap.KVM_CAP_SREGS2,
+    cap.KVM_CAP_SYS_ATTRIBUTES,
 )
 
 _VALUES: Final[Mapping[int, Callable[[Asked], int]]] = MappingProxyType(

@@ -16,6 +16,10 @@ from hwemu.cpu.cpuid import DEFAULT, Leaf
 from kvmsim.uapi import KVM_CPUID_FLAG_SIGNIFCANT_INDEX, structs
 
 _KVM_SIGNATURE: Final = struct.unpack("<III", b"KVMKVMKVM\0\0\0")
+_AMD_COMPATIBLE: Final = frozenset(
+    (ebx, ecx, edx)
+    for ebx, edx, ecx in map(struct.Struct("<III").unpack, (b"AuthenticAMD", b"HygonGenuine"))
+)
 _KVM_BASE: Final = 0x4000_0000
 _KVM_FEATURES: Final = _KVM_BASE + 1
 KVM_FEATURE_CLOCKSOURCE: Final = 1 << 0
@@ -99,3 +103,9 @@ class GuestCpuid:
         """cpuid_entry2_find(); what is not there is zero, as on AMD."""
         entry = self._first.get(leaf) or self._exact.get((leaf, subleaf))
         return entry.answer if entry else (0, 0, 0, 0)
+
+    @property
+    def amd_compatible(self) -> bool:
+        """guest_cpuid_is_amd_or_hygon()."""
+        _, *vendor = self(0, 0)
+        return tuple(vendor) in _AMD_COMPATIBLE

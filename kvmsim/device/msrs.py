@@ -25,6 +25,7 @@ MSR_IA32_MISC_ENABLE: Final = 0x1A0
 MSR_IA32_UCODE_REV: Final = 0x8B
 MSR_MTRRCAP: Final = 0xFE
 MSR_PLATFORM_INFO: Final = 0xCE
+MSR_K7_HWCR: Final = 0xC001_0015
 
 _U64: Final = 0xFFFF_FFFF_FFFF_FFFF
 _PAT_RESET: Final = 0x0007_0406_0007_0406
@@ -33,12 +34,16 @@ _MTRR_TYPES: Final = frozenset((0, 1, 4, 5, 6))
 
 @dataclass(frozen=True, slots=True)
 class Msr:
-    """``accepts`` judges what the guest writes, and user space if ``host`` does not."""
+    """``accepts`` judges what the guest writes, and user space if ``host`` does not.
+
+    Of what is accepted only the bits of ``kept`` stay.
+    """
 
     name: str
     reset: int = 0
     accepts: Callable[[int], bool] = lambda value: True
     host: Callable[[int], bool] | None = None
+    kept: int = _U64
 
     @property
     def saved(self) -> bool:
@@ -88,6 +93,9 @@ def _always(value: int) -> bool:
 
 _MTRR_FIXED: Final = (0x250, 0x258, 0x259, *range(0x268, 0x270))
 _MTRR_PAIRS: Final = 8
+_MC_STATUS_WR_EN: Final = 1 << 18
+_HWCR_KEPT: Final = _MC_STATUS_WR_EN | 1 << 24  # and TscFreqSel
+_HWCR_IGNORED: Final = 1 << 3 | 1 << 6 | 1 << 8  # TLB cache, flush filter, IGNNE
 
 TABLE: Final[Mapping[int, Msr]] = MappingProxyType(
     {
@@ -115,6 +123,7 @@ TABLE: Final[Mapping[int, Msr]] = MappingProxyType(
         **{index: Msr(f"MSR_MTRRfix_{index:#x}", 0, _mtrr_fixed) for index in _MTRR_FIXED},
         0x277: Msr("MSR_IA32_CR_PAT", _PAT_RESET, _pat),
         0x2FF: Msr("MSR_MTRRdefType", 0, _mtrr_default),
+        MSR_K7_HWCR: Msr("MSR_K7_HWCR", 0, _bits(_HWCR_KEPT | _HWCR_IGNORED), kept=_HWCR_KEPT),
     }
 )
 
@@ -146,15 +155,22 @@ FEATURES: Final[Mapping[int, int]] = MappingProxyType(
 
 
 class MsrStore:
-    """The registers of one vCPU. ``tsc`` reads the host's time stamp counter."""
+    """The registers of one vCPU. ``tsc`` reads the host's time stamp counter.
 
-    def __init__(self, tsc: Callable[[], int], *, bsp: bool) -> None:
+    ``amd``: whether its guest's CPUID is AMD's (is_amd_compatible).
+    """
+
+    def __init__(
+        self, tsc: Callable[[], int], *, bsp: bool, amd: Callable[[], bool] = lambda: False
+    ) -> None:
         self._tsc = tsc
         self._tsc_offset = 0
         self._watched: dict[int, Callable[[int], None]] = {}
         self._values = {index: msr.reset for index, msr in TABLE.items()}
         self._values[MSR_IA32_APICBASE] |= APIC_BASE_BSP if bsp else 0
-        self.machine_check = MachineCheck()
+        self.machine_check = MachineCheck(
+            lambda: amd() and bool(self._values[MSR_K7_HWCR] & _MC_STATUS_WR_EN)
+        )
 
     def read(self, index: int, *, host: bool) -> int | None:
         """The value; None: there is no such register here."""
@@ -177,7 +193,7 @@ class MsrStore:
         if index == MSR_IA32_TSC:
             self._tsc_offset = value - self._tsc()
         else:
-            self._values[index] = value
+            self._values[index] = value & msr.kept
         if index in self._watched:
             self._watched[index](value)
         return True

@@ -15,7 +15,7 @@ from typing import Final, Self
 
 from kvmsim.confidential.platform import Platform
 from kvmsim.control import Control
-from kvmsim.device import cpuid, machinecheck, msrs
+from kvmsim.device import cpuid, machinecheck, msrs, sysattributes
 from kvmsim.device.caller import Caller
 from kvmsim.device.capabilities import VM_TYPES, Asked, check_extension
 from kvmsim.device.gmem import FLAGS, GuestMemfds
@@ -201,6 +201,14 @@ class KvmDevice:
         """KVM_X86_GET_MCE_CAP_SUPPORTED."""
         call.write(structs.U64_VALUE.pack(machinecheck.SUPPORTED))
 
+    def has_device_attr(self, call: Call) -> None:
+        """KVM_HAS_DEVICE_ATTR."""
+        sysattributes.has(call, self.types)
+
+    def get_device_attr(self, call: Call) -> None:
+        """KVM_GET_DEVICE_ATTR."""
+        sysattributes.get(call, self.types)
+
 
 def _no_argument(call: Call) -> None:
     if call.argument:
@@ -246,6 +254,11 @@ TABLE: Final = table(
         Row(requests.KVM_GET_MSRS, KvmDevice.get_msrs, "feature registers",
             "E2BIG: 256 or more"),
         Row(requests.KVM_X86_GET_MCE_CAP_SUPPORTED, KvmDevice.get_mce_cap_supported, "all"),
+        Row(requests.KVM_HAS_DEVICE_ATTR, KvmDevice.has_device_attr,
+            "the same", "ENXIO: others"),
+        Row(requests.KVM_GET_DEVICE_ATTR, KvmDevice.get_device_attr,
+            "KVM_X86_XCOMP_GUEST_SUPP: no XSAVE; where there are SNP guests, "
+            "KVM_X86_SEV_VMSA_FEATURES: none", "ENXIO: others"),
     )
 )  # fmt: skip
 """By request number."""

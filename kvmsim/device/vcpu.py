@@ -69,7 +69,7 @@ class VcpuDevice:
         self.engine = engine
         self.cpu = engine.cpu
         self.cpuid = GuestCpuid()
-        self.msrs = MsrStore(vm.clock.tsc, bsp=bsp)
+        self.msrs = MsrStore(vm.clock.tsc, bsp=bsp, amd=lambda: self.cpuid.amd_compatible)
         self.clock = KvmClock(vm, self.msrs)
         self.events = Events()
         self.cr8 = 0

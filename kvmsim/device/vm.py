@@ -177,6 +177,9 @@ class VmDevice:
         with self._lock:
             if self._vcpus:
                 raise call.refused(errno.EBUSY, "there are vCPUs already")
+            limit = self._max_vcpu_ids or KVM_MAX_VCPU_IDS
+            if call.argument > limit:
+                raise call.refused(errno.EINVAL, f"vCPU id {call.argument}: no more than {limit}")
             self._boot_cpu_id = call.argument
 
     # --- capabilities -------------------------------------------------------------------------
@@ -201,6 +204,10 @@ class VmDevice:
                 limit = arguments[0]
                 if limit > KVM_MAX_VCPU_IDS or self._max_vcpu_ids not in (0, limit):
                     raise call.refused(errno.EINVAL, f"limit {limit}: out of range, or set before")
+                if limit < self._boot_cpu_id:
+                    raise call.refused(
+                        errno.EINVAL, f"limit {limit}: the boot CPU has id {self._boot_cpu_id}"
+                    )
                 self._max_vcpu_ids = limit
         elif cap == KVMSIM_CAP_MAP_GPA_RANGES and self.abi == "upstream":
             if arguments[0] > 1:

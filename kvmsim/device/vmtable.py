@@ -76,9 +76,10 @@ TABLE: Final = table(
         Row(requests.KVM_ENABLE_CAP, _of_vm("enable_cap"),
             "KVM_CAP_EXIT_HYPERCALL, KVM_CAP_MAX_VCPU_ID, KVMSIM_CAP_MAP_GPA_RANGES; of TDs and "
             "SNP guests KVM_CAP_SPLIT_IRQCHIP",
-            "EINVAL: others, flags, arguments; EEXIST: KVM_CAP_SPLIT_IRQCHIP twice, after a vCPU"),
+            "EINVAL: others, flags, arguments, KVM_CAP_MAX_VCPU_ID below the boot CPU's id or "
+            "another one than before; EEXIST: KVM_CAP_SPLIT_IRQCHIP twice, after a vCPU"),
         Row(requests.KVM_SET_BOOT_CPU_ID, _of_vm("set_boot_cpu_id"), "all",
-            "EBUSY: there are vCPUs"),
+            "EBUSY: there are vCPUs; EINVAL: above 4096 or KVM_CAP_MAX_VCPU_ID"),
         Row(requests.KVM_CREATE_IRQCHIP, _of_vm("create_irqchip"),
             "no controller; HLT and INIT wait inside KVM_RUN, for a signal or an NMI",
             "EEXIST: twice; EINVAL: there are vCPUs"),

@@ -49,7 +49,13 @@ KVM_CAP_SREGS2: Final = 200
 KVM_CAP_BINARY_STATS_FD: Final = 203
 KVM_CAP_VM_GPA_BITS: Final = 207
 KVM_CAP_XSAVE2: Final = 208
+KVM_CAP_SYS_ATTRIBUTES: Final = 209
 KVM_CAP_X86_TRIPLE_FAULT_EVENT: Final = 218
+
+# Groups and numbers of attributes of /dev/kvm (arch/x86/include/uapi/asm/kvm.h).
+KVM_X86_XCOMP_GUEST_SUPP: Final = 0
+KVM_X86_GRP_SEV: Final = 1
+KVM_X86_SEV_VMSA_FEATURES: Final = 0
 
 KVM_MAX_VCPUS: Final = 1024
 KVM_MAX_VCPU_IDS: Final = 4096

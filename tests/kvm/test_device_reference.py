@@ -12,7 +12,7 @@ from contextlib import closing
 
 import device_msrs
 import pytest
-from device_errors import BAD, ERRORS, POINTERS, U64, WRONG_LEVEL
+from device_errors import BAD, ERRORS, POINTERS, U64, VCPU_IDS, WRONG_LEVEL
 from device_program import Program
 
 from kvmsim import uapi
@@ -43,11 +43,13 @@ MACHINE = {
 class Real:
     """One VM with one vCPU of the kernel's."""
 
-    def __init__(self, *, chips: bool = False) -> None:
+    def __init__(self, *, chips: bool = False, vcpu: bool = True) -> None:
         self.fds = {"system": os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)}
         self.fds["vm"] = self.ioctl("system", uapi.KVM_CREATE_VM)
         if chips:
             assert self.ioctl("vm", requests.KVM_CREATE_IRQCHIP) == 0
+        if not vcpu:
+            return
         self.fds["vcpu"] = self.ioctl("vm", uapi.KVM_CREATE_VCPU)
         space = ctypes.create_string_buffer(structs.SREGS_SIZE)
         assert self.ioctl("vcpu", requests.KVM_GET_SREGS, ctypes.addressof(space)) == 0
@@ -100,6 +102,15 @@ def test_bad_pointers(real: Real, level: str, request_: int) -> None:
 @pytest.mark.parametrize(("level", "request_", "expected"), WRONG_LEVEL)
 def test_requests_of_another_level(real: Real, level: str, request_: int, expected: int) -> None:
     assert real.ioctl(level, request_) == -expected
+
+
+def test_ids_of_the_boot_cpu_and_its_limit() -> None:
+    with closing(Real(vcpu=False)) as real:
+        for request, argument, expected in VCPU_IDS:
+            answer = real.ioctl("vm", request, argument)
+            assert -min(answer, 0) == expected, (request, argument)
+            if request == uapi.KVM_CREATE_VCPU and answer >= 0:
+                real.fds["vcpu"] = answer
 
 
 def test_the_state_after_reset(real: Real) -> None:
@@ -205,3 +216,8 @@ def test_registers_that_are_listed_take_their_own_value() -> None:
 def test_machine_check_registers_are_as_they_were_set_up() -> None:
     with closing(Real()) as real:
         device_msrs.check_machine_check(real.ask)
+
+
+def test_the_hardware_configuration_of_amd() -> None:
+    with closing(Real()) as real:
+        device_msrs.check_hwcr(real.ask)

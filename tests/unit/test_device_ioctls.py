@@ -13,7 +13,7 @@ from pathlib import Path
 
 import device_msrs
 import pytest
-from device_errors import BAD, ERRORS, POINTERS, U64, WRONG_LEVEL
+from device_errors import BAD, ERRORS, POINTERS, U64, VCPU_IDS, WRONG_LEVEL
 from device_program import PAGE, STACK, TEXT, Program, buffer
 
 from hwemu.arena import ArenaFullError
@@ -126,6 +126,24 @@ def test_registers_that_are_listed_take_their_own_value(program: Program) -> Non
 def test_machine_check_registers_are_as_they_were_set_up(program: Program) -> None:
     program.add_vcpu(0)
     device_msrs.check_machine_check(partial(device_msrs.ours, program))
+
+
+def test_the_hardware_configuration_of_amd(program: Program) -> None:
+    program.add_vcpu(0)
+    device_msrs.check_hwcr(partial(device_msrs.ours, program))
+
+
+def test_attributes_of_the_system(program: Program) -> None:
+    for group, attribute in ((0, 0), (1, 0)):
+        space = ctypes.create_string_buffer(b"\xff" * 8, 8)
+        address = ctypes.addressof(space)
+        program.ioctl(
+            program.kvm, requests.KVM_GET_DEVICE_ATTR, structs.DEVICE_ATTR, 0, group, attribute,
+            address,
+        )  # fmt: skip
+        assert space.raw == bytes(8), "no XSAVE; no features of a VMSA to choose"
+    with Program(abi="v7") as old, pytest.raises(OSError, match="no attribute 0 in group 1"):
+        old.ioctl(old.kvm, requests.KVM_HAS_DEVICE_ATTR, structs.DEVICE_ATTR, 0, 1, 0, 0)
 
 
 def test_feature_registers_are_read_up_to_the_first_unknown(shared: Program) -> None:
@@ -261,6 +279,11 @@ def test_a_limit_on_vcpu_ids(program: Program) -> None:
     assert limit(2) == 0
     assert number(program, "vm", uapi.KVM_CREATE_VCPU, 2) == errno.EINVAL
     program.add_vcpu(1)
+
+
+def test_ids_of_the_boot_cpu_and_its_limit(program: Program) -> None:
+    for request, argument, expected in VCPU_IDS:
+        assert number(program, "vm", request, argument) == expected, (request, argument)
 
 
 def test_there_is_an_end_of_vcpus(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,6 +239,19 @@ def test_a_guest_may_do_less_with_machine_check_registers_than_user_space() -> N
     assert 0x480 not in checks
 
 
+@pytest.mark.parametrize(
+    ("vendor", "writable"),
+    [(b"AuthenticAMD", True), (b"HygonGenuine", True), (b"GenuineIntel", False), (b"", False)],
+)
+def test_a_guest_of_amd_may_be_allowed_to_write_a_status(vendor: bytes, writable: bool) -> None:
+    ebx, edx, ecx = struct.unpack("<III", vendor.ljust(12, b"\0"))
+    guest = cpuid.GuestCpuid([cpuid.Entry(0, 0, 0, 1, ebx, ecx, edx)])
+    store = MsrStore(lambda: 0, bsp=True, amd=lambda: guest.amd_compatible)
+    assert not store.write(0x401, 1, host=False)
+    assert store.write(0xC001_0015, 1 << 18, host=False)
+    assert store.write(0x401, 1, host=False) == writable
+
+
 # --- translation --------------------------------------------------------------------------------
 
 
