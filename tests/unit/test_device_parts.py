@@ -32,6 +32,7 @@ from kvmsim.device.translate import translate
 from kvmsim.kind import KINDS
 from kvmsim.rangelist import MapGpaRange
 from kvmsim.uapi import (
+    KVM_CAP_CLOCKSOURCE,
     KVM_CAP_MEMORY_ATTRIBUTES,
     KVM_CHECK_EXTENSION,
     KVM_CREATE_VM,
@@ -175,6 +176,14 @@ def test_supported_cpuid_names_the_processor_and_kvm() -> None:
     assert struct.pack("<III", *found[0x4000_0000].answer[1:]) == b"KVMKVMKVM\0\0\0"
     assert found[0x8000_0008].eax & 0xFF == 40
     assert [entry.function for entry in cpuid.SUPPORTED] == sorted(found)
+
+
+def test_the_clock_that_cpuid_announces_is_a_capability_and_has_its_registers() -> None:
+    (features,) = (entry.eax for entry in cpuid.SUPPORTED if entry.function == 0x4000_0001)
+    announced = cpuid.KVM_FEATURE_CLOCKSOURCE | cpuid.KVM_FEATURE_CLOCKSOURCE2
+    assert features & announced == announced
+    assert check_extension(KVM_CAP_CLOCKSOURCE, Asked("upstream", None, None)) == 1
+    assert {0x11, 0x12, 0x4B56_4D00, 0x4B56_4D01} <= set(SAVED)
 
 
 def test_msrs_refuse_what_the_processor_refuses() -> None:
