@@ -170,7 +170,7 @@ QUESTIONS: Final[dict[str, Callable[[Service, MountInfo, dict[str, Any]], dict[s
 def _ino(service: Service, ask: dict[str, Any]) -> int:
     ino = ask.get("ino")
     if not isinstance(ino, int) or ino not in service.owner.files:
-        raise ControlError(errno.ENOENT, f"inode {ino} is no private file of this mount")
+        raise ControlError(errno.ENOENT, f"inode {ino} is no private file of this mount; name one")
     return ino
 
 
@@ -296,6 +296,8 @@ def events(path: str | os.PathLike[str], *, faults: bool = False) -> Iterator[di
             with sock.makefile("rb") as stream:
                 for line in stream:
                     yield json.loads(line)
+    except LinkError as error:
+        raise ControlError(error.errno, error.strerror) from error
     except OSError as error:
         why = error.strerror or str(error)
         raise ControlError(error.errno or errno.EIO, f"{path}: {why}") from error
@@ -327,6 +329,8 @@ def compact(
                     )
     except ControlError:
         raise
+    except LinkError as error:
+        raise ControlError(error.errno, error.strerror) from error
     except OSError as error:
         why = error.strerror or str(error)
         raise ControlError(error.errno or errno.ETIMEDOUT, f"{path}: {why}") from error

@@ -24,7 +24,7 @@ from kvmsim.images import read_kernel
 _ALL: Final = "all"
 
 
-@click.group(short_help="Attack guests as their host.")
+@click.group(short_help="Attack guests as their host.", no_args_is_help=False)
 def attack() -> None:
     """Try what a host may try against a guest, and say where it stopped.
 
@@ -93,7 +93,7 @@ def _named(names: Sequence[str]) -> list[Attack]:
     unknown = [name for name in names if name not in ATTACKS]
     if unknown:
         raise click.UsageError(
-            f"no attack {', '.join(unknown)}; see: kvmsim attack list.",
+            f"no attack {', '.join(unknown)}; kvmsim attack list shows them",
             click.get_current_context(),
         )
     return [ATTACKS[name] for name in dict.fromkeys(names)]

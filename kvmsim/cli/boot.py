@@ -17,6 +17,7 @@ from kvmsim.cli.exitcodes import Exit, exit_code
 from kvmsim.cli.failure import Failure, check_memory, ended_badly, explained
 from kvmsim.cli.hosts import fence_option, make_host, movable_option
 from kvmsim.cli.progress import PreallocProgress
+from kvmsim.cli.tracing import opened_trace
 from kvmsim.cli.verbosity import Verbosity, verbose_options
 from kvmsim.cli.vms import make_vm, opened_disk
 from kvmsim.console import ConsoleVm, Ending
@@ -37,7 +38,6 @@ from kvmsim.scriptvalues import (
 )
 from kvmsim.trace import FORMATS
 from kvmsim.tracedvm import traced
-from kvmsim.tracefile import TraceFile
 from kvmsim.vmm.bootparams import MAX_VCPUS
 from kvmsim.vmm.bounce import Disk
 
@@ -171,7 +171,7 @@ def boot(
     with contextlib.ExitStack() as stack:
         running = RunningVm
         if trace_path:
-            running = traced(stack.enter_context(_trace(trace_path, trace_format)))
+            running = traced(stack.enter_context(opened_trace(trace_path, trace_format)))
         place: streams.Place = streams.Standard()
         if where != "stdio":
             place = stack.enter_context(streams.listening(where.removeprefix(_UNIX)))
@@ -197,13 +197,6 @@ def _qemu(objects: tuple[str, ...], machine: str | None) -> Options:
         return parse_options(objects, machine)
     except ScriptError as error:
         raise click.UsageError(f"{error}.", click.get_current_context()) from None
-
-
-def _trace(path: str, format: str | None) -> TraceFile:
-    try:
-        return TraceFile(path, format or "")
-    except OSError as error:
-        raise Failure(Exit.USAGE, f"--trace {path}: {error.strerror}") from None
 
 
 def _live(

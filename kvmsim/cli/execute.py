@@ -11,6 +11,7 @@ import click
 
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.cli.failure import Failure, explained
+from kvmsim.cli.tracing import opened_trace
 from kvmsim.cli.verbosity import Verbosity, verbose_options
 from kvmsim.control import Control
 from kvmsim.device.capabilities import OFFERED
@@ -25,7 +26,6 @@ from kvmsim.kind import VmKind
 from kvmsim.running import RunningVm
 from kvmsim.trace import FORMATS
 from kvmsim.tracedvm import traced
-from kvmsim.tracefile import TraceFile
 from kvmsim.uapi import ABIS, Abi
 from privfs.notifier.lane import find_socket
 
@@ -47,9 +47,11 @@ def _types(
 @click.command(
     "exec",
     short_help="Run a program that uses /dev/kvm.",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    context_settings={"allow_interspersed_args": False},
 )
-@click.argument("program", metavar="-- PROGRAM [ARGUMENT]…", nargs=-1, required=True)
+@click.argument(
+    "program", metavar="-- PROGRAM [ARGUMENT]…", nargs=-1, type=click.UNPROCESSED, required=True
+)
 @click.option(
     "--memory", metavar="DIR", type=click.Path(exists=True, file_okay=False),
     help="Where guest_memfds are made: a privfs mount, or a folder in one (a mount of its own).",
@@ -103,7 +105,7 @@ def execute(
     with contextlib.ExitStack() as stack:
         running: type[RunningVm] = RunningVm
         if trace_path is not None:
-            running = traced(stack.enter_context(TraceFile(trace_path, trace_format or "")))
+            running = traced(stack.enter_context(opened_trace(trace_path, trace_format)))
         if memory is not None:
             with explained():
                 find_socket(memory)

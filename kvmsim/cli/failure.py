@@ -10,6 +10,8 @@ import stat
 from collections.abc import Iterator
 from typing import Final
 
+import click
+
 from kvmsim.cli import tables
 from kvmsim.cli.exitcodes import Exit
 from kvmsim.console import End, Ending
@@ -21,7 +23,7 @@ from kvmsim.vmm.bootparams import UNIT_SIZE, Technology
 from kvmsim.vmm.elf import ImageError
 from kvmsim.vmm.loader import PayloadError
 from kvmsim.vmm.prealloc import PreallocError
-from privfs.notifier.lane import LinkError, find_socket
+from privfs.notifier.lane import LinkError, NoMountAbove, find_socket
 
 
 class Failure(Exception):
@@ -30,6 +32,13 @@ class Failure(Exception):
     def __init__(self, code: int, text: str = "") -> None:
         super().__init__(text)
         self.code = code
+
+
+def usage(error: click.UsageError) -> Failure:
+    """Explain what was typed wrong, in one line whatever click makes of it."""
+    where = error.ctx.command_path if error.ctx else "kvmsim"
+    text = " ".join(error.format_message().split())
+    return Failure(Exit.USAGE, f"{text}{'' if text[-1:] in '.?' else '.'} See: {where} --help")
 
 
 #: What to do about an end that nobody asked for.
@@ -131,9 +140,9 @@ def _prealloc_text(error: PreallocError) -> str:
 
 def _link_text(error: LinkError) -> str:
     text = error.strerror or str(error)
+    if isinstance(error, NoMountAbove):
+        return text
     match error.errno:
-        case errno.ENOTCONN if "does not lie in a privfs mount" in text:
-            return f"{text}; make one with: privfs mount DIR"
         case errno.ECONNREFUSED | errno.ENOENT | errno.ENOTCONN | errno.ECONNRESET:
             return f"{text}; is the mount alive? See: privfs status"
     return f"{text}; see: privfs status"

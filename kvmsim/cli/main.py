@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 import click
 
 from kvmsim.cli.exitcodes import Exit
-from kvmsim.cli.failure import Failure
+from kvmsim.cli.failure import Failure, usage
 from kvmsim.cli.lazy import LazyGroup
 from kvmsim.cli.verbosity import Verbosity
 from privfs.leaving import unwind_on
@@ -103,8 +103,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         case Failure(code=code):
             return code, str(error)
         case click.UsageError():
-            where = error.ctx.command_path if error.ctx else "kvmsim"
-            return Exit.USAGE, f"{error.format_message()} See: {where} --help"
+            return Exit.USAGE, str(usage(error))
         case click.ClickException():
             return Exit.USAGE, error.format_message()
         case SystemExit(code=int(code)):

@@ -44,7 +44,9 @@ def run(script: str, pairs: tuple[str, ...], fence: str, quiet: bool, verbosity:
         text = Path(script).read_text()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "is no text"
-        raise Failure(Exit.USAGE, f"{script}: {why}") from error
+        raise Failure(
+            Exit.USAGE, f"{script}: {why}; name a script, see: kvmsim run --help"
+        ) from error
     try:
         statements = parse(text, variables)
     except ScriptError as error:

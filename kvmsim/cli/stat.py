@@ -18,6 +18,7 @@ from kvmsim.cli.verbosity import Verbosity, verbose_options
 from kvmsim.script import SIDES
 
 _UNKNOWN = "?"
+_BOOT = "boot one with: kvmsim boot --memory FILE"
 
 
 @click.command(short_help="Show running VMs and their memory.")
@@ -37,7 +38,7 @@ def stat(which: str | None, as_json: bool, in_bytes: bool, verbosity: Verbosity)
     if as_json:
         click.echo(json.dumps(found, indent=2))
     elif not found and not silent:
-        click.echo("no VM is up; boot one with: kvmsim boot --memory FILE")
+        click.echo(f"no VM is up; {_BOOT}")
     else:
         blocks = ["\n".join(stat_lines(vm, in_bytes=in_bytes)) for vm in found]
         click.echo("\n\n".join(blocks))
@@ -56,9 +57,10 @@ def _found(which: str | None) -> tuple[list[dict[str, Any]], str]:
         return found, silent
     wanted = [vm for vm in found if which in (vm["vm"], str(vm["pid"]))]
     if not wanted:
-        names = ", ".join(f"{vm['vm']}({vm['pid']})" for vm in found) or "none"
+        names = ", ".join(f"{vm['vm']}({vm['pid']})" for vm in found)
         also = f"; {silent}" if silent else ""
-        raise Failure(Exit.FAILED, f"no VM {which}: of this user's there is {names}{also}")
+        following = f"name one of yours: {names}" if names else "none of yours is up, " + _BOOT
+        raise Failure(Exit.FAILED, f"no VM {which}; {following}{also}")
     return wanted, ""
 
 

@@ -7,6 +7,8 @@ import errno
 import os
 from typing import Final
 
+import click
+
 from privfs.cli.exitcodes import Exit
 
 #: An errno that a mount point or a mount answers with → exit code.
@@ -19,6 +21,12 @@ _MOUNT: Final = {
 _GONE: Final = frozenset({
     errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT,
 })  # fmt: skip
+#: What to do about a path that could not be looked at.
+_NEXT: Final = {
+    errno.ENOENT: "; name a file in one of the mounts that privfs status shows",
+    errno.ENOTDIR: "; name a file in one of the mounts that privfs status shows",
+    errno.EACCES: "; ask as its owner, or as root",
+}
 
 
 class Failure(Exception):
@@ -44,7 +52,15 @@ def no_answer(error: OSError) -> Failure:
             f"{os.fsdecode(error.filename)}: its privfs was killed; "
             "clear the dead mount with: privfs umount DIR",
         )
-    return Failure(code, _text(error))
+    following = _NEXT.get(error.errno or 0, "") if error.filename is not None else ""
+    return Failure(code, _text(error) + following)
+
+
+def usage(error: click.UsageError) -> Failure:
+    """Explain what was typed wrong, in one line whatever click makes of it."""
+    where = error.ctx.command_path if error.ctx else "privfs"
+    text = " ".join(error.format_message().split())
+    return Failure(Exit.USAGE, f"{text}{'' if text[-1:] in '.?' else '.'} See: {where} --help")
 
 
 def _text(error: OSError) -> str:

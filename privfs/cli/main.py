@@ -17,7 +17,7 @@ from privfs.cli.compact import compact
 from privfs.cli.doctor import doctor
 from privfs.cli.events import events
 from privfs.cli.exitcodes import Exit
-from privfs.cli.failure import Failure
+from privfs.cli.failure import Failure, usage
 from privfs.cli.mount import helper, is_helper_call, mount, umount
 from privfs.cli.run import run
 from privfs.cli.seal import seal
@@ -93,8 +93,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         case Failure(code=code):
             return code, str(error)
         case click.UsageError():
-            where = error.ctx.command_path if error.ctx else "privfs"
-            return Exit.USAGE, f"{error.format_message()} See: {where} --help"
+            return Exit.USAGE, str(usage(error))
         case click.ClickException():
             return Exit.USAGE, error.format_message()
         case SystemExit(code=int(code)):

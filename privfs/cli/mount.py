@@ -196,7 +196,7 @@ def umount(directory: str, lazy: bool, verbosity: Verbosity) -> None:
     verbosity.log_to(None)
     found = ground.newest(directory)
     if found is None or found.type != ground.TYPE:
-        raise Failure(Exit.NO_MOUNT, f"{directory}: no privfs is mounted there")
+        raise Failure(Exit.NO_MOUNT, f"{directory}: no privfs is mounted there; see: privfs status")
     status, pidfd = _server(directory)
     try:
         try:

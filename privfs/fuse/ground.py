@@ -43,7 +43,7 @@ def clear(mountpoint: str) -> None:
     try:
         if not os.path.isdir(mountpoint):
             os.stat(mountpoint)
-            raise MountError(errno.ENOTDIR, f"{mountpoint} is not a directory")
+            raise MountError(errno.ENOTDIR, f"{mountpoint} is not a directory: name one")
         os.statvfs(mountpoint)  # asks the mount; a dead one's attributes may still be cached
         living = newest(mountpoint)
         if living is None or living.type != TYPE:

@@ -75,8 +75,12 @@ class LinkError(OSError):
     """The owner refused a request, or is gone; ``errno`` says why."""
 
 
+class NoMountAbove(LinkError):
+    """A path does not lie in a privfs mount; the text says what to do next too."""
+
+
 def find_socket(path: str | os.PathLike[str], name: str = SOCKET) -> str:
-    """Return the socket ``name`` of the privfs mount that holds ``path``."""
+    """Return the socket ``name`` of the privfs mount that holds ``path``; NoMountAbove."""
     place = Path(path).resolve()
     for folder in (place, *place.parents):
         candidate = folder / name
@@ -84,7 +88,12 @@ def find_socket(path: str | os.PathLike[str], name: str = SOCKET) -> str:
             return str(candidate)
         if os.path.ismount(folder):
             break
-    raise LinkError(errno.ENOTCONN, f"{path} does not lie in a privfs mount: no {name} above it")
+    what = f"does not lie in a privfs mount: no {name} above it"
+    raise NoMountAbove(
+        errno.ENOTCONN,
+        f"{path} {what if place.exists() else 'does not exist'}; "
+        "privfs status shows the mounts, privfs mount DIR makes one",
+    )
 
 
 class Lane:

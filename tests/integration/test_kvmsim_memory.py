@@ -72,7 +72,7 @@ output ^Held: .* 0B on both, 0B stale$
 
 host test $($KVMSIM stat | grep -c '^VM: ') = 2
 fails $KVMSIM stat nobody
-output no VM nobody: of this user's there is keeps\\(\\d+\\), frees\\(\\d+\\)
+output no VM nobody; name one of yours: keeps\\(\\d+\\), frees\\(\\d+\\)
 stop keeps
 host test $($KVMSIM stat | grep -c '^VM: ') = 1
 """,

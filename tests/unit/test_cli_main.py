@@ -60,10 +60,30 @@ def test_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (["map"], 2, "privfs map --help"),
         (["--bogus"], 2, "--bogus"),
         (["run", "-o"], 125, "--help"),
-        (["umount", "/"], 5, "no privfs is mounted there"),
+        (["umount", "/"], 5, "no privfs is mounted there; see: privfs status"),
+        *(
+            (
+                [command, "/"],
+                5,
+                "privfs: / does not lie in a privfs mount: no .privfs/control above"
+                " it; privfs status shows the mounts, privfs mount DIR makes one",
+            )
+            for command in ("map", "stat", "seal", "status", "events", "compact")
+        ),
+        (["status", "/none"], 5, "privfs: /none does not exist; privfs status shows the mounts"),
+        *(
+            (
+                [command, "/none"],
+                1,
+                "privfs: /none: No such file or directory; name a file in one "
+                "of the mounts that privfs status shows",
+            )
+            for command in ("map", "stat", "seal", "compact")
+        ),
+        (["compact", "--range", "x", "f"], 2, "left out. See: privfs compact --help"),
     ],
 )
-def test_usage_errors_are_one_line(
+def test_errors_are_one_line_that_says_what_to_do(
     capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, words: str
 ) -> None:
     assert call(arguments) == code

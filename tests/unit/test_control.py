@@ -223,10 +223,12 @@ def test_no_vm(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no VM is up" in capsys.readouterr().out
     assert call(["stat", "--json"]) == Exit.OK
     assert json.loads(capsys.readouterr().out) == []
+    assert call(["stat", "b"]) == Exit.FAILED
+    assert capsys.readouterr().err.startswith("kvmsim: no VM b; none of yours is up, boot one")
     with control.answering() as made:
         made.add("a", report)
         assert call(["stat", "b"]) == Exit.FAILED
-    assert capsys.readouterr().err == "kvmsim: no VM b: of this user's there is a(42)\n"
+    assert capsys.readouterr().err == "kvmsim: no VM b; name one of yours: a(42)\n"
 
 
 def test_who_does_not_answer_is_named_after_those_who_do(
@@ -241,4 +243,4 @@ def test_who_does_not_answer_is_named_after_those_who_do(
     assert said.out.startswith("VM:          a (pid 42), running\n")
     assert said.err == "kvmsim: pid 9: timed out\n"
     assert call(["stat", "b"]) == Exit.FAILED
-    assert capsys.readouterr().err.endswith("there is a(42); pid 9: timed out\n")
+    assert capsys.readouterr().err.endswith("name one of yours: a(42); pid 9: timed out\n")

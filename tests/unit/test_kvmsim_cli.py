@@ -45,7 +45,17 @@ MANUAL = Path(__file__).parents[2] / "docs" / "kvmsim.md"
         (["boot", "--memory", "x", "--discard", "all"], "'none', 'private', 'shared', 'both'"),
         (["run"], "Missing argument 'SCRIPT'"),
         (["run", "/nonexistent.kvs"], "/nonexistent.kvs: No such file or directory"),
+        (["run", "/nonexistent.kvs"], "name a script, see: kvmsim run --help"),
         (["run", "x", "--var", "1=2"], "write NAME=VALUE"),
+        (["demo"], "Choose from: tdx, snp, pkvm, sw, all. See: kvmsim demo --help"),
+        (["attack"], "Missing command. See: kvmsim attack --help"),
+        (["attack", "run", "x"], "no attack x; kvmsim attack list shows them. See:"),
+        (["exec", "--no-such-flag", "--", "true"], "No such option '--no-such-flag'"),
+        (["exec", "--vm-types", "x", "--", "true"], "tdx, snp. See: kvmsim exec --help"),
+        (
+            ["exec", "--trace", "/none/x", "--", "true"],
+            "--trace /none/x: No such file or directory; name a file that can be written",
+        ),
     ],
 )
 def test_wrong_usage(arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]) -> None:
