@@ -97,15 +97,17 @@ def test_the_status_is_the_program_s(
 
 
 @contextlib.contextmanager
-def spinning(vmm: Path, memory: Path) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
-    """Run a guest that spins; yield the supervisor and the program."""
+def spinning(
+    vmm: Path, memory: Path, mode: str = "spin"
+) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
+    """Run a guest that spins, or something else; yield the supervisor and the program."""
     supervisor = subprocess.Popen(
-        command(vmm, "spin", memory=memory), stdout=subprocess.PIPE, text=True
+        command(vmm, mode, memory=memory), stdout=subprocess.PIPE, text=True
     )
     program = None
     try:
         assert supervisor.stdout is not None
-        assert supervisor.stdout.readline() == "spinning\n"
+        assert supervisor.stdout.readline() in ("spinning\n", "breeding\n")
         (program,) = psutil.Process(supervisor.pid).children()
         yield supervisor, program
     finally:
@@ -140,6 +142,17 @@ def test_a_killed_supervisor_leaves_no_program_that_hangs(
     with spinning(vmm, mount().path) as (supervisor, program):
         supervisor.kill()
         program.wait(30)  # its KVM_RUN fails with ENOSYS, which it complains of and ends
+
+
+def test_a_killed_supervisor_leaves_no_child_that_shares_memory(
+    vmm: Path, mount: Mounter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forks come one after another, so that it dies in the middle of one, or between two."""
+    monkeypatch.setenv("TMPDIR", os.fspath(tmp_path))
+    with spinning(vmm, mount().path, "breeding") as (supervisor, _):
+        supervisor.kill()
+        assert supervisor.stdout is not None
+        assert supervisor.stdout.read() == "kept\n"  # until nobody is left who has it
 
 
 def test_stat_shows_its_vms(

@@ -17,6 +17,7 @@
  *   vmm protect      the same for mprotect, and all is well when it is undone
  *   vmm snapshot     a child has the RAM as it was when it was forked, and what it writes is its own
  *   vmm poor         a child that there is no memory for has no RAM
+ *   vmm breeding     children without end, none of which writes to the RAM; ends when there are no more
  *   vmm helpers      children that share the RAM, or run other programs, and threads
  *   vmm full         no descriptor is left for a VM, or to share memory by: EMFILE, nothing lost
  *
@@ -539,6 +540,29 @@ static void snapshot(void)
 	CHECK(peek(&vcpu) == 6);
 }
 
+static void breeding(void)
+{
+	char *more;
+	pid_t child;
+	int status = 0;
+
+	make_peeking(&more);
+	puts("breeding");
+	fflush(stdout);
+	while (!status) {
+		child = fork();
+		if (!child) {
+			CHECK(*more == 5);
+			*more = 6;
+			_exit(0);
+		}
+		status = child < 0 ? errno : end_of(child);
+		CHECK(*more == 5);
+	}
+	CHECK(status == ENOSYS || status == EAGAIN || status == SIGKILL);
+	puts("kept");
+}
+
 static void poor(void)
 {
 	char *more;
@@ -657,7 +681,8 @@ int main(int argc, char **argv)
 		{ "fork", forks }, { "fault", fault }, { "many", many },
 		{ "discard", discard }, { "unmap", unmap }, { "move", move },
 		{ "anew", anew }, { "late", late }, { "protect", protect },
-		{ "snapshot", snapshot }, { "poor", poor }, { "helpers", helpers },
+		{ "snapshot", snapshot }, { "poor", poor },
+		{ "breeding", breeding }, { "helpers", helpers },
 		{ "full", full },
 	};
 	const size_t count = sizeof(modes) / sizeof(modes[0]);
