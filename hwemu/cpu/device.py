@@ -119,17 +119,17 @@ def read_ahead(size: int, rcx: int, rdi: int, *, backwards: bool) -> int:
 
 
 class DeviceAccess:
-    """The state of one replayed instruction at ``rip``; ``count``: elements to ask a port for."""
+    """The state of one replayed instruction at ``rip``."""
 
-    def __init__(self, rip: int, count: int = 1) -> None:
+    def __init__(self, rip: int) -> None:
         self.rip = rip
-        self.count = count
         self.pages: list[int] = []
         self.unanswered: DeviceExit | None = None
         self._answers: list[DeviceExit] = []
         self._writes: deque[DeviceExit] = deque()
         self._next = 0
         self._piece = 0
+        self._elements = 1  # that were asked for at once
         self._load = (0, 0)
         self._loaded: dict[bool, MmioExit] = {}
 
@@ -156,6 +156,13 @@ class DeviceAccess:
                 for at in range(0, len(data), size)
             ]
 
+    def ask_for(self, count: int) -> None:
+        """Have `unanswered`, of a port, ask for as many elements."""
+        asked = self.unanswered
+        assert isinstance(asked, IoExit)
+        self.unanswered = IoExit(asked.port, asked.size, False, count=count)
+        self._elements = count
+
     @property
     def asked(self) -> int:
         """Bytes that answer `unanswered`."""
@@ -174,7 +181,7 @@ class DeviceAccess:
         del self._answers[: self._next]
         self._next = 0
         self.pages.clear()
-        return self.count == 1 or not self._answers
+        return self._elements == 1 or not self._answers
 
     @property
     def answered(self) -> bool:
@@ -267,7 +274,7 @@ class DeviceAccess:
         self._piece = 0
         data = self._known()
         if data is None:
-            self.unanswered = IoExit(port, size, False, count=self.count)
+            self.unanswered = IoExit(port, size, False)
             return None
         return int.from_bytes(data, "little")
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 
 from hwemu.cpu import rawcontext as raw_layout
-from hwemu.cpu.api import CpuError, CpuExit, Stage2Fault
+from hwemu.cpu.api import CpuError, CpuExit, IoExit, Stage2Fault
 from hwemu.cpu.delivery import Event
 from hwemu.cpu.device import DeviceAccess, DeviceExit, read_ahead
 from hwemu.cpu.engine import DEVICE_HPA, Engine
@@ -113,7 +113,7 @@ class DeviceBay:
                 protected = self._intercepts.port_access(rip, *self._port)
                 if protected is not None:
                     return protected
-                self.device = DeviceAccess(rip, self._elements(rip))
+                self.device = DeviceAccess(rip)
             else:
                 self._intercepts.event = Event(_GP, 0, rip)
         except GuestFault as fault:
@@ -122,18 +122,18 @@ class DeviceBay:
             return Stage2Fault(miss.gpa, miss.access)
         return None
 
-    def _elements(self, rip: int) -> int:
-        """How many elements the port is asked for at once, by the instruction at ``rip``."""
-        found = self._intercepts.repeated_input(rip)
+    def _elements(self, size: int) -> int:
+        """How many elements the instruction at RIP asks a port for at once; Stage2Miss."""
+        raw = self._raw
+        found = self._intercepts.repeated_input(raw.q[raw_layout.RIP])
         if found is None:
             return 1
-        raw = self._raw
         bits = raw.code_bits
         if found.other_address:
             bits = 16 if bits == 32 else 32
         backwards = bool(self._engine.rflags() & raw_layout.DF_MASK)
         rcx = raw.q[raw_layout.RCX] & (1 << bits) - 1
-        return read_ahead(self._port[1], rcx, raw.q[raw_layout.RDI], backwards=backwards)
+        return read_ahead(size, rcx, raw.q[raw_layout.RDI], backwards=backwards)
 
     def add_page(self, gpa: int) -> bool:
         """The instruction at RIP takes the page of ``gpa`` as a device; False: too many pages."""
@@ -144,6 +144,16 @@ class DeviceBay:
             return True
         self.device = None
         return False
+
+    def _ask(self, device: DeviceAccess) -> CpuExit | None:
+        """What the attempt that was rolled back asks; a fault if that cannot be seen now."""
+        if isinstance(device.unanswered, IoExit):
+            try:
+                device.ask_for(self._elements(device.unanswered.size))
+            except Stage2Miss as miss:  # its code was zapped since it was fetched
+                device.unanswered = None
+                return Stage2Fault(miss.gpa, miss.access)
+        return device.unanswered
 
     def attempt(self) -> CpuExit | None:
         """Try the device instruction once; None: it is done or to be tried again."""
@@ -173,7 +183,7 @@ class DeviceBay:
             raw.restore(saved)
             engine.flush_tlb()
             # what was asked behind a fault may be another instruction's
-            return exit_ if self.again or cut else device.unanswered or exit_
+            return exit_ if self.again or cut else self._ask(device) or exit_
         self.outbox.extend(device.writes())
         if device.done():
             self.device = None

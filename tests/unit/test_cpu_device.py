@@ -436,6 +436,16 @@ def test_an_answer_of_many_elements_outlives_what_comes_between(machine: Machine
     assert machine.read(to + 8, 4) == b"ijkl"
 
 
+def test_a_repeated_input_may_go_to_a_device(machine: Machine) -> None:
+    cpu = machine.boot(code("f3 6d", HLT), rdx=0x3F8, rdi=DEVICE + PAGE_SIZE - 4, rcx=3)
+    assert talk(cpu, b"abcdefghijkl") == [
+        IoExit(0x3F8, 4, False, count=3),
+        MmioExit(DEVICE + PAGE_SIZE - 4, 4, True, b"abcd"),
+        MmioExit(DEVICE + PAGE_SIZE, 4, True, b"efgh"),
+        MmioExit(DEVICE + PAGE_SIZE + 4, 4, True, b"ijkl"),
+    ]
+
+
 def test_elements_before_an_exception_stay(machine: Machine) -> None:
     """And those behind it are lost, as KVM loses them."""
     machine.gate(14, 0x11000)
