@@ -24,7 +24,7 @@ from pyroaring import BitMap
 
 from privfs import compaction, views
 from privfs.backing.store import Promise
-from privfs.notifier.lane import LinkError, connect, find_socket
+from privfs.notifier.lane import NoMountAbove, connect, find_socket
 from privfs.personality import Refused
 from privfs.service import Service
 
@@ -34,6 +34,7 @@ SOCKET: Final = ".privfs/control"
 _MAX_LINE: Final = 65_536
 _TIMEOUT: Final = 10.0
 _DEAD: Final = (errno.ENOTCONN, errno.ECONNABORTED, errno.ECONNREFUSED)
+_ENDED: Final = "the mount ended while it was asked; see: privfs status"
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,22 +270,25 @@ def ask(path: str | os.PathLike[str], question: str, **arguments: Any) -> dict[s
             sock.sendall(json.dumps({"ask": question, **arguments}).encode() + b"\n")
             with sock.makefile("rb") as stream:
                 line = stream.readline()
-    except LinkError as error:
-        raise ControlError(error.errno, error.strerror) from error
     except OSError as error:
-        why = error.strerror or str(error)
-        if error.errno in _DEAD:
-            why = "its privfs was killed; clear the dead mount with: privfs umount DIR"
-        raise ControlError(
-            error.errno or errno.ETIMEDOUT, f"{path}: the mount does not answer: {why}"
-        ) from error
+        raise _silent(path, error) from error
     if not line:
-        raise ControlError(errno.ECONNRESET, f"{path}: the mount ended while it was asked")
+        raise ControlError(errno.ECONNRESET, f"{path}: {_ENDED}")
     reply = json.loads(line)
     if "ok" not in reply:
         raise ControlError(reply["errno"], reply["error"])
     found: dict[str, Any] = reply["ok"]
     return found
+
+
+def _silent(path: str | os.PathLike[str], error: OSError) -> ControlError:
+    """Why the mount that should hold ``path`` gives no answer."""
+    if isinstance(error, NoMountAbove):
+        return ControlError(error.errno, error.strerror)
+    why = error.strerror or str(error)
+    if error.errno in _DEAD:
+        why = "its privfs was killed; clear the dead mount with: privfs umount DIR"
+    return ControlError(error.errno or errno.ETIMEDOUT, f"{path}: the mount does not answer: {why}")
 
 
 def events(path: str | os.PathLike[str], *, faults: bool = False) -> Iterator[dict[str, Any]]:
@@ -296,11 +300,8 @@ def events(path: str | os.PathLike[str], *, faults: bool = False) -> Iterator[di
             with sock.makefile("rb") as stream:
                 for line in stream:
                     yield json.loads(line)
-    except LinkError as error:
-        raise ControlError(error.errno, error.strerror) from error
     except OSError as error:
-        why = error.strerror or str(error)
-        raise ControlError(error.errno or errno.EIO, f"{path}: {why}") from error
+        raise _silent(path, error) from error
 
 
 def compact(
@@ -324,16 +325,11 @@ def compact(
                         break
                     told(reply["progress"])
                 else:
-                    raise ControlError(
-                        errno.ECONNRESET, f"{path}: the mount ended while it was asked"
-                    )
+                    raise ControlError(errno.ECONNRESET, f"{path}: {_ENDED}")
     except ControlError:
         raise
-    except LinkError as error:
-        raise ControlError(error.errno, error.strerror) from error
     except OSError as error:
-        why = error.strerror or str(error)
-        raise ControlError(error.errno or errno.ETIMEDOUT, f"{path}: {why}") from error
+        raise _silent(path, error) from error
     if "ok" not in reply:
         raise ControlError(reply["errno"], f"{path}: {reply['error']}")
     found: dict[str, Any] = reply["ok"]

@@ -304,6 +304,9 @@ def test_umount_clears_a_dead_mount(mount: Mounter) -> None:
     said = mounted.privfs("status")
     assert said.returncode == 5
     assert f"{mounted.path}: the mount does not answer" in said.stdout
+    said = mounted.privfs("events", mounted.path)
+    assert said.returncode == 5
+    assert "clear the dead mount with: privfs umount DIR" in said.stderr
     assert mounted.privfs("umount", mounted.path).returncode == 0
     assert not mounted.is_mounted()
 
