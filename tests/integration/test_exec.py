@@ -102,7 +102,10 @@ def spinning(
 ) -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
     """Run a guest that spins, or something else; yield the supervisor and the program."""
     supervisor = subprocess.Popen(
-        command(vmm, mode, memory=memory), stdout=subprocess.PIPE, text=True
+        command(vmm, mode, memory=memory),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     program = None
     try:
@@ -147,12 +150,15 @@ def test_a_killed_supervisor_leaves_no_program_that_hangs(
 def test_a_killed_supervisor_leaves_no_child_that_shares_memory(
     vmm: Path, mount: Mounter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Forks come one after another, so that it dies in the middle of one, or between two."""
+    """Forks come one after another, so that it dies in the middle of one, or between two.
+
+    What is just being forked dies with it, both sides if that is in the system call.
+    """
     monkeypatch.setenv("TMPDIR", os.fspath(tmp_path))
     with spinning(vmm, mount().path, "breeding") as (supervisor, _):
         supervisor.kill()
         assert supervisor.stdout is not None
-        assert supervisor.stdout.read() == "kept\n"  # until nobody is left who has it
+        assert supervisor.stdout.read() in ("kept\n", "")  # until nobody is left who has it
 
 
 def test_stat_shows_its_vms(
