@@ -67,6 +67,10 @@ class Tracees:
         """Let a thread stop as soon as it leaves its system call; then :meth:`wait`."""
         _ptrace(_SEIZE, tid)
         self.seized.add(tid)
+        self.interrupt(tid)
+
+    def interrupt(self, tid: int) -> None:
+        """Let a thread that is seized stop, once more if it has."""
         _ptrace(_INTERRUPT, tid)
 
     def adopt(self, tid: int) -> None:
@@ -103,7 +107,7 @@ class Tracees:
         try:
             while True:
                 _ptrace(_SINGLESTEP, tid)
-                if self.wait(tid).signal == signal.SIGTRAP:
+                if self.wait(tid) == (signal.SIGTRAP, 0):
                     break
             return self.registers(tid)["rax"]
         finally:

@@ -63,6 +63,15 @@ def test_a_thread_makes_calls_of_ours_and_goes_on() -> None:
         assert cat.returncode == 0
 
 
+def test_a_stop_for_another_reason_is_not_the_end_of_a_call() -> None:
+    with started("cat") as cat:
+        with Tracees(cat.pid) as tracees:
+            stop_in_read(tracees, cat.pid)
+            tracees.interrupt(cat.pid)
+            assert tracees.call(cat.pid, GETPID) == cat.pid
+        assert cat.communicate("heard\n") == ("heard\n", None)
+
+
 def test_the_status_of_a_child_of_ours_is_left_to_who_waits_for_it() -> None:
     with started("cat") as cat:
         with Tracees(cat.pid) as tracees:
