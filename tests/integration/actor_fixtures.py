@@ -16,7 +16,7 @@ from kvmsim.hostmem import HostMemory
 
 
 @pytest.fixture(scope="session")
-def kernel(image: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def vm_kernel(image: bytes, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the guest kernel as a file, for vm_process.py."""
     path = tmp_path_factory.mktemp("kernel") / "kernel.elf"
     path.write_bytes(image)

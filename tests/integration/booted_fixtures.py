@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 from booted import AT, PAGES, RAM, WORD, Boot, Guest
-from mounts import Mounted, Mounter
+from mounts import Mounted
 from torture import Console
 
 from hwemu.encryptedaccess import Encrypt
@@ -25,12 +25,6 @@ def moving() -> Iterator[HostMemory]:
     made = HostMemory(movable=True)
     yield made
     made.close()
-
-
-@pytest.fixture
-def mounted(mount: Mounter) -> Mounted:
-    """Where the files are."""
-    return mount()
 
 
 @pytest.fixture

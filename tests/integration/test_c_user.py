@@ -232,11 +232,11 @@ def test_the_owner_dies(mount: Mounter, user: User) -> None:
     assert one.wait() == 3
 
 
-def test_two_users_and_a_vm(mount: Mounter, user: User, actor: Cast, kernel: Path) -> None:
+def test_two_users_and_a_vm(mount: Mounter, user: User, actor: Cast, vm_kernel: Path) -> None:
     """Three users of one file, two of them sharing pages, under punches from two callers."""
     mounted = mount()
     path = private_file(mounted)
-    vm = actor("vm_process", kernel, "vm0", path)
+    vm = actor("vm_process", vm_kernel, "vm0", path)
     vm.expect(r"^> ")
     gpa = LOW + GUEST * PAGE
     for vcpu in range(2):

@@ -21,7 +21,7 @@ from kvmsim.uapi import KVM_MEM_GUEST_MEMFD
 from kvmsim.vmm.bootparams import Technology
 from privfs import control
 
-pytest_plugins = ["guest_fixtures", "actor_fixtures", "booted_fixtures"]
+pytest_plugins = ["guest_fixtures", "actor_fixtures", "program_fixtures", "booted_fixtures"]
 pytestmark = pytest.mark.fuse
 
 #: How many pages the hardware says are the guest's.

@@ -32,9 +32,9 @@ def private_file(mounted: Mounted, name: str = "ram") -> Path:
     return path
 
 
-def boot(actor: Cast, kernel: Path, *paths: Path, label: str = "vm0") -> Actor:
+def boot(actor: Cast, vm_kernel: Path, *paths: Path, label: str = "vm0") -> Actor:
     """A VM whose vCPUs stamp the pages that will be punched."""
-    vm = actor("vm_process", kernel, label, *paths)
+    vm = actor("vm_process", vm_kernel, label, *paths)
     vm.expect(r"^> ")
     for vcpu in range(2):
         assert vm.ask(f"spin {vcpu} {GPA:#x} {END - FIRST}").startswith("ok")
@@ -61,10 +61,10 @@ def settled(mounted: Mounted) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_vm_killed_in_a_storm(mount: Mounter, actor: Cast, kernel: Path, seed: int) -> None:
+def test_a_vm_killed_in_a_storm(mount: Mounter, actor: Cast, vm_kernel: Path, seed: int) -> None:
     mounted = mount()
     path = private_file(mounted)
-    vm = boot(actor, kernel, path)
+    vm = boot(actor, vm_kernel, path)
     dice = random.Random(seed)
     punches = storm(actor, path, 600, seed)
     punches.expect(f"punched {20 * dice.randrange(1, 16)}$")
@@ -73,7 +73,7 @@ def test_a_vm_killed_in_a_storm(mount: Mounter, actor: Cast, kernel: Path, seed:
     no_sleepers(punches)
     settled(mounted)
     assert mounted.ask("status")["kills"] == 0
-    again = boot(actor, kernel, path, label="again")
+    again = boot(actor, vm_kernel, path, label="again")
     assert again.ask("stop").startswith("ok")
     assert again.ask(f"test {GPA:#x} 16").startswith("ok")
     storm(actor, path, 40).expect("done 40 0")
@@ -82,10 +82,10 @@ def test_a_vm_killed_in_a_storm(mount: Mounter, actor: Cast, kernel: Path, seed:
     settled(mounted)
 
 
-def test_the_mount_killed_in_a_storm(mount: Mounter, actor: Cast, kernel: Path) -> None:
+def test_the_mount_killed_in_a_storm(mount: Mounter, actor: Cast, vm_kernel: Path) -> None:
     mounted = mount()
     path = private_file(mounted)
-    vm = boot(actor, kernel, path)
+    vm = boot(actor, vm_kernel, path)
     punches = storm(actor, path, 1_000_000)
     punches.expect("punched 40$")
     mounted.kill()
@@ -101,7 +101,7 @@ def test_the_mount_killed_in_a_storm(mount: Mounter, actor: Cast, kernel: Path) 
     assert re.search("killed|dead|stale", again.log()), "the next mount says what it cleared"
     assert mount_points().count(os.fspath(again.path)) == 1
     path = private_file(again)
-    boot(actor, kernel, path).send("halt 0")
+    boot(actor, vm_kernel, path).send("halt 0")
     settled(again)
 
 
@@ -135,10 +135,10 @@ def test_a_killed_caller_leaves_at_once(mount: Mounter, actor: Cast, mode: str) 
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_callers_killed_in_a_storm(mount: Mounter, actor: Cast, kernel: Path, seed: int) -> None:
+def test_callers_killed_in_a_storm(mount: Mounter, actor: Cast, vm_kernel: Path, seed: int) -> None:
     mounted = mount()
     path = private_file(mounted)
-    vm = boot(actor, kernel, path)
+    vm = boot(actor, vm_kernel, path)
     dice = random.Random(seed)
     for _ in range(5):
         caller = storm(actor, path, 1_000_000, seed)
@@ -156,11 +156,11 @@ def test_callers_killed_in_a_storm(mount: Mounter, actor: Cast, kernel: Path, se
 
 @pytest.mark.parametrize("stormy", [False, True])
 def test_the_mount_ends_in_order_under_a_vm(
-    mount: Mounter, actor: Cast, kernel: Path, stormy: bool
+    mount: Mounter, actor: Cast, vm_kernel: Path, stormy: bool
 ) -> None:
     mounted = mount()
     path = private_file(mounted)
-    vm = boot(actor, kernel, path)
+    vm = boot(actor, vm_kernel, path)
     punches = None
     if stormy:
         punches = storm(actor, path, 1_000_000)
@@ -175,10 +175,10 @@ def test_the_mount_ends_in_order_under_a_vm(
         assert punches.wait() == 0
 
 
-def test_an_interrupt_names_the_users_first(mount: Mounter, actor: Cast, kernel: Path) -> None:
+def test_an_interrupt_names_the_users_first(mount: Mounter, actor: Cast, vm_kernel: Path) -> None:
     warning = r"in use by vm0\((\d+)\); interrupt again"
     mounted = mount(expected_log=warning)
-    vm = boot(actor, kernel, private_file(mounted))
+    vm = boot(actor, vm_kernel, private_file(mounted))
     mounted.process.send_signal(signal.SIGINT)
     until(lambda: bool(re.search(warning, mounted.log())), "the warning")
     assert f"in use by vm0({vm.pid})" in mounted.log()

@@ -14,7 +14,7 @@ from kvmsim.confidential.hostview import HostView
 from kvmsim.hostmem import HostMemory
 from kvmsim.vmm.bootparams import Technology
 
-pytest_plugins = ["guest_fixtures", "actor_fixtures", "booted_fixtures"]
+pytest_plugins = ["guest_fixtures", "actor_fixtures", "program_fixtures", "booted_fixtures"]
 pytestmark = pytest.mark.fuse
 
 PLAIN = WORD.to_bytes(8, "little") * 512

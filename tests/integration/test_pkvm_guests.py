@@ -18,7 +18,7 @@ from kvmsim.region import Region
 from kvmsim.uapi import KVM_MEM_GUEST_MEMFD
 from kvmsim.vmm.bootparams import Technology
 
-pytest_plugins = ["guest_fixtures", "actor_fixtures", "booted_fixtures"]
+pytest_plugins = ["guest_fixtures", "actor_fixtures", "program_fixtures", "booted_fixtures"]
 pytestmark = pytest.mark.fuse
 
 

@@ -150,12 +150,12 @@ def test_a_user_that_is_killed_keeps_nothing(secret: Callable[..., Mounted], use
 
 @pytest.mark.root
 def test_a_guest_runs_on_while_its_chunks_go(
-    secret: Callable[..., Mounted], user: User, actor: Cast, kernel: Path
+    secret: Callable[..., Mounted], user: User, actor: Cast, vm_kernel: Path
 ) -> None:
     """Its kernel, in other chunks, notices nothing; it has let go of each before it is answered."""
     mounted = secret()
     path = private_file(mounted)
-    vm = actor("vm_process", kernel, "vm0", path)
+    vm = actor("vm_process", vm_kernel, "vm0", path)
     vm.expect(r"^> ")
     first = 4 * UNIT
     for vcpu in range(2):
@@ -258,7 +258,7 @@ def test_there_are_no_read_only_users(secret: Callable[..., Mounted], user: User
 
 
 def test_a_vm_that_may_not_lock_enough_says_so(
-    secret: Callable[..., Mounted], kernel: Path
+    secret: Callable[..., Mounted], vm_kernel: Path
 ) -> None:
     """RLIMIT_MEMLOCK binds whoever maps; without root it is often 8 MiB."""
     tools = [shutil.which(tool) or "" for tool in ("setpriv", "prlimit")]
@@ -267,7 +267,7 @@ def test_a_vm_that_may_not_lock_enough_says_so(
     mounted = secret()
     path = private_file(mounted, pages=32 * MIB // PAGE)
     drop = ["--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"] if os.geteuid() == 0 else []
-    command = [sys.executable, "-m", "kvmsim", "boot", "--kernel", kernel, "--memory", path]
+    command = [sys.executable, "-m", "kvmsim", "boot", "--kernel", vm_kernel, "--memory", path]
     done = subprocess.run(
         [tools[0], *drop, tools[1], "--memlock=1048576", *map(str, command)],
         input="test\n", capture_output=True, text=True, timeout=60, check=False, cwd=ROOT,

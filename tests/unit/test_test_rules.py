@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -67,3 +68,16 @@ def test_a_run_that_skips_all_mounts_fails_where_there_is_fuse(
     code, said = outcome(tmp_path, MOUNTS, before)
     assert code == expected, said
     assert ("every test that mounts was skipped" in said) == bool(expected)
+
+
+def test_no_two_rooms_of_fixtures_have_one_of_the_same_name() -> None:
+    """Plugins are for the whole run: which of two came last would count for every test."""
+    names: dict[str, list[str]] = {}
+    for path in sorted((ROOT / "tests").rglob("*fixtures.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and any(
+                "fixture" in ast.unparse(mark) for mark in node.decorator_list
+            ):
+                names.setdefault(node.name, []).append(path.name)
+    assert len(names) > 10
+    assert {name: where for name, where in names.items() if len(where) > 1} == {}
