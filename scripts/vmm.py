@@ -1,4 +1,4 @@
-#!/usr/bin/env python3
+#!/usr/bin/env -S sh -c 'exec "$(dirname "$0")/../.venv/bin/python" "$0" "$@"'
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A whole VMM: boot a small guest on private memory, serve its exits, take memory back."""
 
@@ -97,11 +97,13 @@ def serve(vm: Vm, ram: Memslot, vcpu: Vcpu) -> int:
 
 def main() -> int:
     """Return 0 if the guest saw what it should."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="scripts/vmm.py", description=__doc__)
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--real", action="store_true", help="use /dev/kvm")
-    where.add_argument("--simulated", metavar="DIR", help="use the simulator; DIR: a privfs mount")
-    parser.add_argument("--pages", type=int, default=1024, help="RAM of the guest")
+    where.add_argument("--real", action="store_true", help="use this machine's /dev/kvm")
+    where.add_argument(
+        "--simulated", metavar="DIR", help="use the simulator; DIR: on a privfs mount"
+    )
+    parser.add_argument("--pages", type=int, default=1024, help="RAM, in pages of 4 KiB (1024)")
     options = parser.parse_args()
     device = "/dev/kvm" if options.real else Simulation(options.simulated)
     try:

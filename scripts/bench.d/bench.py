@@ -50,17 +50,20 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = [case.name for case in CASES]
     parser = argparse.ArgumentParser(
         prog="scripts/bench",
-        description="Measure privfs beside the least that C can do, and print both.",
+        description="Measure privfs beside the least that C can do, case by case, and print both: "
+        "docs/benchmarks.md. Takes minutes; the machine should have nothing else to do.",
         epilog=f"Cases: {', '.join(names)}.",
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="few iterations: shows that all of it works")
+    add("--quick", action="store_true", help="fewer iterations: shows that all of it works")
     add("--only", action="append", metavar="CASE", choices=names,
         help="this case only; may be repeated")  # fmt: skip
     add("--cpus", type=_cpus, metavar="A,B",
         help="caller's CPU and the server's; with one CPU all is on it (default: the first two)"
     )  # fmt: skip
-    add("--rounds", type=_positive, metavar="N", help="rounds of either side in turn")
+    add("--rounds", type=_positive, metavar="N",
+        help=f"rounds of either side in turn ({FULL.rounds}, with --quick {QUICK.rounds})"
+    )  # fmt: skip
     add("--json", metavar="FILE", help="write the report as JSON; -: to stdout, without the table")
     add("--floors", type=Path, default=_FLOORS, metavar="DIR", help="where the C programs are")
     return parser.parse_args(arguments)

@@ -109,19 +109,25 @@ def torrents(text: str) -> int:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="scripts/chaos", description=__doc__,
+        prog="scripts/chaos",
+        description="Disturb a mount of its own, its users and their guests at random: punch, "
+        "freeze, kill, fill up. After every deed all accounts must add up. Needs root.",
         epilog=f"Exit status: {OK} nothing found; {FOUND} a rule was broken; {USAGE} usage; "
         f"{CANNOT} cannot run here; {INTERRUPTED} interrupted. docs/chaos.md says more.",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, help="what decides the deeds; random if not given")
-    parser.add_argument("--seconds", type=float, default=60, help="how long (60)")
-    parser.add_argument("--steps", type=int, default=0, help="end after so many deeds")
+    parser.add_argument("--seed", type=int, metavar="N",
+                        help="what decides the deeds (a random one, which is said)")  # fmt: skip
+    parser.add_argument("--seconds", type=float, metavar="S", default=60,
+                        help="end after so long (60)")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=0, metavar="N",
+                        help="end after so many deeds, if they take less")  # fmt: skip
     parser.add_argument("--punches", type=int, default=0, metavar="N",
-                        help="end after so many punches that users acknowledged")  # fmt: skip
+                        help="the same for punches that users acknowledged")  # fmt: skip
     parser.add_argument("--torrents", type=torrents, default=0, metavar="N",
-                        help="files that are punched without end, for a long run")  # fmt: skip
-    parser.add_argument("--mutant", choices=MUTANTS, default="none", help="switch one rule off")
-    parser.add_argument("--mutants", action="store_true", help="list them")
+                        help=f"files punched without end, up to {STEADY_SLOTS} (0)")  # fmt: skip
+    parser.add_argument("--mutant", choices=MUTANTS, default="none", metavar="NAME",
+                        help="switch one rule of privfs off: it must be found")  # fmt: skip
+    parser.add_argument("--mutants", action="store_true", help="list the rules by name, do nothing")
     parser.add_argument("--plan", type=int, metavar="N", help="print the first N deeds, do nothing")
     parser.add_argument("--quiet", action="store_true", help="no line every second")
     return parser.parse_args()
