@@ -138,10 +138,10 @@ class Tracees:
 
         With argument ``sixth``, which the call ignores. Afterwards the thread may only go on: it
         sees what its call returned, and is called again if a signal came first. Should we die,
-        the child is killed.
+        the child is killed, and the thread unless the call is over.
         """
-        saved = self.rewind(tid, nr, r9=sixth)
         _ptrace(_SETOPTIONS, tid, _TRACE_CHILDREN)  # the child is born with them
+        saved = self.rewind(tid, nr, r9=sixth)
         stops = 0
         while True:
             _ptrace(_SYSCALL, tid)
@@ -149,10 +149,10 @@ class Tracees:
             stops += stop.signal == _AT_SYSCALL
             if stops == 2 or stop.event in _CHILD_EVENTS:
                 break
-        _ptrace(_SETOPTIONS, tid, 0)
         regs = self.registers(tid)
         regs["r9"] = saved["r9"]
         self.set_registers(tid, regs)
+        _ptrace(_SETOPTIONS, tid, 0)
         if stops == 2:
             return 0
         child = ctypes.c_ulong()
