@@ -104,9 +104,11 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item: pytest.Item) -> None:
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Let what was not closed say so while its test is known (ResourceWarning is an error)."""
     gc.collect()
+    if nextitem is not None and nextitem.path != item.path:
+        gc.freeze()  # modules that were imported, reports of what has run
 
 
 # --- mounts ------------------------------------------------------------------------------------
