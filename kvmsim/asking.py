@@ -35,13 +35,13 @@ class Asking:
             answers.append(grant)
             self._answered.notify_all()
 
-        with self._answered:
+        with self._running.lock:
             self._require_running(need)
             send = self._running.ask_page(need, arrived, again=again)
         if send is None:
             raise self._refused(errno.EBADF, "the file is not used any more", need)
         send()
-        with self._answered:
+        with self._running.lock:
             while not answers:
                 self._require_running(need)
                 self._answered.wait(_LOOK)

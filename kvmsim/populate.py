@@ -131,7 +131,7 @@ class Populate:
         again = False
         while True:
             grants: list[PageGrant] = []
-            with self._answered:
+            with self.running.lock:
                 effect = self.running.vm.begin_fault(fault)
                 send = None
                 if isinstance(effect, NeedPage):
@@ -139,7 +139,7 @@ class Populate:
                     send = self.running.ask_page(effect, arrived, again=again)
             if send is not None:
                 send()
-            with self._answered:
+            with self.running.lock:
                 if send is not None:
                     effect = self.running.vm.page_arrived(
                         fault, self._wait(gpa, grants, interrupted)

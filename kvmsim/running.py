@@ -102,7 +102,8 @@ class RunningVm:
         self._supervisor = supervisor
         self._pending: dict[tuple[Session, int], tuple[int, Callable[[PageGrant], None]]] = {}
         self._work = threading.Condition(self.lock)
-        self._gate = threading.Condition()
+        self._gate_lock = threading.RLock()
+        self._gate = threading.Condition(self._gate_lock)
         self._inbox: deque[Callable[[], None]] = deque()
         self._current: Vcpu | None = None
         self._entered: Vcpu | None = None  #: in its guest, as the guard has it
@@ -130,7 +131,7 @@ class RunningVm:
             self.host.arena, self._pool, POOL_HPA, self.stage2.root_hpa, index, on_fault
         )
         vcpu = Vcpu(index, engine)
-        with self.lock, self._gate:
+        with self.lock, self._gate_lock:
             self.shootdown.add()
             self.vcpus.append(vcpu)
         if self.guard is not None:
@@ -172,7 +173,7 @@ class RunningVm:
 
     def stop(self, why: str) -> None:
         """End the VM from any thread."""
-        with self._work:
+        with self.lock:
             if not self._stopping:
                 self._stopping = True
                 self.stop_reason = why
@@ -194,21 +195,21 @@ class RunningVm:
 
     def post(self, work: Callable[[], None]) -> None:
         """Have the runner thread do something between two slices."""
-        with self._work:
+        with self.lock:
             self._inbox.append(work)
             self._work.notify_all()
         self._kick()
 
     def make_runnable(self, index: int) -> None:
         """Start or wake a vCPU."""
-        with self._work:
+        with self.lock:
             if self.vcpus[index].state in (State.IDLE, State.HALTED):
                 self.vcpus[index].state = State.RUNNABLE
                 self._work.notify_all()
 
     def halt(self, index: int) -> None:
         """Take a vCPU off its turns until :meth:`make_runnable`; runner thread only."""
-        with self._work:
+        with self.lock:
             self.vcpus[index].state = State.HALTED
 
     def interrupt(self, index: int) -> None:
@@ -218,14 +219,14 @@ class RunningVm:
         leave with comes first; :meth:`forget_interrupt` then.
         """
         vcpu = self.vcpus[index]
-        with self._work:
+        with self.lock:
             vcpu.interrupted = True
             self._work.notify_all()
         vcpu.cpu.kick()
 
     def forget_interrupt(self, index: int) -> None:
         """Take back what is left of :meth:`interrupt`; runner thread, vCPU halted."""
-        with self._work:
+        with self.lock:
             self.vcpus[index].interrupted = self.vcpus[index].settling = False
 
     # --- zaps and proofs ----------------------------------------------------------------------
@@ -272,7 +273,7 @@ class RunningVm:
             self._drain(epoch)
 
     def _drain(self, epoch: int) -> None:
-        with self._gate:
+        with self._gate_lock:
             while not self.shootdown.drained(epoch):
                 for index in self.shootdown.stragglers(epoch):
                     self.vcpus[index].cpu.kick()
@@ -285,7 +286,7 @@ class RunningVm:
                 self.death = why
                 log.error("%s: dead: %s", self.label, why)
         self.stop(f"dead: {self.death}")
-        with self._gate:
+        with self._gate_lock:
             while self._entered is not None:
                 self._entered.cpu.kick()
                 self._gate.wait()
@@ -395,7 +396,7 @@ class RunningVm:
     def _next(self) -> Vcpu | None:
         """Do what was posted, then take the next runnable vCPU in turn; None at the end."""
         while True:
-            with self._work:
+            with self.lock:
                 if self._reclaimed != self.shootdown.epoch:
                     self._reclaimed = self.shootdown.epoch
                     self.stage2.reclaim()  # no engine of this VM is in the middle of a walk here
@@ -428,7 +429,7 @@ class RunningVm:
                 return
             vcpu.interrupted = True
         if vcpu.interrupted:
-            with self._work:
+            with self.lock:
                 vcpu.interrupted = vcpu.settling = False
                 vcpu.awaited = None
                 vcpu.state = State.HALTED
@@ -449,7 +450,7 @@ class RunningVm:
                     return cpu_api.KickExit()
                 self.guard.enter(vcpu.index)
                 self._entered = vcpu
-        with self._gate:
+        with self._gate_lock:
             must_flush = self.shootdown.enter(vcpu.index)
         try:
             if must_flush:
@@ -461,7 +462,7 @@ class RunningVm:
             if self.guard is not None:
                 with self.lock:
                     self.guard.leave(vcpu.index)
-            with self._gate:
+            with self._gate_lock:
                 self._entered = None
                 self.shootdown.leave(vcpu.index)
                 self._gate.notify_all()

@@ -45,13 +45,14 @@ class Console:
     def __init__(self) -> None:
         self.last = ""
         self.ended = False
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._lines: deque[str] = deque(maxlen=_KEPT_LINES)
         self._cut = Lines()
 
     def output(self, data: bytes) -> None:
         """Take console output."""
-        with self._changed:
+        with self._lock:
             for line in self._cut.feed(data):
                 self.last = line
                 self._lines.append(line)
@@ -59,14 +60,14 @@ class Console:
 
     def end(self) -> None:
         """Wake who waits: there will be no more."""
-        with self._changed:
+        with self._lock:
             self.ended = True
             self._changed.notify_all()
 
     def expect(self, regex: re.Pattern[str], within: float) -> bool:
         """Wait for a line; lines up to it are done with."""
         deadline = time.monotonic() + within
-        with self._changed:
+        with self._lock:
             while True:
                 while self._lines:
                     if regex.search(self._lines.popleft()):

@@ -33,13 +33,14 @@ class Outlet:
 
     def __init__(self) -> None:
         self.wake, self._bell = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._data = bytearray()
         self._closed = False
 
     def put(self, data: bytes) -> None:
         """Add output; waits while there is more than enough of it."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._closed or len(self._data) < _LIMIT)
             self._data += data
         self.ring()
@@ -57,24 +58,24 @@ class Outlet:
 
     def peek(self) -> bytes:
         """Return what to write next."""
-        with self._changed:
+        with self._lock:
             return bytes(self._data[:_CHUNK])
 
     def written(self, count: int) -> None:
         """Forget what has been written."""
-        with self._changed:
+        with self._lock:
             del self._data[:count]
             self._changed.notify_all()
 
     def trim(self, count: int) -> None:
         """Keep only the last ``count`` bytes."""
-        with self._changed:
+        with self._lock:
             del self._data[: max(0, len(self._data) - count)]
             self._changed.notify_all()
 
     def give_up(self) -> None:
         """Never make anyone wait again."""
-        with self._changed:
+        with self._lock:
             self._closed = True
             self._changed.notify_all()
 

@@ -19,7 +19,8 @@ class Call:
 
     def __init__(self, on_cancel: Callable[[Call], None]) -> None:
         self._on_cancel = on_cancel
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._outcome: Outcome | None = None
         self._callbacks: list[Callable[[Outcome], None]] = []
         self._cancelled = False
@@ -27,7 +28,7 @@ class Call:
 
     def on_done(self, callback: Callable[[Outcome], None]) -> None:
         """Have ``callback`` called once with the outcome, by any thread, or at once."""
-        with self._changed:
+        with self._lock:
             if self._outcome is None:
                 self._callbacks.append(callback)
                 return
@@ -35,7 +36,7 @@ class Call:
 
     def cancel(self) -> None:
         """End soon."""
-        with self._changed:
+        with self._lock:
             if self._outcome is not None:
                 return
             self._cancelled = True
@@ -47,7 +48,7 @@ class Call:
 
     def follow(self, other: Pending) -> None:
         """End as ``other`` does, and when this is cancelled cancel it."""
-        with self._changed:
+        with self._lock:
             self._followed = other
             cancelled = self._cancelled
         if cancelled:
@@ -56,13 +57,13 @@ class Call:
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
         """Wait for the outcome; None if there is none after ``timeout`` seconds."""
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._outcome is not None, timeout)
             return self._outcome
 
     def finish(self, outcome: Outcome) -> None:
         """The outcome; once."""
-        with self._changed:
+        with self._lock:
             assert self._outcome is None
             self._outcome = outcome
             callbacks, self._callbacks = self._callbacks, []

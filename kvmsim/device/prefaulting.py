@@ -36,7 +36,7 @@ class PreFaulting:
         return self._pending
 
     def _cancel(self, _: PendingCall) -> None:
-        with self._answered:
+        with self._running.lock:
             self._cancelled = True
             self._answered.notify_all()
 
@@ -65,13 +65,13 @@ class PreFaulting:
         return step
 
     def _ask(self, need: NeedPage, *, again: bool) -> Step:
-        with self._answered:
+        with self._running.lock:
             self._grants.clear()
             send = self._running.ask_page(need, self._arrived, again=again)
         if send is None:
             return Retry(RetryReason.INVALIDATED)
         send()
-        with self._answered:
+        with self._running.lock:
             while not self._grants:
                 if self._running.stopping:
                     raise LinkError(errno.EIO, self._running.stop_reason)

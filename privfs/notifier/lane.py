@@ -216,11 +216,11 @@ class Lane:
 
     def _ask(self, make: Callable[[], Record], fds: list[int] | None = None) -> Happening:
         """Send a request and wait for its answer."""
-        with self._answered:
+        with self._mmu.lock:
             self._check()
             record = make()
         self._send([record], fds or [])
-        with self._answered:
+        with self._mmu.lock:
             while record.req not in self._answers:
                 self._check()
                 self._answered.wait()
@@ -249,7 +249,7 @@ class Lane:
         except Exception as error:  # nothing would be zapped any more: say so, rather than vanish
             log.exception("session %d: the lane failed", self.session)
             why = f"internal error: {error}"
-        with self._answered:
+        with self._mmu.lock:
             self._gone = why
             self._answered.notify_all()
         if not self._leaving:
@@ -265,7 +265,7 @@ class Lane:
         open_end = True
         lent = deque(fds)
         try:
-            with self._answered:
+            with self._mmu.lock:
                 for record in parse(frame, To.USER):
                     fd = lent.popleft() if record.flags & FD and lent else None
                     open_end = self._take(record, fd, zaps, tickets) and open_end

@@ -214,3 +214,28 @@ def test_the_rules_allow_what_they_should(module: str, source: str) -> None:
 
 def test_the_standard_library_is_named_rightly() -> None:
     assert IMPURE - {"trio", "pyfuse3"} <= sys.stdlib_module_names
+
+
+def entered_conditions(source: str) -> set[str]:
+    """Return the conditions that a source enters themselves, not by their locks."""
+    tree = ast.parse(source)
+    made = {
+        ast.unparse(target)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.value).startswith("threading.Cond")
+        for target in node.targets
+    }
+    return made & {
+        ast.unparse(item.context_expr)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.With)
+        for item in node.items
+    }
+
+
+def test_conditions_are_entered_by_their_locks() -> None:
+    """Condition.__enter__() is Python: a signal that raises in it leaves the lock taken for ever."""
+    bad = "self.more = threading.Condition(lock)\nwith self.more:\n    pass\n"
+    assert entered_conditions(bad) == {"self.more"}
+    entered = {name: entered_conditions(path.read_text()) for name, path in modules()}
+    assert {name: found for name, found in entered.items() if found} == {}

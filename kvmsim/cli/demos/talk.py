@@ -25,24 +25,25 @@ class Talk:
         self._lines: list[str] = []
         self._cut = Lines()
         self._ended = False
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
 
     def put(self, data: bytes) -> None:
         """Take console output."""
-        with self._changed:
+        with self._lock:
             self._lines += self._cut.feed(data)
             self._changed.notify_all()
 
     def end(self) -> None:
         """There will be no more."""
-        with self._changed:
+        with self._lock:
             self._ended = True
             self._changed.notify_all()
 
     def until(self, pattern: re.Pattern[str], seconds: float = _PATIENCE) -> list[str]:
         """The lines up to one like this, which is the last; Differs if it does not come."""
         deadline = time.monotonic() + seconds
-        with self._changed:
+        with self._lock:
             while True:
                 for index, line in enumerate(self._lines):
                     if pattern.search(line):
