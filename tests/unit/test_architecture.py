@@ -234,7 +234,7 @@ def entered_conditions(source: str) -> set[str]:
 
 
 def test_conditions_are_entered_by_their_locks() -> None:
-    """Condition.__enter__() is Python: a signal that raises in it leaves the lock taken for ever."""
+    """Condition.__enter__() is Python: a signal that raises in it leaves the lock taken."""
     bad = "self.more = threading.Condition(lock)\nwith self.more:\n    pass\n"
     assert entered_conditions(bad) == {"self.more"}
     entered = {name: entered_conditions(path.read_text()) for name, path in modules()}
