@@ -7,6 +7,7 @@ import ctypes
 import errno
 import mmap
 import os
+import queue
 import select
 import threading
 from typing import Final
@@ -40,8 +41,11 @@ class UffdFence(Fence):
         self._userfault = Userfault()
         self.fd = self._userfault.fd
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
+        self._touched: queue.SimpleQueue[tuple[Trespass, str] | None] = queue.SimpleQueue()
         self._keeper = threading.Thread(target=self._keep, name="fence keeper", daemon=True)
+        self._teller = threading.Thread(target=self._tell, name="fence teller", daemon=True)
         self._keeper.start()
+        self._teller.start()
 
     def cover(self, address: int, length: int, memfd: int, on_trespass: Trespass) -> None:
         """Register the range, if it is of shmem; other kinds of memory are not fenced."""
@@ -73,13 +77,21 @@ class UffdFence(Fence):
             self._open.remove_range(*self._pages(address, length))
 
     def close(self) -> None:
-        """End the keeper; let go of the userfaultfd."""
+        """End the threads; let go of the userfaultfd."""
+        self._touched.put(None)
+        self._teller.join()
         os.eventfd_write(self._stop, 1)
         self._keeper.join()
         os.close(self._stop)
         self._userfault.close()
 
-    # --- the keeper -----------------------------------------------------------------------------
+    # --- the threads ----------------------------------------------------------------------------
+
+    def _tell(self) -> None:
+        """Say what was touched. Who stops the sleeper waits for it, and it may sleep again."""
+        while (touched := self._touched.get()) is not None:
+            on_trespass, why = touched
+            on_trespass(why)
 
     def _keep(self) -> None:
         poll = select.poll()
@@ -105,8 +117,9 @@ class UffdFence(Fence):
             else:
                 cover = None
         self._userfault.wake(address, PAGE_SIZE)
-        if cover is not None:  # who stops the sleeper may wait for it to wake
-            cover[2](f"page {self._pages(address, 0)[0]:#x} of the arena was touched ungranted")
+        if cover is not None:
+            page = self._pages(address, 0)[0]
+            self._touched.put((cover[2], f"page {page:#x} of the arena was touched ungranted"))
 
     def _resumed(self, address: int) -> bool:
         try:

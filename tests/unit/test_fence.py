@@ -209,6 +209,28 @@ def test_a_touch_without_a_grant_meets_nothing_and_is_told(bench: Bench) -> None
 
 
 @uffd
+def test_who_is_told_may_wait_for_one_that_sleeps_at_another_page(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever stops a vCPU for its first touch waits for it to leave, and it may touch more."""
+    touched = threading.Event()
+    waited: list[bool] = []
+
+    def stop(why: str) -> None:
+        waited.append(touched.wait(PATIENCE))
+        Bench.on_trespass(bench, why)
+
+    monkeypatch.setattr(bench, "on_trespass", stop)
+    bench.host.retire(bench.hpa, PAGES * PAGE)
+    bench.hpa = bench.place()
+    bench.touch(4)
+    bench.touch(5)
+    touched.set()
+    bench.told(2)
+    assert waited == [True, True]
+
+
+@uffd
 def test_nor_does_a_touch_after_the_punch_bring_the_page_back(bench: Bench) -> None:
     bench.allocate()
     bench.admit()
