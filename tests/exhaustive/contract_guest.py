@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A user process whole: kvmsim's VM and fault path over the user's half of the contract.
 
-What is played here is what the emulator's shell plays (``kvmsim.running``, ``kvmsim.private``,
+What is played here is what the emulator's shell plays (``kvmsim.running``, ``proven``, ``private``,
 ``privfs.notifier.lane``), its VMM, and what may happen to any process.
 """
 

@@ -70,7 +70,7 @@ class Lane(Vcpus):
                 raise AssertionError("this owner says no BYE")
 
     def _zap(self, zap: Zap) -> None:
-        """As Session.zap and RunningVm.zap_file do: the epoch to wait for is the newest."""
+        """As Session.zap and ProvenVm.zap_file do: the epoch to wait for is the newest."""
         self._let_go({(zap.ino, instance) for instance in zap.dead})
         if self.setup.delivery == "fifo" and self.registered[zap.ino - 1] == "no":
             self.wrong(f"an invalidation of file {zap.ino} comes after UNREGISTER was answered")

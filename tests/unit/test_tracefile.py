@@ -201,7 +201,7 @@ def test_a_trace_changes_nothing(host: HostMemory) -> None:
 def test_what_is_not_traced_knows_no_trace() -> None:
     """No line of the running VM or of the core is there for a trace."""
     package = Path(running.__file__).parent
-    for name in ("running", "vm", "fault", "mmu", "memslot", "attributes", "private"):
+    for name in ("running", "proven", "vm", "fault", "mmu", "memslot", "attributes", "private"):
         imported = {
             module
             for node in ast.walk(ast.parse((package / f"{name}.py").read_text()))
