@@ -12,7 +12,8 @@ from kvmsim.attack.framehost import FrameHost
 from kvmsim.attack.guest import FORGED, SECRET, LabGuest
 from kvmsim.attack.outcome import AttackError, Layer, Outcome, refused, succeeds
 from kvmsim.confidential.platform import Platform
-from kvmsim.confidential.tdx import TdxGuard, make_module
+from kvmsim.confidential.tdx import TdxGuard
+from kvmsim.confidential.tdxhost import make_module
 from kvmsim.guard import GuardRefusal
 from kvmsim.running import RunningVm
 from kvmsim.uapi import PAGE_SHIFT, PAGE_SIZE

@@ -11,30 +11,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from hwemu.cpu import api as cpu_api
 from hwemu.cpu.api import Regs
 from hwemu.encryptedaccess import Encrypt, Technology
-from hwemu.tdx import Result, TdxError, TdxModule
+from hwemu.tdx import TdxError, TdxModule
 from hwemu.tdx.entry import STATES, SeptState, hpa_of
 from hwemu.tdx.fields import pack_params
-from hwemu.tdx.machine import tdmrs
-from hwemu.tdx.pamt import PageType
-from hwemu.tdx.result import DoubleFault, ExitReason, FlushTlb, TdExit, VirtualException
 from hwemu.tdx.states import KeyState, OpState
-from hwemu.tdx.td import ATTRIBUTE_SEPT_VE_DISABLE, Td, TdParams, VeInfo
-from hwemu.tdx.td import Vcpu as TdVcpu
-from kvmsim import exits
-from kvmsim.confidential.encryption import Encryption, GuestPages, ModuleMemory
+from hwemu.tdx.td import ATTRIBUTE_SEPT_VE_DISABLE, Td, TdParams
+from kvmsim.confidential.encryption import GuestPages
 from kvmsim.confidential.leaving import Leaving
 from kvmsim.confidential.platform import Platform
-from kvmsim.confidential.tdvmcall import TdVmCalls
-from kvmsim.guard import Answer, GuardRefusal, Inject, Leaf, Leave, Resolve, Verdict
-from kvmsim.kind import ADDRESS_BITS
+from kvmsim.confidential.tdvcpus import INSTRUCTIONS, TdVcpus
+from kvmsim.confidential.tdxhost import ModulePages, make_module
+from kvmsim.guard import GuardRefusal, Leaf, Verdict
 from kvmsim.running import RunningVm
 from kvmsim.uapi import EHWPOISON, PAGE_SHIFT, PAGE_SIZE
 from kvmsim.views.tdx import TdxTables
@@ -42,25 +35,8 @@ from kvmsim.vmm.launch import LaunchPage
 from kvmsim.vmm.launch import PageType as Loaded
 from kvmsim.vmm.vmsa import EntryState
 
-log = logging.getLogger(__name__)
-
-_UD, _VE = 6, 20
 _LARGE: Final = 512
 _CHUNK: Final = 256
-_LPS: Final = 256
-#: Instructions of a TD that the module answers with #VE (TDX module base specification, "TD
-#: Non-Root Mode Architectural State"), by the exit reason of the VE information.
-_VE_REASONS: Final = {"in": 30, "ins": 30, "out": 30, "outs": 30, "cpuid": 10, "hlt": 12,
-                      "rdmsr": 31, "wrmsr": 32}  # fmt: skip
-#: Where a TD has no such instruction.
-_UNDEFINED: Final = frozenset(
-    ("vmcall", "vmmcall", "vmgexit", "seamcall", "pvalidate", "rmpadjust", "psmash", "rmpupdate")
-)
-_MMIO_REASON: Final = 48
-_IN_REGISTERS: Final = ("rcx", "rdx", "rbx", "rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16)))
-_VEINFO_GET: Final = 3
-#: TDG.VP.INFO and TDG.VP.VEINFO.GET write registers; other leaves leave them alone.
-_WRITES: Final = (1, _VEINFO_GET)
 
 
 def make(
@@ -68,25 +44,6 @@ def make(
 ) -> TdxGuard:
     """A TD of the VM ``running``, on the module of this host."""
     return TdxGuard(platform, running, encrypt=encrypt)
-
-
-def make_module(platform: Platform) -> TdxModule:
-    """The module of a host: one TDMR over its memory; the SHARED bit is bit 39 for all.
-
-    A vCPU stays on the logical processor of its index.
-    """
-    memory = platform.hardware(ModuleMemory, ModuleMemory)
-    module = TdxModule(tdmrs([platform.ram]), memory, gpa_width=ADDRESS_BITS, lps=_LPS)
-
-    def holder(hpa: int) -> tuple[Technology, int] | None:
-        """The HKID of the TD that the PAMT names; a TDR is its own."""
-        if hpa not in module.pamt or (entry := module.pamt.walk(hpa)).pt <= PageType.RSVD:
-            return None
-        tdr = hpa & -PAGE_SIZE if entry.pt is PageType.TDR else entry.owner << PAGE_SHIFT
-        return Technology.TDX, module.tds[tdr].hkid
-
-    platform.hardware(Encryption, Encryption).holders.append(holder)
-    return module
 
 
 class TdxGuard:
@@ -107,13 +64,10 @@ class TdxGuard:
         self._encrypt = encrypt
         self._pages: GuestPages | None = None  #: while the TD has its key
         self._tdr = 0
-        self._tdvprs: dict[int, int] = {}  #: vCPU → hpa of its TDVPR
-        self._taken: list[int] = []  #: pages of the host that the module has
+        self._vcpus = TdVcpus(platform, running, self._module)
+        self._lent = ModulePages(platform)
         self._staged: dict[int, LaunchPage] = {}
         self._leaving: Leaving | None = None  #: while the TD has its key
-        self._owed: set[int] = set()  #: vCPUs whose TLB the module wants flushed
-        self._lengths: dict[int, int] = {}  #: vCPU → length of the instruction that #VE tells of
-        self._calls = TdVmCalls(running)
         self.finished = False
 
     # --- what it is -----------------------------------------------------------------------------
@@ -121,7 +75,7 @@ class TdxGuard:
     @property
     def instructions(self) -> frozenset[str]:
         """All that a TD does not execute by itself."""
-        return frozenset(_VE_REASONS) | _UNDEFINED | {"tdcall"}
+        return INSTRUCTIONS
 
     @property
     def movable(self) -> bool:
@@ -132,9 +86,6 @@ class TdxGuard:
     def td(self) -> Td:
         """The TD, while it is one."""
         return self._module.td(self._tdr)
-
-    def _vcpu(self, index: int) -> TdVcpu:
-        return self._module.vcpu(self._tdvprs[index])
 
     # --- launch ---------------------------------------------------------------------------------
 
@@ -159,7 +110,7 @@ class TdxGuard:
         free = [hkid for hkid, key in self._module.keys.items() if key.state is KeyState.FREE]
         if not free:
             raise GuardRefusal(errno.ENOSPC, "every HKID of this host has a TD")
-        tdr = self.take()
+        tdr = self._lent.take()
         self._module.mng_create(tdr, free[0])
         self._tdr = tdr
         self._module.mng_key_config(tdr)
@@ -167,21 +118,22 @@ class TdxGuard:
             self._platform, self._running, Technology.TDX, free[0], self._encrypt
         )
         self._leaving = Leaving(
-            self._module, tdr, self._platform.memory, self._pages, self, self._running.stage2.zap
-        )
+            self._module, tdr, self._platform.memory, self._pages, self._lent,
+            self._running.stage2.zap,
+        )  # fmt: skip
         for _ in range(self._module.config.tdcs_pages):
-            self._module.mng_addcx(tdr, self.take())
-        with self._page(pack_params(params)) as page:
+            self._module.mng_addcx(tdr, self._lent.take())
+        with self._lent.page(pack_params(params)) as page:
             self._module.mng_init(tdr, page)
 
     def init_vcpu(self, index: int) -> None:
         """KVM_TDX_INIT_VCPU (tdx_td_vcpu_init())."""
         with self._refusing(f"vCPU {index} cannot be made"), self._platform.lock:
-            tdvpr = self.take()
+            tdvpr = self._lent.take()
             self._module.vp_create(self._tdr, tdvpr)
-            self._tdvprs[index] = tdvpr
+            self._vcpus.add(index, tdvpr)
             for _ in range(self._module.config.tdvps_pages - 1):
-                self._module.vp_addcx(tdvpr, self.take())
+                self._module.vp_addcx(tdvpr, self._lent.take())
             self._module.vp_init(tdvpr, lp=index)
 
     def stage(self, page: LaunchPage) -> bool:
@@ -204,7 +156,7 @@ class TdxGuard:
     def _add(self, gfn: int, hpa: int, page: LaunchPage) -> None:
         gpa = gfn << PAGE_SHIFT
         self._need_tables(gpa, 0)
-        with self._page(page.data) as source:
+        with self._lent.page(page.data) as source:
             self._module.mem_page_add(self._tdr, gpa, hpa, source)
         if page.type is not Loaded.UNMEASURED:  # KVM_TDX_MEASURE_MEMORY_REGION
             for offset in range(0, PAGE_SIZE, _CHUNK):
@@ -219,22 +171,11 @@ class TdxGuard:
         with self._platform.lock:
             if STATES[self.td.tree.walk(gpa & -PAGE_SIZE, 0).state].accepted is None:
                 return None  # MAPPED: the shadow lacks it; else an EPT violation, KVM's to resolve
-            with self._inside(vcpu):
-                found = self._module.access(self._tdvprs[vcpu], gpa, _rights(access))
-        if isinstance(found, VirtualException):
-            self._lengths[vcpu] = 0
-            return Inject(_VE)
-        if isinstance(found, DoubleFault):
-            return Leave(exits.ShutdownExit())
-        # SEPT_VE_DISABLE: the page is there, and the guest does not take it
-        # (vt_is_tdx_private_gpa() and PENDING in tdx_handle_ept_violation()).
-        return Leave(exits.MemoryFaultExit(
-            gpa & -PAGE_SIZE, PAGE_SIZE, True, errno.EFAULT, "the guest has not accepted this page"
-        ))  # fmt: skip
+            return self._vcpus.access(vcpu, gpa, access)
 
     def mmio(self, vcpu: int, gpa: int, access: cpu_api.Access) -> Verdict | None:
         """No memory on the shared side: the shared EPT's entry says #VE."""
-        return self._virtual_exception(vcpu, VeInfo(_MMIO_REASON, _rights(access), 0, gpa), 0)
+        return self._vcpus.mmio(vcpu, gpa, access)
 
     def admit(
         self, gfn: int, first: int, last: int, hpa: int, *, private: bool, writable: bool
@@ -289,7 +230,7 @@ class TdxGuard:
             if at.state is not SeptState.FREE:
                 return  # a leaf that is larger, or blocked: the leaf that follows says so
             span = PAGE_SIZE << 9 * at.level
-            self._module.mem_sept_add(self._tdr, gpa & -span, at.level, self.take())
+            self._module.mem_sept_add(self._tdr, gpa & -span, at.level, self._lent.take())
 
     def zapped(self, gfn: int, npages: int, *, private: bool, moving: bool) -> None:
         """TDH.MEM.RANGE.BLOCK of what is mapped there, and a new TLB epoch."""
@@ -338,90 +279,19 @@ class TdxGuard:
 
     def enter(self, vcpu: int) -> None:
         """TDH.VP.ENTER; what the module wants flushed is flushed."""
-        with self._platform.lock:
-            self._enter(vcpu)
-            if vcpu in self._owed:
-                self._owed.remove(vcpu)
-                self._running.vcpus[vcpu].cpu.flush(())
-
-    def _enter(self, vcpu: int) -> None:
-        entered = self._module.vp_enter(self._tdvprs[vcpu], lp=vcpu)
-        if any(isinstance(effect, FlushTlb) for effect in entered.effects):
-            self._owed.add(vcpu)
+        self._vcpus.enter(vcpu)
 
     def leave(self, vcpu: int) -> None:
         """A TD exit: an interrupt of the host's."""
-        with self._platform.lock:
-            if self._vcpu(vcpu).running:
-                self._module.td_exit(self._tdvprs[vcpu])
-
-    @contextlib.contextmanager
-    def _inside(self, vcpu: int) -> Iterator[None]:
-        """Have the vCPU in its TD for what the guest asks of the module."""
-        was = self._vcpu(vcpu).running
-        if not was:
-            self._enter(vcpu)
-        try:
-            yield
-        finally:
-            if not was and self._vcpu(vcpu).running:
-                self._module.td_exit(self._tdvprs[vcpu])
+        self._vcpus.leave(vcpu)
 
     def instruction(self, vcpu: int, left: cpu_api.InterceptExit, regs: Regs) -> Verdict:
         """TDCALL, and what is #VE or #UD in a TD."""
-        if left.instruction == "tdcall":
-            return self._tdcall(vcpu, regs)
-        reason = _VE_REASONS.get(left.instruction)
-        if reason is None:
-            return Inject(_UD)
-        qualification = 0
-        if left.port or left.size:  # SDM vol. 3, table 28-5
-            string = left.instruction in ("ins", "outs")
-            qualification = left.size - 1 | (not left.is_write) << 3 | string << 4 | left.port << 16
-        return self._virtual_exception(vcpu, VeInfo(reason, qualification, 0, 0), left.length)
-
-    def _virtual_exception(self, vcpu: int, info: VeInfo, length: int) -> Verdict:
-        with self._platform.lock:
-            known = self._vcpu(vcpu)
-            if known.ve_info is not None:
-                return Leave(exits.ShutdownExit())  # #DF: the last one was not fetched
-            known.ve_info = info
-            self._lengths[vcpu] = length
-        return Inject(_VE)
-
-    def _tdcall(self, vcpu: int, regs: Regs) -> Verdict:
-        with self._platform.lock, self._inside(vcpu):
-            names = {name: getattr(regs, name) for name in _IN_REGISTERS}
-            result = self._module.tdcall(self._tdvprs[vcpu], regs.rax, **names)
-        for effect in result.effects:
-            if isinstance(effect, VirtualException):
-                self._lengths[vcpu] = 0
-                return Inject(_VE)
-            if isinstance(effect, DoubleFault):
-                return Leave(exits.ShutdownExit())
-            assert isinstance(effect, TdExit)
-            if effect.reason is ExitReason.TDCALL:
-                return self._calls.begin(vcpu, regs)
-            return self._exit(effect)
-        return self._answer(vcpu, regs, result)
-
-    def _exit(self, exit_: TdExit) -> Verdict:
-        """An EPT violation of the module's own walk: KVM finds the page, the call is repeated."""
-        return Resolve(exit_.gpa, cpu_api.Access.WRITE)
-
-    def _answer(self, vcpu: int, regs: Regs, result: Result) -> Verdict:
-        changed = {"rax": result.status}
-        if regs.rax in _WRITES or not result.ok:
-            changed |= {"rcx": result.rcx, "rdx": result.rdx}
-        if regs.rax in _WRITES and result.ok:
-            changed |= {name: getattr(result, name) for name in ("r8", "r9", "r10", "r11")}
-        if regs.rax == _VEINFO_GET and result.ok:
-            changed["r10"] = self._lengths.get(vcpu, 0)  # 31:0 length, 63:32 information
-        return Answer(replace(regs, **changed))
+        return self._vcpus.instruction(vcpu, left, regs)
 
     def complete(self, vcpu: int, data: bytes | int | None, regs: Regs) -> Verdict:
         """The VMM's answer to a TDVMCALL."""
-        return self._calls.complete(vcpu, data, regs)
+        return self._vcpus.complete(vcpu, data, regs)
 
     # --- its end --------------------------------------------------------------------------------
 
@@ -429,12 +299,10 @@ class TdxGuard:
         """TDH.VP.FLUSH … TDH.PHYMEM.PAGE.RECLAIM (tdx_mmu_release_hkid(), tdx_vm_destroy())."""
         module, tdr = self._module, self._tdr
         if not tdr:
-            self._give_all()
+            self._lent.give_all()
             return
         with self._platform.lock:
-            for index, tdvpr in self._tdvprs.items():
-                if module.vcpu(tdvpr).lp is not None:
-                    module.vp_flush(tdvpr, lp=index)
+            self._vcpus.flush()
             module.mng_vpflushdone(tdr)
             for package in range(module.config.packages):
                 module.phymem_cache_wb(lp=package * module.config.lps // module.config.packages)
@@ -445,7 +313,7 @@ class TdxGuard:
             for hpa, _, _ in list(module.pamt.owned(tdr >> PAGE_SHIFT)):
                 module.phymem_page_reclaim(hpa)
             module.phymem_page_reclaim(tdr)
-            self._give_all()
+            self._lent.give_all()
 
     def describe(self) -> dict[str, Any]:
         """Measurement registers, states, pages."""
@@ -477,7 +345,7 @@ class TdxGuard:
             return {
                 "PAMT": left,
                 "TDs": int(self._tdr in self._module.tds),
-                "pages": len(self._taken),
+                "pages": len(self._lent),
             }
 
     # --- inside ---------------------------------------------------------------------------------
@@ -491,31 +359,6 @@ class TdxGuard:
     def _shared(self) -> int:
         return self._running.vm.kind.side_bit
 
-    def take(self) -> int:
-        """A page of the host's for the module; MemoryError."""
-        hpa = self._platform.pages.take()
-        self._taken.append(hpa)
-        return hpa
-
-    def give(self, hpa: int) -> None:
-        """The module has it no more."""
-        self._taken.remove(hpa)
-        self._platform.pages.give(hpa)
-
-    def _give_all(self) -> None:
-        while self._taken:
-            self._platform.pages.give(self._taken.pop())
-
-    @contextlib.contextmanager
-    def _page(self, data: bytes) -> Iterator[int]:
-        """A page of the host's with this content, for the length of a leaf."""
-        hpa = self._platform.pages.take()
-        try:
-            self._platform.memory.write(hpa, data)
-            yield hpa
-        finally:
-            self._platform.pages.give(hpa)
-
     @contextlib.contextmanager
     def _refusing(self, what: str) -> Iterator[None]:
         try:
@@ -524,8 +367,3 @@ class TdxGuard:
             raise GuardRefusal(errno.EIO, f"{what}: {error}") from error
         except MemoryError as error:
             raise GuardRefusal(errno.ENOMEM, f"{what}: {error}") from error
-
-
-def _rights(access: cpu_api.Access) -> int:
-    """As the qualification of an EPT violation: 1 read, 2 write, 4 fetch."""
-    return int(access)

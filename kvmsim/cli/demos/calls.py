@@ -11,9 +11,10 @@ from typing import Any, Final
 from hwemu.snp.fwstatus import Command
 from hwemu.tdx import TdxModule
 from hwemu.tdx.leaves import leaf_of
-from kvmsim.confidential import snp, tdx
+from kvmsim.confidential import snp
 from kvmsim.confidential.pkvmhost import PkvmHost
 from kvmsim.confidential.platform import Platform
+from kvmsim.confidential.tdxhost import make_module
 
 #: What comes with every slice of a vCPU, and what a look at a guest itself asks.
 _FREQUENT: Final = frozenset(("TDH.VP.ENTER", "SNP_GUEST_STATUS"))
@@ -65,7 +66,7 @@ def _tdx(platform: Platform, calls: Calls) -> None:
     def leaf(rax: int, **registers: int) -> str:
         return leaf_of(rax)[0].name
 
-    _tell(platform.hardware(TdxModule, tdx.make_module), "call", leaf, calls)
+    _tell(platform.hardware(TdxModule, make_module), "call", leaf, calls)
 
 
 def _snp(platform: Platform, calls: Calls) -> None:
