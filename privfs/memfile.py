@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One private file as a value machine: size, page bitmap, operations in flight.
+"""One private file as a value machine: its state with the operations in flight on it.
 
-Everything that changes the pages of a file lives here; this module knows no I/O, no clock and
-no user.  Requests go in (:meth:`MemFile.submit`), steps come out as values, and the completion of
+When the pages of a file change is decided here, on what a :class:`~privfs.filestate.FileState`
+holds and what :mod:`privfs.claims` lets a request have; this module knows no I/O, no clock and no
+user.  Requests go in (:meth:`MemFile.submit`), steps come out as values, and the completion of
 each step comes back in (:meth:`MemFile.step_done`).  A rule that is broken raises
 :class:`~privfs.personality.Refused` or answers :class:`Done` with an errno and changes nothing.
 
@@ -22,45 +23,31 @@ from __future__ import annotations
 import enum
 import errno
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable
 from dataclasses import replace
-
-from pyroaring import BitMap
+from typing import Self
 
 from privfs import seals
 from privfs.budget import Budget
+from privfs.claims import claim_of, new_size
 from privfs.extents import SINGLE
+from privfs.filestate import FileState, HostView
 from privfs.operation import (
     COMPATIBLE,
-    KINDS,
-    MAX_PAGES,
     STEPS,
     Claim,
-    Destroy,
     Done,
     Effect,
-    Fallocate,
-    FaultIn,
     Kind,
-    Migrate,
     Moved,
     Operation,
     OpId,
     Perform,
     Request,
-    Resize,
     Settled,
     Step,
 )
-from privfs.personality import (
-    PAGE_SIZE,
-    Action,
-    BeyondEof,
-    Personality,
-    Refused,
-    fallocate_rule,
-    resize_rule,
-)
+from privfs.personality import PAGE_SIZE, Personality, Refused
 
 
 class Look(enum.Enum):
@@ -71,39 +58,13 @@ class Look(enum.Enum):
     PARK = "park"
 
 
-class HostView(enum.Enum):
-    """What the host sees of a file that it may map."""
+class MemFile(FileState):
+    """One private file with the operations that are active on it or wait for their turn."""
 
-    NOTHING = "every touch is SIGBUS"
-    PAGES = "the pages that guests have"
-
-
-class MemFile:
-    """One private file.
-
-    ``size`` is in bytes, ``pages`` the bitmap of allocated pages, ``instances`` maps the index of
-    a living extent to its instance number, which is never used again.  ``quota`` bounds the pages
-    of this file, 0 is no bound of its own.  ``purpose`` is what its first user asked for,
-    ``users`` counts those that it is promised to now.
-    """
-
-    __slots__ = ("_active", "_admitting", "_budget", "_next_instance", "_waiting", "dead",
-                 "host", "instances", "pages", "personality", "purpose", "quota",
-                 "seals", "size", "users")  # fmt: skip
+    __slots__ = ("_active", "_admitting", "_waiting")
 
     def __init__(self, personality: Personality, budget: Budget, quota: int = 0) -> None:
-        self.personality = personality
-        self.quota = quota
-        self.seals = seals.Seal(personality.seals or 0)
-        self.purpose: seals.Purpose | None = None
-        self.users = 0
-        self.host: HostView | None = None
-        self.size = 0
-        self.pages = BitMap()
-        self.instances: dict[int, int] = {}
-        self.dead = False
-        self._budget = budget
-        self._next_instance = 1
+        super().__init__(personality, budget, quota)
         self._active: list[Operation] = []
         self._admitting = False
         self._waiting: list[tuple[OpId, Request]] = []
@@ -113,7 +74,7 @@ class MemFile:
     def submit(self, op: OpId, request: Request) -> list[Effect]:
         """Begin ``request``, or queue it behind overlapping ones; ``op`` names it from now on."""
         try:
-            claim = self._claim(request)
+            claim = claim_of(self, request)
         except Refused as refused:
             return [Done(op, refused.errno, str(refused))]
         if self._must_wait(claim, self._waiting):
@@ -211,37 +172,6 @@ class MemFile:
             last += 1
         return first, last
 
-    # --- promises -----------------------------------------------------------------------------
-
-    def add_seals(self, mask: int, *, stores: bool) -> None:
-        """Add seals, as F_ADD_SEALS; ``stores`` says whether a user may be storing.
-
-        EINVAL for unknown seals or a file that has none, and for F_SEAL_WRITE where no user can
-        be kept from storing; EPERM once sealed against more, EBUSY for F_SEAL_WRITE while there
-        are users that may store (``mapping_deny_writable``).
-        """
-        what = f"add seals {mask:#x}"
-        if self.personality.seals is None or mask & ~int(seals.ALL_SEALS):
-            raise Refused(errno.EINVAL, f"{what}: not on files of {self.personality.name}")
-        if mask & seals.Seal.WRITE and not self.personality.read_only_users:
-            raise Refused(errno.EINVAL, f"{what}: descriptors of this memory are never read-only")
-        seals.check(self.seals, seals.Deed.SEAL, what)
-        if mask & seals.Seal.WRITE and not self.seals & seals.Seal.WRITE and stores:
-            raise Refused(errno.EBUSY, f"{what}: users hold grants for stores; let them leave")
-        self.seals |= seals.Seal(mask)
-
-    def promise(self, wanted: int) -> None:
-        """Bind the file to a purpose: the first user's counts, later ones must ask for it too."""
-        what = f"register for purpose {wanted:#x}"
-        if wanted & ~int(seals.ALL_PURPOSES):
-            raise Refused(errno.EINVAL, f"{what}: unknown bits")
-        asked = seals.Purpose(wanted) | seals.Purpose.USER_INACCESSIBLE
-        if self.purpose is None:
-            self.purpose = asked
-        elif self.purpose != asked:
-            held = "|".join(seals.names(self.purpose))
-            raise Refused(errno.EINVAL, f"{what}: the file is bound to {held}")
-
     # --- the host -----------------------------------------------------------------------------
 
     def may_be_mapped(self) -> None:
@@ -264,62 +194,9 @@ class MemFile:
         self.host = HostView.PAGES if shared else HostView.NOTHING
         if shared:
             self.personality = replace(self.personality, layout=SINGLE)
-            self.instances[0] = self._next_instance
-            self._next_instance += 1
-
-    @property
-    def shared(self) -> bool:
-        """Whether the host may touch pages, and so allocate them without asking."""
-        return self.host is HostView.PAGES
-
-    def adopt(self, runs: Iterable[tuple[int, int]]) -> None:
-        """Count pages that the host has touched; there is no budget that could refuse them."""
-        if self.dead:
-            return
-        before = len(self.pages)
-        for start, end in runs:
-            self.pages.add_range(start, min(end, self.size // PAGE_SIZE))
-        self._budget.used += len(self.pages) - before
+            self.renew(0)
 
     # --- views --------------------------------------------------------------------------------
-
-    @property
-    def allocated(self) -> int:
-        """Allocated pages."""
-        return len(self.pages)
-
-    def data_from(self, page: int) -> int | None:
-        """Return the first allocated page at or after ``page``."""
-        before = self.pages.rank(page - 1) if page else 0
-        return self.pages[before] if before < len(self.pages) else None
-
-    def holes(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield the runs of pages of ``[start, end)`` that are not allocated, in order."""
-        page = start
-        while page < end:
-            if page in self.pages:
-                page = self.hole_from(page)
-                continue
-            data = self.data_from(page)
-            last = end if data is None else min(data, end)
-            yield page, last
-            page = last
-
-    def hole_from(self, page: int) -> int:
-        """Return the first page at or after ``page`` that is not allocated."""
-        if page not in self.pages:
-            return page
-        low, step = page + 1, 1  # [page, low) is allocated
-        while self.pages.range_cardinality(low, low + step) == step:
-            low, step = low + step, step * 2
-        high = low + step  # somewhere in [low, high] is the first hole
-        while low < high:
-            middle = (low + high) // 2
-            if self.pages.range_cardinality(low, middle + 1) == middle + 1 - low:
-                low = middle + 1
-            else:
-                high = middle
-        return low
 
     @property
     def idle(self) -> bool:
@@ -337,79 +214,18 @@ class MemFile:
 
     def key(self) -> Hashable:
         """Return the state as a hashable value."""
-        return (
-            self.size, tuple(self.pages), tuple(sorted(self.instances.items())), self.dead,
-            tuple([a.key() for a in self._active]), tuple(self._waiting),
-            self.seals, self.purpose, self.users, self.host,
-        )  # fmt: skip
+        operations = tuple([a.key() for a in self._active])
+        return super().key(), operations, tuple(self._waiting)
 
-    def copy(self, budget: Budget) -> MemFile:
+    def copy(self, budget: Budget) -> Self:
         """Return an independent copy that draws on ``budget``."""
-        twin = MemFile.__new__(type(self))
-        twin.personality = self.personality
-        twin.size = self.size
-        twin.pages = self.pages.copy()
-        twin.instances = self.instances.copy()
-        twin.dead = self.dead
-        twin.quota, twin.seals, twin.purpose = self.quota, self.seals, self.purpose
-        twin.users = self.users
-        twin.host = self.host
-        twin._budget = budget
-        twin._next_instance = self._next_instance
+        twin = super().copy(budget)
         twin._active = [a.copy() for a in self._active]
         twin._admitting = False
         twin._waiting = self._waiting.copy()
         return twin
 
     # --- the machine --------------------------------------------------------------------------
-
-    def _claim(self, request: Request) -> Claim:
-        """Name the pages that a request concerns; raise what it is refused with today."""
-        if self.dead:
-            raise Refused(errno.ENOENT, f"{request}: the file is gone")
-        unit = self.personality.page_size // PAGE_SIZE
-        match request:
-            case Fallocate(mode, offset, length):
-                row = fallocate_rule(self.personality, mode, offset, length, self.size)
-                if row.action is not Action.ALLOCATE:
-                    seals.check(self.seals, seals.Deed.ERASE, request)
-                end = min(-(-(offset + length) // (unit * PAGE_SIZE)) * unit, MAX_PAGES)
-                start = min(offset // (unit * PAGE_SIZE) * unit, end)
-                sizes = self._new_size(request) is not None
-                if sizes:
-                    seals.check(self.seals, seals.Deed.GROW, request)
-                beyond = row.action is Action.ALLOCATE and end * PAGE_SIZE > self.size
-                return Claim(KINDS[row.action], start, end, sizes or beyond)
-            case Resize(size):
-                resize_rule(self.personality, size, self.size)
-                if size != self.size:
-                    deed = seals.Deed.GROW if size > self.size else seals.Deed.SHRINK
-                    seals.check(self.seals, deed, request)
-                return Claim(Kind.RESIZE, min(size, self.size) // PAGE_SIZE, MAX_PAGES, True)
-            case FaultIn(page):
-                page -= page % unit
-                return Claim(Kind.FAULT, page, page + unit)
-            case Destroy():
-                return Claim(Kind.DESTROY, 0, MAX_PAGES)
-            case Migrate(extent):
-                self._require_movable(request)
-                return Claim(Kind.MIGRATE, *self.personality.layout.extent_range(extent))
-
-    def _require_movable(self, request: Migrate) -> None:
-        """What is promised to stay where it is stays (``migrate_page`` of v7's shmem: EOPNOTSUPP).
-
-        The promise is to users: a file that has none may be moved, whatever its last one asked for.
-        """
-        if self.shared:
-            raise Refused(
-                errno.EOPNOTSUPP, f"{request}: the host may have mapped its pages where they are"
-            )
-        if self.users and (self.purpose or 0) & seals.Purpose.UNMOVABLE:
-            raise Refused(
-                errno.EOPNOTSUPP,
-                f"{request}: its users were promised that its pages stay where they are "
-                "(MEMFILE_F_UNMOVABLE)",
-            )
 
     def _must_wait(self, claim: Claim, ahead: list[tuple[OpId, Request]]) -> bool:
         if not self._active and not ahead:
@@ -423,7 +239,7 @@ class MemFile:
         ]
         for _, request in self._waiting if waiting is None else waiting:
             try:
-                claims.append(self._claim(request))
+                claims.append(claim_of(self, request))
             except Refused:
                 continue  # will be answered with its errno when its turn comes
         return claims
@@ -446,20 +262,10 @@ class MemFile:
         """
         try:
             if claim is None:
-                claim = self._claim(request)
-            size = self._new_size(request) if claim.sizes else None
-            reserved = 0
-            if claim.kind in (Kind.ALLOCATE, Kind.FAULT):
-                wanted = claim.end - claim.start
-                reserved = wanted - self.pages.range_cardinality(claim.start, claim.end)
-                self._reserve(reserved)
-            elif claim.kind is Kind.ZERO:
-                reserved = claim.end - claim.start
-                held = self.pages.range_cardinality(claim.start, claim.end)
-                self._reserve(reserved - held)  # what it frees it may use again
-                reserved -= held
-            elif claim.kind is Kind.MIGRATE:
-                reserved = self._reserve_copy(claim)
+                claim = claim_of(self, request)
+                claim = claim_of(self, request)
+            size = new_size(self, request) if claim.sizes else None
+            reserved = self._reserve(claim)
         except Refused as refused:
             return [Done(op, refused.errno, str(refused))]
         active = Operation(
@@ -468,41 +274,19 @@ class MemFile:
         self._active.append(active)
         return self._advance(active)
 
-    def _reserve(self, pages: int) -> None:
-        """Reserve pages of the file's quota and of the mount's budget, or change nothing."""
-        growing = (a.reserved for a in self._active if a.kind is not Kind.MIGRATE)
-        held = len(self.pages) + sum(growing)
-        if self.quota and pages and held + pages > self.quota:
-            raise Refused(
-                errno.ENOSPC,
-                f"{pages} pages wanted, the file holds {held} and may hold {self.quota}: "
-                "punch holes in it, or mount with a larger -o quota=",
-            )
-        self._budget.reserve(pages)
-
-    def _reserve_copy(self, claim: Claim) -> int:
-        """Reserve room for a second copy of what an extent holds; no quota is asked.
-
-        The file holds no more for it in the end, but for a while the mount does.
-        """
+    def _reserve(self, claim: Claim) -> int:
+        """Reserve the pages that an operation will need, and say how many; or change nothing."""
+        if claim.kind is Kind.MIGRATE:
+            return self.reserve_copy(claim.start, claim.end)
+        if claim.kind not in (Kind.ALLOCATE, Kind.FAULT, Kind.ZERO):
+            return 0
         held = self.pages.range_cardinality(claim.start, claim.end)
-        try:
-            self._budget.reserve(held)
-        except Refused as refused:
-            raise Refused(
-                refused.errno, f"{refused}; while an extent moves, the mount holds it twice"
-            ) from None
-        return held
-
-    def _new_size(self, request: Request) -> int | None:
-        match request:
-            case Resize(size):
-                return size
-            case Fallocate(mode, offset, length):
-                row = self.personality.fallocate[mode]
-                if row.beyond_eof is BeyondEof.GROW and offset + length > self.size:
-                    return offset + length
-        return None
+        wanted = claim.end - claim.start - held  # what ZERO frees it may use again
+        growing = 0
+        if self._active:
+            growing = sum(a.reserved for a in self._active if a.kind is not Kind.MIGRATE)
+        self.reserve(wanted, growing)
+        return wanted
 
     def _advance(self, active: Operation) -> list[Effect]:
         """Emit the next step that has something to do, or finish."""
@@ -534,20 +318,12 @@ class MemFile:
             return ((index, old),) if old else ()
         if not layout.whole and active.kind not in (Kind.RESIZE, Kind.DESTROY):
             return ()
-        gone = layout.within(active.start, active.end)
-        fewer = gone if len(gone) < len(self.instances) else sorted(self.instances)
-        return tuple((i, self.instances[i]) for i in fewer if i in gone and i in self.instances)
+        return self.living(active.start, active.end)
 
     def _allocated(self, active: Operation, upto: int | None) -> None:
-        start, end = active.start, active.start if upto is None else upto
         added = 0
-        if end > start:
-            added = end - start - self.pages.range_cardinality(start, end)
-            self.pages.add_range(start, end)
-            for index, _, _ in self.personality.layout.split(start, end):
-                if index not in self.instances:
-                    self.instances[index] = self._next_instance
-                    self._next_instance += 1
+        if upto is not None and upto > active.start:
+            added = self.hold(active.start, upto)
         self._budget.used += added - active.reserved
         active.reserved = 0
 
@@ -571,9 +347,7 @@ class MemFile:
     def _copied(self, active: Operation) -> list[Effect]:
         """Let the new extent be the one that users get, before the old one is freed."""
         ((index, old),) = self._doomed(active)
-        active.old, new = old, self._next_instance
-        self.instances[index] = new
-        self._next_instance += 1
+        active.old, new = old, self.renew(index)
         pages = self.pages.range_cardinality(active.start, active.end)
         active.left = active.left[1:]
         moved = Moved(active.op, index, active.start, active.end, old, new, pages)
@@ -623,7 +397,7 @@ class MemFile:
         while i < len(self._waiting):
             op, request = self._waiting[i]
             try:
-                blocked = self._must_wait(self._claim(request), self._waiting[:i])
+                blocked = self._must_wait(claim_of(self, request), self._waiting[:i])
             except Refused:
                 blocked = False  # _begin answers it
             if blocked:

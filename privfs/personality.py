@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """What each operation answers, as data: one table a personality, a source a row.
 
-Nothing here has state.  :mod:`privfs.memfile` looks a request up with :func:`fallocate_rule`
+Nothing here has state.  :mod:`privfs.claims` looks a request up with :func:`fallocate_rule`
 and :func:`resize_rule`, which raise :class:`Refused` and change nothing; the FUSE adapter asks
 :data:`METADATA` the same way.  All offsets and lengths are bytes.
 

@@ -27,7 +27,7 @@ SANS_IO = {
     "privfs.notifier.session", "privfs.notifier.owner", "privfs.notifier.ownerstate",
     "privfs.notifier.effects", "privfs.notifier.exclusive", "privfs.notifier.holders",
     "privfs.notifier.user",
-    "privfs.operation", "privfs.budget", "privfs.seals",
+    "privfs.operation", "privfs.budget", "privfs.seals", "privfs.filestate", "privfs.claims",
     "kvmsim.uapi", "kvmsim.uapi.encoding", "kvmsim.uapi.structs", "kvmsim.uapi.requests",
     "kvmsim.uapi.capabilities", "kvmsim.uapi.sev", "kvmsim.uapi.tdx", "kvmsim.mmu",
     "kvmsim.memslot", "kvmsim.region",
