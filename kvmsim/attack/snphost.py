@@ -13,7 +13,8 @@ from kvmsim.attack.framehost import FrameHost
 from kvmsim.attack.guest import FORGED, SECRET, LabGuest
 from kvmsim.attack.outcome import AttackError, Layer, Outcome, refused, succeeds
 from kvmsim.confidential.platform import Platform
-from kvmsim.confidential.snp import SnpGuard, SnpHost, make_host
+from kvmsim.confidential.snp import SnpGuard
+from kvmsim.confidential.snphost import SnpHost, make_host
 from kvmsim.uapi import PAGE_SHIFT, PAGE_SIZE
 
 _WORD: Final = 8

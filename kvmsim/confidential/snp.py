@@ -2,9 +2,9 @@
 """KVM's use of SEV-SNP: one guest from SNP_LAUNCH_START to SNP_DECOMMISSION.
 
 What arch/x86/kvm/svm/sev.c does (v6.18): snp_launch_start(), sev_gmem_post_populate(),
-snp_launch_finish(), sev_gmem_prepare(), sev_gmem_invalidate(), sev_handle_rmp_fault(),
-sev_vm_destroy(). The RMP decides; the second stage that the engine walks has a leaf only where
-every access of the guest's would pass it.
+snp_launch_finish(), sev_gmem_prepare(), sev_gmem_invalidate(), sev_vm_destroy(). The RMP decides;
+the second stage that the engine walks has a leaf only where every access of the guest's would pass
+it.
 """
 
 from __future__ import annotations
@@ -13,44 +13,26 @@ import contextlib
 import errno
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from hwemu.cpu import api as cpu_api
 from hwemu.cpu.api import Regs
 from hwemu.encryptedaccess import Encrypt, Technology
-from hwemu.snp import guestops
-from hwemu.snp.access import Granted, GuestAccess, Kind, guest_access
 from hwemu.snp.asids import AsidState
-from hwemu.snp.firmware import Firmware
 from hwemu.snp.fwstatus import FirmwareRefused, FwStatus
 from hwemu.snp.guestcontext import IdBlock, Policy
-from hwemu.snp.guestops import Leaf as NestedLeaf
-from hwemu.snp.guestops import Vcpu
-from hwemu.snp.hostops import HYPERVISOR, NewState, psmash, rmpupdate
+from hwemu.snp.hostops import HYPERVISOR, NewState
 from hwemu.snp.launch import VMSA_GPA, PageType
-from hwemu.snp.outcome import (
-    GeneralProtection,
-    GuestFault,
-    NestedPageFault,
-    NpfError,
-    Returned,
-    VcException,
-)
-from hwemu.snp.rmp import Rmp
 from hwemu.snp.rmpentry import PageSize
-from kvmsim import exits
-from kvmsim.confidential.encryption import Encryption, GuestPages
+from kvmsim.confidential.encryption import GuestPages
 from kvmsim.confidential.frames import FrameMap
-from kvmsim.confidential.guestview import GuestView
 from kvmsim.confidential.platform import Platform
 from kvmsim.confidential.rmppages import RmpPages
-from kvmsim.confidential.vmgexit import MSR_GHCB, MSR_SEV_STATUS, SEV_STATUS, VmgExits
-from kvmsim.device.translate import translate
-from kvmsim.guard import Again, Answer, GuardRefusal, Inject, Leaf, Leave, Resolve, Verdict
-from kvmsim.mmu import Zapped
+from kvmsim.confidential.snphost import SnpHost, make_host
+from kvmsim.confidential.snpintercepts import INSTRUCTIONS, SnpIntercepts
+from kvmsim.guard import GuardRefusal, Leaf, Verdict
 from kvmsim.running import RunningVm
-from kvmsim.uapi import KVM_INTERNAL_ERROR_EMULATION, PAGE_SHIFT, PAGE_SIZE
+from kvmsim.uapi import PAGE_SHIFT, PAGE_SIZE
 from kvmsim.views.snp import SnpTables
 from kvmsim.vmm.launch import LaunchPage
 from kvmsim.vmm.launch import PageType as Loaded
@@ -58,21 +40,9 @@ from kvmsim.vmm.vmsa import EntryState
 
 log = logging.getLogger(__name__)
 
-_UD, _GP, _VC = 6, 13, 29
 _LARGE: Final = 512
-_MASK32: Final = 0xFFFF_FFFF
-_CF: Final = 1
-_FIRMWARE_KEY: Final = 0xFFFF  #: of the AMD-SP's own pages; no ASID is as large
 DEFAULT_POLICY: Final = int(Policy.MUST_BE_ONE | Policy.SMT)
 
-#: Non-automatic exits: #VC with the exit code (APM vol. 2, table 15-35). HLT is automatic.
-_VC_CODES: Final = {"in": 0x7B, "ins": 0x7B, "out": 0x7B, "outs": 0x7B, "cpuid": 0x72,
-                    "vmmcall": 0x81}  # fmt: skip
-_VC_MSR: Final = 0x7C
-_VC_NPF: Final = 0x400
-_OWN: Final = frozenset(("rdmsr", "wrmsr", "vmgexit", "pvalidate", "rmpadjust"))
-#: The host's instructions, and Intel's.
-_UNDEFINED: Final = frozenset(("vmcall", "tdcall", "seamcall", "psmash", "rmpupdate"))
 _TYPES: Final = {
     Loaded.NORMAL: PageType.NORMAL,
     Loaded.ZERO: PageType.ZERO,
@@ -81,34 +51,6 @@ _TYPES: Final = {
     Loaded.CPUID: PageType.CPUID,
     Loaded.VMSA: PageType.VMSA,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class SnpHost:
-    """The RMP and the AMD-SP of one host."""
-
-    rmp: Rmp
-    firmware: Firmware
-
-
-def make_host(platform: Platform) -> SnpHost:
-    """An RMP over the host's memory, all of it the hypervisor's, and a firmware after SNP_INIT."""
-    base, size = platform.ram
-    rmp = Rmp(size >> PAGE_SHIFT, start=base >> PAGE_SHIFT)
-    firmware = Firmware(rmp, platform.frames)
-    firmware.init()
-    encryption = platform.hardware(Encryption, Encryption)
-    encryption.keys(Technology.SNP).create(_FIRMWARE_KEY)
-
-    def holder(hpa: int) -> tuple[Technology, int] | None:
-        """The ASID in the RMP; pages of the AMD-SP have none."""
-        pfn = hpa >> PAGE_SHIFT
-        if not rmp.covered(pfn) or not (entry := rmp.entry(pfn)).assigned:
-            return None
-        return Technology.SNP, entry.asid or _FIRMWARE_KEY
-
-    encryption.holders.append(holder)
-    return SnpHost(rmp, firmware)
 
 
 def make(
@@ -137,9 +79,10 @@ class SnpGuard:
         self._policy = policy
         self._encrypt = encrypt
         self._pages: GuestPages | None = None  #: while its ASID has a key
-        self._view = GuestView(running)
-        self._calls = VmgExits(running, running.vm.kind.c_bit.bit_length() - 1, self._guest_request)
         self._frames = FrameMap()  #: gfn → pfn, as the second stage would have it
+        self._intercepts = SnpIntercepts(
+            platform, running, self._rmp, self._frames, self._guest_request
+        )
         self._staged: dict[int, LaunchPage] = {}
         self._vmsas: dict[int, int] = {}  #: vCPU → hpa
         self._context = 0  #: hpa of the guest context page
@@ -159,7 +102,7 @@ class SnpGuard:
     @property
     def instructions(self) -> frozenset[str]:
         """All that an SNP guest does not execute without its hypervisor, or its RMP."""
-        return frozenset(_VC_CODES) | _OWN | _UNDEFINED
+        return INSTRUCTIONS
 
     # --- launch ---------------------------------------------------------------------------------
 
@@ -170,10 +113,10 @@ class SnpGuard:
     def launch_start(self, policy: int, gosvw: bytes = bytes(16)) -> None:
         """KVM_SEV_SNP_LAUNCH_START (snp_launch_start()): refused, nothing is left of it."""
         with self._refusing("the guest cannot be launched"), self._platform.lock:
-            asid = self._free_asid()
+            asid = self._host.free_asid()
             context = self._platform.pages.take()
             page = context >> PAGE_SHIFT
-            self._update(page, NewState(assigned=True, immutable=True))
+            self._host.update(page, NewState(assigned=True, immutable=True))
             self._firmware.gctx_create(page)
             self._context, self.asid = context, asid
             try:
@@ -186,19 +129,6 @@ class SnpGuard:
                 self.close()
                 self.asid = 0
                 raise
-
-    def _free_asid(self) -> int:
-        """An ASID that nobody has; what caches hold of others is flushed first if it must be
-        (sev_flush_asids()).
-        """
-        for flushed in (False, True):
-            if flushed:
-                self._firmware.wbinvd()
-                self._firmware.df_flush()
-            for asid in range(1, self._rmp.max_asid + 1):
-                if self._firmware.asid_state(asid) is AsidState.FREE:
-                    return asid
-        raise GuardRefusal(errno.EBUSY, f"all {self._rmp.max_asid} ASIDs are guests'")
 
     def stage(self, page: LaunchPage) -> bool:
         """KVM_SEV_SNP_LAUNCH_UPDATE, a page of it; of a VMSA all of it."""
@@ -223,12 +153,12 @@ class SnpGuard:
         pfn = hpa >> PAGE_SHIFT
         self._platform.memory.write(hpa, page.data)
         state = NewState(assigned=True, immutable=True, gpa=gpa, asid=self.asid)
-        self._update(pfn, state)
+        self._host.update(pfn, state)
         try:
             self._firmware.launch_update(self._context >> PAGE_SHIFT, pfn, _TYPES[page.type])
         except BaseException:  # snp_page_reclaim(): the page is the host's again
             self._firmware.page_reclaim(pfn)
-            self._update(pfn, HYPERVISOR)
+            self._host.update(pfn, HYPERVISOR)
             self.rejected = self._platform.memory.read(hpa, PAGE_SIZE)
             raise
 
@@ -252,36 +182,11 @@ class SnpGuard:
 
     def fault(self, vcpu: int, gpa: int, access: cpu_api.Access) -> Verdict | None:
         """What the RMP says to a private access for which KVM has a page already."""
-        if not gpa & self._c_bit:
-            return None
-        plain = gpa & ~self._c_bit
-        with self._platform.lock:
-            pfn = self._frames.get(plain >> PAGE_SHIFT)
-            if pfn is None:
-                return None
-            who = Vcpu(self.asid, cpl=0)
-            leaf = NestedLeaf(plain, pfn)
-            found = guest_access(GuestAccess(self._rmp, who, leaf, _kind(access)))
-        if isinstance(found, Granted):
-            return None
-        return self._fault(found, plain)
-
-    def _fault(self, fault: GuestFault, gpa: int) -> Verdict | None:
-        match fault:
-            case VcException(_, code):
-                return Inject(_VC, code)
-            case GeneralProtection():
-                return Inject(_GP, 0)
-            case NestedPageFault(error, why) if error & NpfError.VMPL:
-                reason = f"the guest's own permissions forbid it: {why}"
-                return Leave(exits.MemoryFaultExit(
-                    gpa & -PAGE_SIZE, PAGE_SIZE, True, errno.EFAULT, reason
-                ))  # fmt: skip
-        return None  # not this guest's page: KVM assigns it, or finds another
+        return self._intercepts.fault(self.asid, gpa, access)
 
     def mmio(self, vcpu: int, gpa: int, access: cpu_api.Access) -> Verdict | None:
         """No memory there: #VC, and the guest asks by GHCB."""
-        return Inject(_VC, _VC_NPF)
+        return self._intercepts.mmio()
 
     def admit(
         self, gfn: int, first: int, last: int, hpa: int, *, private: bool, writable: bool
@@ -317,9 +222,11 @@ class SnpGuard:
         fits = first <= begin and begin + _LARGE <= last and not large % _LARGE
         if fits and not self._rmp.assigned(large, _LARGE):
             new = NewState(True, PageSize.SIZE_2M, False, begin << PAGE_SHIFT, self.asid)
-            self._update(large, new)
+            self._host.update(large, new)
         else:
-            self._update(pfn + gfn - first, NewState(True, gpa=gfn << PAGE_SHIFT, asid=self.asid))
+            self._host.update(
+                pfn + gfn - first, NewState(True, gpa=gfn << PAGE_SHIFT, asid=self.asid)
+            )
 
     def _leaves(self, gfn: int, pfn: int) -> tuple[Leaf, ...]:
         """Remember where the page around ``gfn`` is; leaves if the guest has validated it."""
@@ -392,91 +299,11 @@ class SnpGuard:
 
     def instruction(self, vcpu: int, left: cpu_api.InterceptExit, regs: Regs) -> Verdict:
         """VMGEXIT, PVALIDATE, RMPADJUST, the GHCB MSR; #VC or #UD for the others."""
-        name = left.instruction
-        if name in ("rdmsr", "wrmsr"):
-            return self._msr(vcpu, regs, write=name == "wrmsr")
-        if name == "vmgexit":
-            return self._calls.begin(vcpu, regs)
-        if name in ("pvalidate", "rmpadjust"):
-            return self._page_operation(vcpu, name, regs)
-        code = _VC_CODES.get(name)
-        return Inject(_UD) if code is None else Inject(_VC, code)
-
-    def _msr(self, vcpu: int, regs: Regs, *, write: bool) -> Verdict:
-        index = regs.rcx & _MASK32
-        if index == MSR_GHCB and write:
-            self._calls.write_msr(vcpu, (regs.rdx & _MASK32) << 32 | regs.rax & _MASK32)
-            return Answer(regs)
-        if index == MSR_GHCB or (index == MSR_SEV_STATUS and not write):
-            value = SEV_STATUS if index == MSR_SEV_STATUS else self._calls.read_msr(vcpu)
-            return Answer(replace(regs, rax=value & _MASK32, rdx=value >> 32))
-        return Inject(_VC, _VC_MSR)
-
-    def _page_operation(self, vcpu: int, name: str, regs: Regs) -> Verdict:
-        """PVALIDATE and RMPADJUST name their page by a linear address in RAX."""
-        sregs = self._running.vcpus[vcpu].cpu.get_sregs()
-        missing: list[int] = []
-
-        def word(at: int) -> int | None:
-            found = self._view.word(at)
-            if found is None:
-                missing.append(at)
-            return found
-
-        gpa = translate(sregs, regs.rax & -PAGE_SIZE, word)
-        if missing:  # the processor's walk would fault there: a table is on its way
-            return Resolve(missing[0], cpu_api.Access.READ)
-        if gpa is None or not gpa & self._c_bit:
-            return Leave(exits.InternalErrorExit(KVM_INTERNAL_ERROR_EMULATION))
-        plain = gpa & ~self._c_bit
-        with self._platform.lock:
-            pfn = self._frames.get(plain >> PAGE_SHIFT)
-            if pfn is None:  # #NPF: the second stage has nothing there
-                return Resolve(gpa, cpu_api.Access.WRITE)
-            leaf = NestedLeaf(plain, pfn)
-            who = Vcpu(self.asid, cpl=sregs.ss.attributes >> 5 & 3)
-            if name == "pvalidate":
-                asked = guestops.PvalidateRegisters.decode(regs.rcx, regs.rdx)
-                done = guestops.pvalidate(self._rmp, who, leaf, asked.size, validate=asked.validate)
-            else:
-                wanted = guestops.RmpadjustRegisters.decode(regs.rcx, regs.rdx)
-                done = guestops.rmpadjust(
-                    self._rmp, who, leaf, wanted.size, target=wanted.target,
-                    permissions=wanted.permissions, vmsa=wanted.vmsa,
-                )  # fmt: skip
-            if isinstance(done, Returned):
-                return self._returned(regs, done, plain, pfn)
-            return self._refused(done, gpa, pfn)
-
-    def _returned(self, regs: Regs, done: Returned, gpa: int, pfn: int) -> Verdict:
-        """EAX and CF; a page that may be used less than before leaves the second stage."""
-        flags = regs.rflags & ~_CF | done.carry
-        changed = replace(regs, rax=done.eax, rflags=flags)
-        entry, page = self._rmp.entry(pfn), self._rmp.page(pfn)
-        if not done.ok or entry.validated:
-            return Answer(changed)
-        start = gpa - (pfn - page << PAGE_SHIFT) | self._c_bit
-        npages = self._rmp.pages(entry.size)
-        leaves = self._running.stage2.zap(start, npages)
-        return Answer(changed, Zapped(((start, npages),), leaves))
-
-    def _refused(self, fault: GuestFault, gpa: int, pfn: int) -> Verdict:
-        """sev_handle_rmp_fault(): a part of a large page, so it is broken, its leaf zapped."""
-        if isinstance(fault, NestedPageFault) and fault.error & NpfError.SIZEM:
-            page = self._rmp.page(pfn)
-            psmash(self._rmp, page)
-            start = (gpa & -PAGE_SIZE) - (pfn - page << PAGE_SHIFT)
-            leaves = self._running.stage2.zap(start, _LARGE)
-            return Again(Zapped(((start, _LARGE),), leaves))
-        verdict = self._fault(fault, gpa & ~self._c_bit)
-        if verdict is not None:
-            return verdict
-        self._frames.forget(gpa - self._c_bit >> PAGE_SHIFT, 1)  # another guest's, or none
-        return Resolve(gpa, cpu_api.Access.WRITE)
+        return self._intercepts.instruction(self.asid, vcpu, left, regs)
 
     def complete(self, vcpu: int, data: bytes | int | None, regs: Regs) -> Verdict:
         """The VMM's answer to a VMGEXIT."""
-        return self._calls.complete(vcpu, data, regs)
+        return self._intercepts.complete(vcpu, data, regs)
 
     def _guest_request(self, request: bytes) -> tuple[bytes, int]:
         try:
@@ -548,17 +375,8 @@ class SnpGuard:
         assert self._pages is not None, "a guest that runs has a key"
         return self._pages
 
-    @property
-    def _c_bit(self) -> int:
-        return self._running.vm.kind.c_bit
-
-    def _update(self, pfn: int, new: NewState) -> None:
-        answer = rmpupdate(self._rmp, pfn, new)
-        if not answer.ok:
-            raise GuardRefusal(errno.EIO, f"RMPUPDATE of frame {pfn:#x}: {answer}")
-
     def _give(self, hpa: int) -> None:
-        self._update(hpa >> PAGE_SHIFT, HYPERVISOR)
+        self._host.update(hpa >> PAGE_SHIFT, HYPERVISOR)
         self._platform.pages.give(hpa)
 
     @contextlib.contextmanager
@@ -570,9 +388,3 @@ class SnpGuard:
             raise GuardRefusal(errno.EIO, f"{what}: {error}") from error
         except MemoryError as error:
             raise GuardRefusal(errno.ENOMEM, f"{what}: {error}") from error
-
-
-def _kind(access: cpu_api.Access) -> Kind:
-    if access & cpu_api.Access.EXEC:
-        return Kind.FETCH
-    return Kind.WRITE if access & cpu_api.Access.WRITE else Kind.READ

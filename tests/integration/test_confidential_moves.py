@@ -14,7 +14,7 @@ from mounts import Mounted
 from hwemu.encryptedaccess import Encrypt, Outcome
 from hwemu.snp.guestops import Leaf, Vcpu, rmpadjust
 from hwemu.snp.outcome import GuestStatus, Returned
-from kvmsim.confidential.snp import SnpHost, make_host
+from kvmsim.confidential.snphost import SnpHost, make_host
 from kvmsim.hostmem import HostMemory
 from kvmsim.region import Region
 from kvmsim.uapi import KVM_MEM_GUEST_MEMFD

@@ -42,7 +42,7 @@ from mounts import Mounted, Mounter
 from hwemu.snp import cpuidpage
 from hwemu.snp.guestcontext import IdBlock
 from kvmsim import exits
-from kvmsim.confidential.snp import SnpHost, make_host
+from kvmsim.confidential.snphost import SnpHost, make_host
 from kvmsim.device.results import Begun, Failure
 from kvmsim.device.sev import SevLaunch
 from kvmsim.device.tdx import TdxLaunch

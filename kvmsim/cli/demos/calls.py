@@ -11,9 +11,9 @@ from typing import Any, Final
 from hwemu.snp.fwstatus import Command
 from hwemu.tdx import TdxModule
 from hwemu.tdx.leaves import leaf_of
-from kvmsim.confidential import snp
 from kvmsim.confidential.pkvmhost import PkvmHost
 from kvmsim.confidential.platform import Platform
+from kvmsim.confidential.snphost import SnpHost, make_host
 from kvmsim.confidential.tdxhost import make_module
 
 #: What comes with every slice of a vCPU, and what a look at a guest itself asks.
@@ -73,7 +73,7 @@ def _snp(platform: Platform, calls: Calls) -> None:
     def command(of: Command, **operands: Any) -> str:
         return of.name
 
-    _tell(platform.hardware(snp.SnpHost, snp.make_host).firmware, "_ask", command, calls)
+    _tell(platform.hardware(SnpHost, make_host).firmware, "_ask", command, calls)
 
 
 def _pkvm(platform: Platform, calls: Calls) -> None:
