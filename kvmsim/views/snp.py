@@ -39,6 +39,9 @@ _HOST: Final = tuple(_numbers(PageState.HYPERVISOR, PageState.HV_FIXED))
 class SnpTables:
     """The entries of one ASID. ``own`` are frames of the guest's beside its memory."""
 
+    words: Final = WORDS  #: states of the firmware ABI
+    frame_words: Final = WORDS
+
     def __init__(
         self,
         lock: Lock,
@@ -49,25 +52,10 @@ class SnpTables:
         *,
         shadowed: bool = False,
     ) -> None:
-        self._shadowed = shadowed
+        self.shadowed: Final = shadowed  #: whether leaves lead to shadow pages
         self._lock, self._rmp, self._asid, self._frames = lock, rmp, asid, frames
         self._own = frozenset(own)
         self._pfns = self._gfns = np.zeros(0, np.int64)  # of the search, by gfn
-
-    @property
-    def words(self) -> Vocabulary:
-        """States of the firmware ABI."""
-        return WORDS
-
-    @property
-    def shadowed(self) -> bool:
-        """Whether leaves lead to shadow pages."""
-        return self._shadowed
-
-    @property
-    def frame_words(self) -> Vocabulary:
-        """The same."""
-        return WORDS
 
     def prepare(self) -> None:
         """Search the RMP for the ASID."""
@@ -93,7 +81,7 @@ class SnpTables:
         with self._lock:
             known = self._frames.columns(gfn, npages)
             pfns = np.where(known >= 0, known, pfns)
-            if not self._shadowed:
+            if not self.shadowed:
                 pfns = np.where(leaves.hpa >= 0, leaves.hpa >> PAGE_SHIFT, pfns)
             found = self._rmp.columns(pfns)
         there = pfns >= 0

@@ -42,24 +42,12 @@ _TYPES: Final = Vocabulary("TDX", "PAMT", (), tuple(
 class TdxTables:
     """The tables of the TD whose TDR is at ``tdr``; ``lock`` is held over every copy."""
 
+    words: Final = WORDS  #: S-EPT states
+    frame_words: Final = _TYPES  #: page types of the PAMT
+
     def __init__(self, lock: Lock, module: TdxModule, tdr: int, *, shadowed: bool = False) -> None:
         self._lock, self._module, self._tdr = lock, module, tdr
-        self._shadowed = shadowed
-
-    @property
-    def words(self) -> Vocabulary:
-        """S-EPT states."""
-        return WORDS
-
-    @property
-    def shadowed(self) -> bool:
-        """Whether leaves lead to shadow pages."""
-        return self._shadowed
-
-    @property
-    def frame_words(self) -> Vocabulary:
-        """Page types of the PAMT."""
-        return _TYPES
+        self.shadowed: Final = shadowed  #: whether leaves lead to shadow pages
 
     def prepare(self) -> None:
         """Nothing has to be looked for."""
