@@ -15,9 +15,10 @@ from functools import partial
 import audit
 from crowd import PATIENCE, Crowd, Member
 from place import BUDGET_PAGES, PAGE, QUOTA_PAGES, Breach, Place, until
-from plan import COMMON, FILE_PAGES, SMALL_PAGES, VMS, Deed, Plan, torrent, user_pages
+from plan import COMMON, FILE_PAGES, SMALL_PAGES, VMS, Deed, Plan, movable, torrent, user_pages
 
 from privfs.notifier.lane import SOCKET
+from privfs.seals import ALL_PURPOSES, Purpose
 
 _ENDS = {0, 1, 3, -signal.SIGKILL, -signal.SIGSEGV}  #: of a process whose owner has gone
 #: Deeds that wait for system calls to end, which may wait for whoever is stopped.
@@ -243,7 +244,10 @@ class World:
         path = self.place.path / file
         first, end = user_pages(file)
         get = f"GET 0 0 1 {path.stat().st_ino} {first} {end} {first}"
-        self._raw(["hello", f"register {path}", f"flood {count} {get}"])
+        # as the file's other users: the first one's purpose counts
+        purpose = ALL_PURPOSES & ~Purpose.UNMOVABLE if movable(file) else ALL_PURPOSES
+        register = f"register {path} O_RDWR {int(purpose)}"
+        self._raw(["hello", register, f"flood {count} {get}"])
 
     def _raw(self, lines: list[str]) -> None:
         member = Member("raw", "raw_user", self.place.path / SOCKET)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Say anything to a mount's socket: ``raw_user.py SOCKET``, one command a line.
 
-``hello``, ``register PATH [FLAGS]``, ``record OP [FLAGS STATUS REQ OBJ START END SEQ]``,
+``hello``, ``register PATH [FLAGS [PURPOSE]]``, ``record OP [FLAGS STATUS REQ OBJ START END SEQ]``,
 ``frame HEX``, ``noise BYTES SEED``, ``flood COUNT OP ...`` (that record again and again, reading
 nothing), ``fds COUNT`` (HELLO with descriptors), ``odd KIND PATH`` (REGISTER with another kind of
 descriptor), ``fence KIND PATH`` (HELLO with one for a userfaultfd), ``read``.  What arrives is
@@ -20,6 +20,7 @@ import sys
 from privfs.notifier.lane import connect
 from privfs.notifier.user import User
 from privfs.notifier.wire import MAX_FRAME, MAX_RECORDS, RECORD, Fence, Op, Record, pack
+from privfs.seals import ALL_PURPOSES
 
 PAGE = 4096
 
@@ -51,9 +52,9 @@ class RawUser:
             op, _, *rest = fields
             say(f"got {Op(op).name} {' '.join(map(str, rest))}")
 
-    def register(self, path: str, flags: int) -> None:
+    def register(self, path: str, flags: int, purpose: int = ALL_PURPOSES) -> None:
         fd = os.open(path, flags)
-        self.send(pack([User().register()]), [fd])
+        self.send(pack([User().register(purpose)]), [fd])
         os.close(fd)
 
     def odd(self, kind: str, path: str, record: Record) -> None:
@@ -83,6 +84,8 @@ class RawUser:
                 self.register(path, os.O_RDWR)
             case ["register", path, flags]:
                 self.register(path, getattr(os, flags))
+            case ["register", path, flags, purpose]:
+                self.register(path, getattr(os, flags), int(purpose))
             case ["odd", kind, path]:
                 self.odd(kind, path, User().register())
             case ["fence", kind, path]:
