@@ -263,7 +263,6 @@ class MemFile(FileState):
         try:
             if claim is None:
                 claim = claim_of(self, request)
-                claim = claim_of(self, request)
             size = new_size(self, request) if claim.sizes else None
             reserved = self._reserve(claim)
         except Refused as refused:
