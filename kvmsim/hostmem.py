@@ -18,7 +18,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from hwemu.arena import Arena
+from hwemu.runs import true_runs
 from kvmsim.bindings import Bindings
+from kvmsim.dataruns import data_runs
 from kvmsim.fallocate import punch
 from kvmsim.fence import Kind, Trespass, make_fence
 from kvmsim.migration import MOVABLE, UNMOVABLE
@@ -98,13 +100,11 @@ class HostMemory:
 
         Pages are counted from ``hpa``. Nothing is touched.
         """
-        found = np.zeros((length >> PAGE_SHIFT) + 2, np.int8)
+        found = np.zeros(length >> PAGE_SHIFT, np.uint8)
         with self._lock:  # what is retired meanwhile is counted as not there
-            if _libc.mincore(self._address(hpa), length, found.ctypes.data + 1):
+            if _libc.mincore(self._address(hpa), length, found.ctypes.data):
                 return []
-        steps = np.diff(found & 1)
-        firsts, lasts = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
-        return list(zip(firsts.tolist(), lasts.tolist(), strict=True))
+        return list(true_runs(found & 1))
 
     def read(self, hpa: int, length: int) -> bytes:
         """Read as a device does."""
@@ -172,17 +172,8 @@ class SharedRam:
     def runs(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield the runs of pages of [start, end) that are backed by memory, in order."""
         at, limit = start * PAGE_SIZE, min(end * PAGE_SIZE, self.size)
-        while at < limit:
-            try:
-                first = os.lseek(self._fd, at, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # nothing but a hole from here on
-                    return
-                raise
-            if first >= limit:
-                return
-            at = min(os.lseek(self._fd, first, os.SEEK_HOLE), limit)
-            yield first // PAGE_SIZE, at // PAGE_SIZE
+        for first, last in data_runs(self._fd, at, limit):
+            yield first // PAGE_SIZE, last // PAGE_SIZE
 
     @property
     def resident(self) -> int:

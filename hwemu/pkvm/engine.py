@@ -8,7 +8,6 @@ range, leaves of the guest, then states and guards of one side after the other.
 from __future__ import annotations
 
 import errno
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, Protocol
 
@@ -19,6 +18,7 @@ from hwemu.pkvm.guest import Guest, VmTable
 from hwemu.pkvm.state import Component, PageState, PkvmError
 from hwemu.pkvm.transition import TRANSITIONS, Deed, Guard, Side, Transition, Vm
 from hwemu.pkvm.vmemmap import Pages, Vmemmap
+from hwemu.runs import equal_runs
 
 
 class Machine(Protocol):
@@ -55,8 +55,7 @@ def pfn_runs(pfns: Pages) -> Iterator[tuple[int, int]]:
 
 def state_runs(states: npt.NDArray[np.uint8]) -> Iterator[tuple[int, int, PageState]]:
     """(start, end, state) of neighbours with one state."""
-    cuts = [0, *(np.flatnonzero(np.diff(states)) + 1).tolist(), len(states)]
-    for start, end in itertools.pairwise(cuts):
+    for start, end in equal_runs(states):
         yield start, end, PageState(int(states[start]))
 
 

@@ -10,14 +10,10 @@ states); *ours* closes what those leave open, towards a refusal.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
+from hwemu.runs import equal_runs
 from hwemu.snp.check import Check, failing
 from hwemu.snp.outcome import PsmashStatus, Returned, RmpreadStatus, RmpupdateStatus
 from hwemu.snp.rmp import Rmp
@@ -197,12 +193,13 @@ def rmpupdate_range(rmp: Rmp, pfn: int, npages: int, new: NewState) -> tuple[int
     last = replace(new, gpa=new.gpa + (npages - 1) * PAGE_SIZE if new.asid else new.gpa)
     ends = ((pfn, new), (pfn + npages - 1, last))
     if rmp.plain(pfn, npages) and not any(failing(RMPUPDATE, Update(rmp, *end)) for end in ends):
-        for start, count, kept in _alike(rmp.holds(pfn, npages, new.asid, new.gpa)):
-            if kept:
-                rmp.freeze(pfn + start, count, immutable=new.immutable)
+        kept = rmp.holds(pfn, npages, new.asid, new.gpa)
+        for start, end in equal_runs(kept):
+            if kept[start]:
+                rmp.freeze(pfn + start, end - start, immutable=new.immutable)
             else:
                 gpa = new.gpa + start * PAGE_SIZE if new.asid else new.gpa
-                rmp.store_run(pfn + start, count, _entry(replace(new, gpa=gpa)))
+                rmp.store_run(pfn + start, end - start, _entry(replace(new, gpa=gpa)))
         return npages, Returned(RmpupdateStatus.SUCCESS)
     for done in range(npages):
         gpa = new.gpa + done * PAGE_SIZE if new.asid else new.gpa
@@ -210,13 +207,6 @@ def rmpupdate_range(rmp: Rmp, pfn: int, npages: int, new: NewState) -> tuple[int
         if not answer.ok:
             return done, answer
     return npages, Returned(RmpupdateStatus.SUCCESS)
-
-
-def _alike(flags: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int, bool]]:
-    """Runs (index, length, value) of equal elements; there is one at least."""
-    edges = [0, *(np.flatnonzero(np.diff(flags)) + 1).tolist(), len(flags)]
-    for start, end in pairwise(edges):
-        yield start, end - start, bool(flags[start])
 
 
 @dataclass(frozen=True, slots=True)

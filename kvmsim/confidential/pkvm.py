@@ -38,8 +38,9 @@ from hwemu.pkvm.hypercall import (
     hypercall,
 )
 from hwemu.pkvm.state import PageState, PkvmError
+from hwemu.runs import true_runs
 from kvmsim import exits
-from kvmsim.confidential.pkvmhost import PkvmHost, pfns_of, runs
+from kvmsim.confidential.pkvmhost import PkvmHost, pfns_of
 from kvmsim.confidential.platform import Platform
 from kvmsim.guard import Again, Answer, GuardRefusal, Inject, Leaf, Leave, Resolve, Verdict
 from kvmsim.mmu import Zapped
@@ -194,10 +195,10 @@ class PkvmGuard:
             guest = self._hyp.vms.get("move", self._handle)
             pfn, waits = old >> PAGE_SHIFT, guest.valid(gfn, npages)
             waits &= guest.pfns(gfn, npages) == np.arange(pfn, pfn + len(waits))
-            for first, count in runs(waits):
+            for first, last in true_runs(waits):
                 target = (new >> PAGE_SHIFT) + first
                 try:
-                    self._hyp.host_move_guest(self._handle, target, gfn + first, count)
+                    self._hyp.host_move_guest(self._handle, target, gfn + first, last - first)
                 except PkvmError as error:
                     log.warning("gpa %#x stays at hpa %#x: %s", gfn + first << PAGE_SHIFT,
                                 pfn + first << PAGE_SHIFT, error)  # fmt: skip
@@ -205,8 +206,8 @@ class PkvmGuard:
     def released(self, hpa: int, size: int) -> None:
         """Reclaim what the guest has of them; GuardRefusal while it lives."""
         with self._platform.lock:
-            for gfn, npages in runs(self._mine(hpa, size)):
-                self._reclaim(self._require(), gfn, npages)
+            for gfn, end in true_runs(self._mine(hpa, size)):
+                self._reclaim(self._require(), gfn, end - gfn)
             self._host.vacated.discard(pfns_of(hpa, size))
 
     def _reclaim(self, handle: int, gfn: int, npages: int) -> None:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from hwemu.encryptedaccess import Technology
 from hwemu.pkvm.access import host_reaches
 from hwemu.pkvm.hypervisor import Hypervisor
+from hwemu.runs import true_runs
 from kvmsim.confidential.encryption import Encryption
 from kvmsim.confidential.platform import Platform
 from kvmsim.uapi import PAGE_SHIFT
@@ -66,8 +66,8 @@ class PkvmHost:
         there = np.ones(npages, np.bool_)
         for start, end in self.vacated:
             there[max(start - pfn, 0) : max(end - pfn, 0)] = False
-        for first, count in runs(there):
-            yield pfn + first, count
+        for first, last in true_runs(there):
+            yield pfn + first, last - first
 
     def flush_host(self, pfn: int, npages: int) -> None:
         """Nothing of the host's is cached: it reaches pages through references alone."""
@@ -80,10 +80,3 @@ class PkvmHost:
 def pfns_of(hpa: int, size: int) -> tuple[int, int]:
     """The pages [start, end) of a range that begins and ends at pages."""
     return hpa >> PAGE_SHIFT, hpa + size >> PAGE_SHIFT
-
-
-def runs(which: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """(first, count) of neighbours that are true."""
-    edges = np.flatnonzero(np.diff(which.astype(np.int8), prepend=0, append=0)).tolist()
-    for start, end in zip(edges[::2], edges[1::2], strict=True):
-        yield start, end - start

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from hwemu.runs import true_runs
 from kvmsim.memslot import Memslot
 from kvmsim.mmu import SecondStage
 from kvmsim.uapi import KVM_MEM_LOG_DIRTY_PAGES, PAGE_SHIFT
@@ -75,9 +76,7 @@ class DirtyLog:
         marks, slot.marks = slot.marks, np.zeros_like(slot.marks)
         words = -(-slot.npages // _LONG_BITS)
         bitmap = np.packbits(marks, bitorder="little").tobytes().ljust(words * 8, b"\0")
-        edges = np.flatnonzero(np.diff(np.concatenate(([0], marks, [0])).astype(np.int8)))
-        runs = (edges + slot.base).reshape(-1, 2).tolist()
-        return bitmap, [(start, end) for start, end in runs]
+        return bitmap, [(slot.base + start, slot.base + end) for start, end in true_runs(marks)]
 
 
 class LoggingStage2:

@@ -13,11 +13,11 @@ import ctypes
 import errno
 import logging
 import mmap
-import os
 from collections.abc import Iterator, Sequence
 from typing import Final, Self
 
 from hwemu import processmemory
+from kvmsim.dataruns import data_runs
 from kvmsim.exec.filter import OURS
 from kvmsim.exec.slotmemory import Placed
 from kvmsim.exec.tracees import Tracees
@@ -47,8 +47,8 @@ class Fork:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._child.__exit__()
-        self._parent.__exit__()
+        self._child.let_go()
+        self._parent.let_go()
 
     def seize(self) -> None:
         """Let the caller stop as soon as it leaves its call."""
@@ -105,18 +105,8 @@ class Fork:
 
 
 def _runs(one: Placed) -> Iterator[tuple[int, int]]:
-    """Yield the parts [first, last) of what is placed that hold something; offsets in the file."""
-    at, end = one.offset, one.offset + one.end - one.start
-    while at < end:
-        try:
-            at = os.lseek(one.fd, at, os.SEEK_DATA)
-        except OSError:  # ENXIO: no more of it
-            return
-        if at >= end:
-            return
-        last = min(os.lseek(one.fd, at, os.SEEK_HOLE), end)
-        yield at, last
-        at = last
+    """The parts [first, last) of what is placed that hold something; offsets in the file."""
+    return data_runs(one.fd, one.offset, one.offset + one.end - one.start)
 
 
 def _available() -> int:

@@ -20,6 +20,7 @@ from typing import Final, Self
 import numpy as np
 
 from hwemu import processmemory
+from hwemu.runs import true_runs
 from kvmsim.exec.mapevents import FLAGS, SYS_USERFAULTFD, MapEvents
 from kvmsim.exec.syscalls import pidfd_getfd
 from kvmsim.exec.tracees import Tracees
@@ -66,7 +67,7 @@ class Remapper:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tracees.__exit__()
+        self._tracees.let_go()
 
     def replace(self, replacement: Replacement, number: int) -> None:
         """Map descriptor ``number`` of the process over what it has there, with the contents."""
@@ -144,11 +145,7 @@ class Remapper:
                 pages = min(_SPAN, end - at) >> PAGE_SHIFT
                 pagemap.seek((at >> PAGE_SHIFT) * 8)
                 entries = np.frombuffer(pagemap.read(pages * 8), np.uint64)
-                present = np.zeros(pages + 2, np.int8)
-                present[1:-1] = (entries & _PRESENT) != 0
-                steps = np.diff(present)
-                firsts, lasts = np.flatnonzero(steps == 1), np.flatnonzero(steps == -1)
-                for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True):
+                for first, last in true_runs((entries & _PRESENT) != 0):
                     yield at + (first << PAGE_SHIFT), at + (last << PAGE_SHIFT)
 
     def _map(self, replacement: Replacement, number: int) -> None:

@@ -55,6 +55,10 @@ class Tracees:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Let every thread run again."""
         for tid in self.seized:
             with contextlib.suppress(OSError):
                 _ptrace(_DETACH, tid)

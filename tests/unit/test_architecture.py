@@ -46,7 +46,7 @@ SANS_IO = {
     "kvmsim.confidential.frames", "kvmsim.views.png", "kvmsim.views.tdx", "kvmsim.views.snp",
     "kvmsim.views.pkvm",
     "kvmsim.qemuoptions", "hwemu.stage2",
-    "hwemu.leafruns", "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
+    "hwemu.leafruns", "hwemu.runs", "hwemu.tablepool", "hwemu.npt", "hwemu.tlb", "hwemu.shootdown",
     "hwemu.encryption", "hwemu.encryptedaccess", "hwemu.pkvm.state", "hwemu.pkvm.transition",
     "hwemu.pkvm.vmemmap", "hwemu.pkvm.guest", "hwemu.pkvm.engine", "hwemu.pkvm.hypervisor",
     "hwemu.pkvm.hypercall", "hwemu.pkvm.access", "hwemu.pkvm.fillable",
