@@ -20,7 +20,7 @@ from typing import Final, TypeVar
 
 from kvmsim.ownerview import OwnerView
 from kvmsim.uapi import GUEST_MEMFD_FLAG_INIT_SHARED, GUEST_MEMFD_FLAG_MMAP
-from privfs.notifier.lane import LinkError, find_socket
+from privfs.notifier.lane import LinkError, NoMountAbove, find_socket
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,8 @@ class GuestMemfds:
         """Why there can be no private files, and what to do; empty if the folder is on a mount."""
         try:
             find_socket(self.folder)
-        except LinkError as error:
-            return f"{error.strerror}; make one with: privfs mount DIR"
+        except NoMountAbove:
+            return f"{self.folder} lies in no privfs mount; make one with: privfs mount DIR"
         except OSError as error:  # a mount that is dead: it says so when a file is made
             log.info("%s: %s", self.folder, error)
         return ""
