@@ -24,24 +24,11 @@ SUM = WORD * 512 % (1 << 64)
 PAGES = 4
 
 
-class Guest:
-    """A booted guest, its file and its console."""
+class Prompt:
+    """A booted guest and its console."""
 
-    def __init__(
-        self,
-        emulator: Emulator,
-        console: Console,
-        ram: Path,
-        platform: Platform,
-        close: Callable[[], None],
-    ) -> None:
-        self.emulator, self.console, self.ram = emulator, console, ram
-        self.platform, self.close = platform, close
-
-    @property
-    def guard(self) -> Confidential:
-        assert self.emulator.guard is not None
-        return self.emulator.guard
+    def __init__(self, emulator: Emulator, console: Console) -> None:
+        self.emulator, self.console = emulator, console
 
     def ask(self, line: str) -> str:
         """The answer to a command, good or bad."""
@@ -55,6 +42,26 @@ class Guest:
         assert answer.startswith("ok"), answer
         assert found, answer
         return int(found[1], 0)
+
+
+class Guest(Prompt):
+    """A booted guest, its file and its console."""
+
+    def __init__(
+        self,
+        emulator: Emulator,
+        console: Console,
+        ram: Path,
+        platform: Platform,
+        close: Callable[[], None],
+    ) -> None:
+        super().__init__(emulator, console)
+        self.ram, self.platform, self.close = ram, platform, close
+
+    @property
+    def guard(self) -> Confidential:
+        assert self.emulator.guard is not None
+        return self.emulator.guard
 
     def whole(self, gpa: int = AT, npages: int = PAGES) -> bool:
         """Whether the words are there."""

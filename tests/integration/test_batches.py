@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 
 import pytest
+from booted import Prompt
 from mounts import Mounter
 from torture import Console
 
@@ -27,29 +27,10 @@ BATCH = f"batch {FRESH:#x} 1 2 64"
 KINDS = (Technology.SHARED_BIT, Technology.SW_PROTECTED, Technology.TDX, Technology.SNP)
 
 
-class Guest:
-    """A booted guest and its console."""
-
-    def __init__(self, emulator: Emulator, console: Console) -> None:
-        self.emulator = emulator
-        self._console = console
-
-    def ask(self, line: str) -> str:
-        """The answer to a command, good or bad."""
-        self.emulator.feed(line.encode() + b"\n")
-        return self._console.expect(r"(ok|error|panic).*\n").group(0).strip()
-
-    def value(self, line: str) -> int:
-        """The value that a peek finds."""
-        found = re.search(r" value=(\S+)", answer := self.ask(line))
-        assert found, answer
-        return int(found[1], 0)
-
-
 @contextlib.contextmanager
 def booted(
     technology: Technology, mount: Mounter, host: HostMemory, image: bytes, *, batches: bool = True
-) -> Iterator[Guest]:
+) -> Iterator[Prompt]:
     ram = mount().path / "ram"
     ram.touch()
     os.truncate(ram, 16 * MIB)
@@ -62,12 +43,12 @@ def booted(
     try:
         emulator.boot(image)
         console.expect(r"^> ")
-        yield Guest(emulator, console)
+        yield Prompt(emulator, console)
     finally:
         emulator.close()
 
 
-def held(guest: Guest) -> int:
+def held(guest: Prompt) -> int:
     """Private pages that the owner holds."""
     return sum(slot.private for slot in guest.emulator.allocated().values())
 
@@ -81,18 +62,20 @@ def test_one_call_converts_scattered_pages(
         before, stats = held(guest), guest.emulator.machine.statistics
         assert guest.ask(f"{BATCH} shared").endswith("ranges=64 done=64 side=shared")
         assert held(guest) == before - 64
-        assert guest.value(f"peek {FRESH:#x} shared") == 0
-        assert guest.value(f"peek {FRESH + PAGE:#x}") == 0x77, "in between nothing happens"
+        assert guest.number(f"peek {FRESH:#x} shared", "value") == 0
+        assert guest.number(f"peek {FRESH + PAGE:#x}", "value") == 0x77, (
+            "in between nothing happens"
+        )
         assert guest.ask(f"poke {FRESH:#x} 5 shared").startswith("ok")
         batches, calls, ranges = stats.batches, stats.hypercalls, stats.conversions_explicit
         assert guest.ask(f"{BATCH} private").endswith("ranges=64 done=64 side=private")
         assert stats.batches == batches + 1
         assert stats.hypercalls == calls + 1
         assert stats.conversions_explicit == ranges + 64
-        assert guest.value(f"peek {FRESH:#x}") == 0
-        assert guest.value(f"peek {FRESH + 127 * PAGE:#x}") == 0x77
+        assert guest.number(f"peek {FRESH:#x}", "value") == 0
+        assert guest.number(f"peek {FRESH + 127 * PAGE:#x}", "value") == 0x77
         assert guest.ask(f"{BATCH} shared").endswith("done=64 side=shared")
-        assert guest.value(f"peek {FRESH:#x} shared") == 0, "both sides were given back"
+        assert guest.number(f"peek {FRESH:#x} shared", "value") == 0, "both sides were given back"
         assert guest.ask("halt 0").startswith("ok")
 
 
@@ -139,6 +122,6 @@ def test_the_calls_of_a_confidential_guest_go_as_lists(
         # MapGPA goes by 2 MiB, which join in a list; large entries of a PSC list join anyway.
         chunks = 2 if technology is Technology.TDX and not batches else 1
         assert stats.conversions_explicit == explicit + chunks
-        assert guest.value(f"peek {10 * MIB:#x} shared") == 0
+        assert guest.number(f"peek {10 * MIB:#x} shared", "value") == 0
         assert guest.ask(f"convert {10 * MIB:#x} 1024 private").startswith("ok")
-        assert guest.value(f"peek {14 * MIB - 8:#x}") == 0
+        assert guest.number(f"peek {14 * MIB - 8:#x}", "value") == 0

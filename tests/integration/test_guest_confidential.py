@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from booted import Prompt
 from mounts import Mounter
 from torture import Console
 
@@ -27,27 +27,6 @@ FRESH = 12 * MIB
 PAGE = 4096
 
 
-class Guest:
-    """A booted guest and its console."""
-
-    def __init__(self, emulator: Emulator, console: Console) -> None:
-        self._emulator = emulator
-        self._console = console
-
-    def ask(self, line: str) -> str:
-        """The answer to a command, good or bad."""
-        self._emulator.feed(line.encode() + b"\n")
-        return self._console.expect(r"(ok|error|panic).*\n").group(0).strip()
-
-    def number(self, line: str, name: str) -> int:
-        """A field of an answer that must be good."""
-        answer = self.ask(line)
-        found = re.search(rf" {name}=(\S+)", answer)
-        assert answer.startswith("ok"), answer
-        assert found, answer
-        return int(found[1], 0)
-
-
 @contextlib.contextmanager
 def booted(
     technology: Technology,
@@ -56,7 +35,7 @@ def booted(
     image: bytes,
     disk: Path,
     flags: BootFlag = BootFlag.NONE,
-) -> Iterator[Guest]:
+) -> Iterator[Prompt]:
     ram = mount().path / "ram"
     ram.touch()
     os.truncate(ram, 16 * MIB)
@@ -69,7 +48,7 @@ def booted(
         try:
             emulator.boot(image)
             console.expect(r"^> ")
-            yield Guest(emulator, console)
+            yield Prompt(emulator, console)
         finally:
             emulator.close()
 

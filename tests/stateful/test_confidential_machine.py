@@ -170,9 +170,7 @@ def test_a_page_of_a_large_one_is_given_up() -> None:
     guest.access(LARGE + 3)
     assert guest.columns().leaf.level[LARGE + 3] == 1
     check(platform, [guest])
-    guest.guard.close()
-    guest.guard.released(guest.store.base, GFNS * PAGE)
-    guest.store.close()
+    guest.end()
     host.close()
 
 
@@ -186,9 +184,7 @@ def td() -> Iterator[Guest]:
     guest.access(1030)
     assert guest.columns().entry.level[LARGE + 3] == 2
     yield guest
-    guest.guard.close()
-    guest.guard.released(guest.store.base, GFNS * PAGE)
-    guest.store.close()
+    guest.end()
     assert not any(guest.guard.residue().values())
     host.close()
 
@@ -238,9 +234,7 @@ def snp() -> Iterator[Guest]:
     guest.accept(LARGE, large=True, take=True)
     guest.access(LARGE + 3)
     yield guest
-    guest.guard.close()
-    guest.guard.released(guest.store.base, GFNS * PAGE)
-    guest.store.close()
+    guest.end()
     assert not any(guest.guard.residue().values())
     host.close()
 
